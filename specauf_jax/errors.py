@@ -1,0 +1,12 @@
+"""The one exception that users see: what was found, what was expected, what to do."""
+
+
+class SpecaufError(Exception):
+    """Bad input met at an edge (config, data, checkpoint, file); never raised inside jit.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"{found}\n  expected: {expected}\n  to do:    {remedy}")
+        self.found, self.expected, self.remedy = found, expected, remedy
