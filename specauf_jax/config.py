@@ -41,8 +41,11 @@ def _choice(config, name: str, choices) -> None:
 
 def _check_heads(config) -> None:
     if config.num_attention_heads % config.num_key_value_heads:
-        raise SpecaufError(f"{config.num_attention_heads} query heads over {config.num_key_value_heads} key/value heads",
-                           "a multiple", "change num_attention_heads or num_key_value_heads")  # fmt: skip
+        raise SpecaufError(
+            f"{config.num_attention_heads} query heads over {config.num_key_value_heads} key/value heads",
+            "a multiple",
+            "change num_attention_heads or num_key_value_heads",
+        )
     if config.head_dim % 2:
         raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
 
@@ -95,8 +98,11 @@ class Drafter:
     def __post_init__(self):
         _positive(self, "num_hidden_layers")
         if self.block_size < 2:
-            raise SpecaufError(f"drafter.block_size is {self.block_size}", "at least 2 (an anchor and one draft)",
-                               "set --drafter.block-size to 4, 8, 10 or 16")  # fmt: skip
+            raise SpecaufError(
+                f"drafter.block_size is {self.block_size}",
+                "at least 2 (an anchor and one draft)",
+                "set --drafter.block-size to 4, 8, 10 or 16",
+            )
         if self.num_attention_heads is not None and self.num_key_value_heads is not None:
             _check_heads(self)
 
@@ -165,8 +171,11 @@ class Optimisation:
                 f"warmup_ratio is {self.warmup_ratio}", "a share of the steps in [0, 1)", "set it to 0.04"
             )
         if self.batch_size % self.accumulation:
-            raise SpecaufError(f"batch_size {self.batch_size} does not divide into accumulation {self.accumulation} parts",
-                               "a multiple", "change one of the two")  # fmt: skip
+            raise SpecaufError(
+                f"batch_size {self.batch_size} does not divide into accumulation {self.accumulation} parts",
+                "a multiple",
+                "change one of the two",
+            )
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,7 @@ class Prepare:
     out: str
     """Folder to write: dataset/, tokenizer/, manifest.json and, for --corpus, prompts/NAME.jsonl."""
     input: tuple[str, ...] = ()
-    """JSONL files (ShareGPT `conversations` or OpenAI `messages`, told apart by their keys), text files or folders of text."""
+    """JSONL (ShareGPT `conversations` or OpenAI `messages`), text files, or folders of text."""
     tfds: str | None = None
     """Name of a TFDS dataset, such as 'my_dataset/config:1.0.0'."""
     tfds_split: str = "train"
@@ -408,16 +417,22 @@ def resolve_drafter(drafter: Drafter, target: Target, mask_token_id: int | None 
     filled = {name: getattr(target, name) for name in shared if getattr(drafter, name) is None}
     if drafter.mask_token_id is None:
         if mask_token_id is None:
-            raise SpecaufError("no mask token: drafter.mask_token_id is unset and the tokenizer has none",
-                               "the id of a token that never occurs in text", "pass --drafter.mask-token-id ID")  # fmt: skip
+            raise SpecaufError(
+                "no mask token: drafter.mask_token_id is unset and the tokenizer has none",
+                "the id of a token that never occurs in text",
+                "pass --drafter.mask-token-id ID",
+            )
         filled["mask_token_id"] = mask_token_id
     if drafter.target_layer_ids is None:
         filled["target_layer_ids"] = default_target_layer_ids(target.num_hidden_layers, drafter.num_hidden_layers)
     filled["num_target_layers"] = target.num_hidden_layers
     if drafter.num_target_layers not in (None, target.num_hidden_layers):
-        raise SpecaufError(f"the drafter was made for a target of {drafter.num_target_layers} layers, this one has "
-                           f"{target.num_hidden_layers}", "the target that the drafter was trained with",
-                           "pass that target's folder")  # fmt: skip
+        raise SpecaufError(
+            f"the drafter was made for a target of {drafter.num_target_layers} layers, this one has "
+            f"{target.num_hidden_layers}",
+            "the target that the drafter was trained with",
+            "pass that target's folder",
+        )
     drafter = dataclasses.replace(drafter, **filled)
     _check_fit(drafter, target)
     return drafter
@@ -427,16 +442,24 @@ def _check_fit(drafter: Drafter, target: Target) -> None:
     for name in ("hidden_size", "vocab_size"):
         found, expected = getattr(drafter, name), getattr(target, name)
         if found != expected:
-            raise SpecaufError(f"drafter.{name} is {found}", f"the target's {expected} (embedding and LM head are shared)",
-                               "use the target that the drafter was made for")  # fmt: skip
+            raise SpecaufError(
+                f"drafter.{name} is {found}",
+                f"the target's {expected} (embedding and LM head are shared)",
+                "use the target that the drafter was made for",
+            )
     ids = drafter.target_layer_ids
     if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= target.num_hidden_layers:
-        raise SpecaufError(f"drafter.target_layer_ids is {list(ids)}",
-                           f"ascending, distinct 0-based ids below the target's {target.num_hidden_layers} layers",
-                           "set --drafter.target-layer-ids, or leave it out for a target of at least 4 layers")  # fmt: skip
+        raise SpecaufError(
+            f"drafter.target_layer_ids is {list(ids)}",
+            f"ascending, distinct 0-based ids below the target's {target.num_hidden_layers} layers",
+            "set --drafter.target-layer-ids, or leave it out for a target of at least 4 layers",
+        )
     if not 0 <= drafter.mask_token_id < target.vocab_size:
-        raise SpecaufError(f"drafter.mask_token_id is {drafter.mask_token_id}", f"an id below the vocabulary's {target.vocab_size}",
-                           "set --drafter.mask-token-id")  # fmt: skip
+        raise SpecaufError(
+            f"drafter.mask_token_id is {drafter.mask_token_id}",
+            f"an id below the vocabulary's {target.vocab_size}",
+            "set --drafter.mask-token-id",
+        )
 
 
 def decay_gamma(objective: Objective, block_size: int) -> float:
@@ -466,8 +489,11 @@ def from_dict(cls, values: dict, where: str):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise SpecaufError(f"{where}: unknown field {key!r} of {cls.__name__}{_nearest(key, hints)}",
-                               "a field of this version", "remove or rename the field")  # fmt: skip
+            raise SpecaufError(
+                f"{where}: unknown field {key!r} of {cls.__name__}{_nearest(key, hints)}",
+                "a field of this version",
+                "remove or rename the field",
+            )
     return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
 
 

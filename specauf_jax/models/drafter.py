@@ -1,0 +1,96 @@
+"""The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass.
+
+The context, the target's tapped features of every position before the anchor, enters each layer
+as keys and values only. They are computed once per position, so that training (all anchors of a
+row share them) and decoding (a growing cache holds them) run the same `draft_blocks`.
+"""
+
+import functools
+
+import jax
+from flax import nnx
+
+from specauf_jax.config import Drafter
+from specauf_jax.kernels.attention import block_attend
+from specauf_jax.models.layers import KVCache, rope_angles, scan_layers, stack_layers
+
+
+class DFlash(nnx.Module):
+    """Parameters of the drafter, under the names of z-lab's checkpoints; layers are stacked."""
+
+    def __init__(self, config: Drafter, *, rngs: nnx.Rngs):
+        D, L = config.hidden_size, len(config.target_layer_ids)
+        self.fc = nnx.Linear(L * D, D, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+        self.hidden_norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.layers = stack_layers(config, rngs)
+        self.norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
+
+
+def init_drafter(config: Drafter, key: jax.Array) -> dict:
+    """Random float32 parameters of a resolved `Drafter`."""
+    return nnx.to_pure_dict(nnx.state(DFlash(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def drafter_shapes(config: Drafter) -> dict:
+    """The parameter tree with shapes in place of arrays."""
+    return jax.eval_shape(lambda: init_drafter(config, jax.random.key(0)))
+
+
+def context_keys_values(params: dict, features, positions, *, config: Drafter) -> KVCache:
+    """What every drafter layer remembers of committed positions.
+
+    Args:
+      params: as from `init_drafter`.
+      features: `[B, S, L·D]`, tapped hidden states of the target.
+      positions: int32 `[B, S]`, within each token's own document.
+
+    Returns:
+      KVCache with k, v `[M, B, S, G, E]` for M drafter layers.
+    """
+    model = _module(config, params)
+    context = model.hidden_norm(model.fc(features))
+    angles = rope_angles(positions, config.head_dim, config.rope_theta)
+    _, (k, v) = scan_layers(
+        lambda carry, layer, _: (carry, layer.self_attn.keys_values(context, angles)), None, model.layers
+    )
+    return KVCache(k=k, v=v)
+
+
+def draft_blocks(
+    params: dict, embeddings, positions, context: KVCache, start, stop, keep, *, config: Drafter, anchor_chunk: int
+) -> jax.Array:
+    """Hidden states of every slot of every block, ready for the LM head.
+
+    Args:
+      params: as from `init_drafter`.
+      embeddings: `[B, A, K, D]` of `[anchor, MASK, …]`, from the target's embedding.
+      positions: int32 `[B, A, K]`: anchor's position + slot.
+      context: keys and values by index in the row, `[M, B, S, G, E]`.
+      start, stop: int32 `[B, A]`: the block sees the context start <= j < stop; stop is the
+        anchor's own index, whose features do not exist yet when the block is drafted.
+      keep: bool `[B, A]`; other blocks see nothing.
+      config: resolved.
+      anchor_chunk: blocks whose attention scores exist at one time.
+
+    Returns:
+      `[B, A, K, D]`.
+    """
+    model = _module(config, params)
+    angles = rope_angles(positions, config.head_dim, config.rope_theta)
+
+    def body(x, layer, context):
+        def attend(q, k, v):
+            return block_attend(q, k, v, context.k, context.v, start, stop, keep, anchor_chunk=anchor_chunk), None
+
+        return layer(x, angles, attend)
+
+    return model.norm(scan_layers(body, embeddings, model.layers, context)[0])
+
+
+@functools.lru_cache
+def _graphdef(config: Drafter):
+    return nnx.split(nnx.eval_shape(lambda: DFlash(config, rngs=nnx.Rngs(0))))[0]
+
+
+def _module(config: Drafter, params: dict) -> DFlash:
+    return nnx.merge(_graphdef(config), params)

@@ -1,0 +1,180 @@
+"""The target: a Qwen3-architecture causal language model, as pure functions of a parameter tree."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from specauf_jax.config import Target
+from specauf_jax.kernels.attention import attend
+from specauf_jax.models.layers import (
+    KVCache,
+    init_kv_cache,
+    rope_angles,
+    scan_first_layers,
+    scan_layers,
+    stack_layers,
+)
+
+
+class CausalLM(nnx.Module):
+    """Parameters of the target, under Hugging Face's names; layers are stacked."""
+
+    def __init__(self, config: Target, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal(0.02)
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=normal, rngs=rngs)
+        self.layers = stack_layers(config, rngs)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, kernel_init=normal, rngs=rngs
+            )
+
+
+@chex.dataclass(frozen=True)
+class Head:
+    """What a drafter shares with its target, frozen."""
+
+    embedding: jax.Array  # [V, D]
+    lm_head: jax.Array  # [D, V]
+
+
+def init_target(config: Target, key: jax.Array) -> dict:
+    """Random float32 parameters: normal(0.02) matrices, norms at 1."""
+    return nnx.to_pure_dict(nnx.state(CausalLM(config, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def target_shapes(config: Target) -> dict:
+    """The parameter tree with shapes in place of arrays."""
+    return jax.eval_shape(lambda: init_target(config, jax.random.key(0)))
+
+
+def target_head(params: dict) -> Head:
+    """Embedding and LM head; a tied head is the embedding's transpose."""
+    embedding = params["embed_tokens"]["embedding"]
+    tied = "lm_head" not in params
+    return Head(embedding=embedding, lm_head=embedding.T if tied else params["lm_head"]["kernel"])
+
+
+def document_starts(document_ids: jax.Array) -> jax.Array:
+    """Index in its row of the first token of every token's document, int32 `[B, S]`."""
+    index = jnp.arange(document_ids.shape[-1], dtype=jnp.int32)
+    first = jnp.pad(document_ids[..., 1:] != document_ids[..., :-1], ((0, 0), (1, 0)), constant_values=True)
+    return lax.cummax(jnp.where(first, index, 0), axis=document_ids.ndim - 1)
+
+
+def target_hidden(params: dict, tokens, positions, document_ids, *, config: Target) -> jax.Array:
+    """Final-normed hidden states of packed rows, `[B, S, D]`; for training the target itself.
+
+    Args:
+      params: as from `init_target`.
+      tokens: int32 `[B, S]`.
+      positions: int32 `[B, S]`, within each token's own document.
+      document_ids: int32 `[B, S]`; attention is causal within a document.
+    """
+    model = _module(config, params)
+    angles, see = _packed(positions, document_ids, config)
+
+    def body(x, layer, _):
+        return layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))
+
+    return model.norm(scan_layers(body, model.embed_tokens(tokens), model.layers)[0])
+
+
+def target_features(params: dict, tokens, positions, document_ids, *, config: Target, layer_ids) -> jax.Array:
+    """Residual outputs of the tapped layers side by side, `[B, S, L·D]`.
+
+    Runs no layer above the highest tap, no final norm and no LM head. Arguments as for
+    `target_hidden`; `layer_ids` are 0-based and ascending.
+    """
+    model = _module(config, params)
+    angles, see = _packed(positions, document_ids, config)
+    x = model.embed_tokens(tokens)
+    count = max(layer_ids) + 1
+
+    def body(carry, layer, i):
+        x, taps = carry
+        x, _ = layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))
+        return x, _tap(taps, x, i, layer_ids, count)
+
+    _, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
+    return taps.reshape(*x.shape[:-1], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetStep:
+    """The one function that decoding asks of a target; any callable of this form can take its place.
+
+    `(params, tokens [B, T], positions [B, T], cache) -> (logits [B, T, V], taps [B, T, L·D], cache)`
+
+    Row b holds T consecutive tokens at consecutive positions. The cache is addressed by position:
+    the call may rely on what earlier calls left at smaller positions, and overwrites its own. That
+    is all that taking back rejected drafts needs. Hashable, so that it is static under jit.
+    """
+
+    config: Target
+    layer_ids: tuple[int, ...]
+
+    def __call__(self, params, tokens, positions, cache: KVCache):
+        config, count = self.config, self.config.num_hidden_layers
+        model = _module(config, params)
+        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        x = model.embed_tokens(tokens)
+
+        def body(carry, layer, i):
+            x, taps, cache = carry
+
+            def attend_cached(q, k, v):
+                written = KVCache(
+                    k=cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
+                    v=cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)),
+                )
+                return attend(q, written.k[i], written.v[i], jnp.zeros_like(positions), positions + 1), written
+
+            x, cache = layer(x, angles, attend_cached)
+            return x, _tap(taps, x, i, self.layer_ids, count), cache
+
+        carry = (x, _empty_taps(x, self.layer_ids, count), cache)
+        x, taps, cache = scan_first_layers(body, carry, model.layers, count)
+        taps = taps[..., : len(self.layer_ids), :]
+        logits = jnp.einsum(
+            "btd,dv->btv", model.norm(x), target_head(params).lm_head, preferred_element_type=jnp.float32
+        )
+        return logits, taps.reshape(*tokens.shape, -1), cache
+
+    def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> KVCache:
+        """Room for `length` positions of each row."""
+        return init_kv_cache(self.config, batch, length, dtype)
+
+
+@functools.lru_cache
+def _graphdef(config: Target):
+    return nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))[0]
+
+
+def _module(config: Target, params: dict) -> CausalLM:
+    return nnx.merge(_graphdef(config), params)
+
+
+def _packed(positions, document_ids, config):
+    """RoPE angles, and the range of keys that each query of a packed row sees."""
+    index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
+    return rope_angles(positions, config.head_dim, config.rope_theta), (document_starts(document_ids), index + 1)
+
+
+def _empty_taps(x, layer_ids, layers_run):
+    """A slot per tap, and one for the layers above the highest if they run: `[B, T, L (+1), D]`."""
+    surplus = layers_run > max(layer_ids) + 1
+    return jnp.zeros((*x.shape[:-1], len(layer_ids) + surplus, x.shape[-1]), x.dtype)
+
+
+def _tap(taps, x, i, layer_ids, layers_run):
+    """Every layer writes into the slot of the next tap at or above it, so the tap itself writes last."""
+    slot_of_layer = jnp.asarray(np.searchsorted(np.asarray(layer_ids), np.arange(layers_run)))
+    return lax.dynamic_update_index_in_dim(taps, x[..., None, :], slot_of_layer[i], axis=taps.ndim - 2)

@@ -1,0 +1,87 @@
+"""From rows of tokens to drafting problems: anchors, block inputs, positions, labels. Static shapes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from specauf_jax.models.target import document_starts
+
+
+@chex.dataclass(frozen=True)
+class Batch:
+    """Packed rows, as the loader gives them."""
+
+    tokens: jax.Array  # int32 [B, S]
+    loss_mask: jax.Array  # bool [B, S]: the token is a label that may be trained
+    document_ids: jax.Array  # int32 [B, S]: 1, 2, … within a row, 0 for padding
+    positions: jax.Array  # int32 [B, S]: within the document
+    features: jax.Array | None = None  # [B, S, L·D]: tapped hidden states of any target
+
+
+@chex.dataclass(frozen=True)
+class BlockBatch:
+    """A drafted blocks of every row. Blocks that are not kept fill up rows with few anchors."""
+
+    anchors: jax.Array  # int32 [B, A]: index in the row
+    keep: jax.Array  # bool [B, A]
+    inputs: jax.Array  # int32 [B, A, K]: [anchor's token, MASK, …]
+    positions: jax.Array  # int32 [B, A, K]: within the document
+    start: jax.Array  # int32 [B, A]: first index of the anchor's document
+    labels: jax.Array  # int32 [B, A, K-1]: tokens after the anchor
+    valid: jax.Array  # bool [B, A, K-1]: v_k, the label may be trained
+
+
+def eligible_anchors(loss_mask: jax.Array, document_ids: jax.Array) -> jax.Array:
+    """Positions p with p and p+1 supervised in one document; bool `[B, S]`."""
+    same_document = (document_ids[:, :-1] == document_ids[:, 1:]) & (document_ids[:, :-1] > 0)
+    return jnp.pad(loss_mask[:, :-1] & loss_mask[:, 1:] & same_document, ((0, 0), (0, 1)))
+
+
+def sample_anchors(rng: jax.Array, eligible: jax.Array, num_anchors: int) -> tuple[jax.Array, jax.Array]:
+    """Anchors of each row, uniform without replacement, ascending.
+
+    Args:
+      rng: a key.
+      eligible: bool `[B, S]`.
+      num_anchors: A, at most S.
+
+    Returns:
+      int32 `[B, A]` indices and bool `[B, A]` keep; what is not kept (fewer eligible positions than
+      A) stands last, at index 0.
+    """
+    S = eligible.shape[1]
+    # The A largest of independent uniform draws are a uniform sample without replacement.
+    draws = jnp.where(eligible, jax.random.uniform(rng, eligible.shape), -1.0)
+    highest, index = jax.lax.top_k(draws, num_anchors)
+    index = jnp.sort(jnp.where(highest >= 0, index, S), axis=-1)
+    keep = index < S
+    return jnp.where(keep, index, 0), keep
+
+
+def make_blocks(batch: Batch, anchors, keep, *, block_size: int, mask_token_id: int) -> BlockBatch:
+    """Inputs and labels of the block at each anchor.
+
+    A label past the row or the document, unsupervised, or equal to the mask token (the drafter can
+    never be asked for it) is not valid.
+    """
+    S = batch.tokens.shape[1]
+
+    def at(array, index):
+        return jax.vmap(lambda row, i: row[i])(array, index)
+
+    index = anchors[..., None] + jnp.arange(1, block_size)
+    inside = index < S
+    index = jnp.minimum(index, S - 1)
+    labels = at(batch.tokens, index)
+    same_document = at(batch.document_ids, index) == at(batch.document_ids, anchors)[..., None]
+    valid = keep[..., None] & inside & same_document & at(batch.loss_mask, index) & (labels != mask_token_id)
+    first = at(batch.tokens, anchors)[..., None]
+    return BlockBatch(
+        anchors=anchors,
+        keep=keep,
+        inputs=jnp.concatenate([first, jnp.full_like(labels, mask_token_id)], axis=-1),
+        positions=at(batch.positions, anchors)[..., None] + jnp.arange(block_size),
+        start=at(document_starts(batch.document_ids), anchors),
+        labels=labels,
+        valid=valid,
+    )

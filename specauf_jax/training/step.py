@@ -1,0 +1,155 @@
+"""One optimiser step as one jitted function: frozen target, drafter, gradients, update."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from specauf_jax.config import Optimisation, Target
+from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.models.layers import cast
+from specauf_jax.models.target import target_features, target_head, target_hidden
+from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
+from specauf_jax.training.loss import LossConfig, loss_sums, safe_ratio
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step."""
+
+    step: jax.Array  # int32 []
+    params: dict  # float32
+    opt_state: optax.OptState
+
+
+def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
+    """Clipped AdamW with linear warm-up and cosine decay to 0; norms are not decayed."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(train),
+            b1=0.9,
+            b2=0.95,
+            weight_decay=train.weight_decay,
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params),
+        ),
+    )
+
+
+def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
+    """Step → learning rate."""
+    warmup = round(train.warmup_ratio * train.steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=train.learning_rate / max(warmup, 1),
+        peak_value=train.learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(train.steps, warmup + 1),
+    )
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """State before the first step."""
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def make_train_step(
+    config: LossConfig, target: Target, optimizer: optax.GradientTransformation, *, accumulation: int = 1, seed: int = 0
+):
+    """The drafter's step, `(state, target_params, batch) -> (state, metrics)`, to be jitted.
+
+    Anchors are drawn for the whole batch before it is cut into `accumulation` parts, and numerators
+    and denominators are summed over the parts before one division: accumulation changes memory,
+    not results.
+
+    Args:
+      config: of the loss.
+      target: architecture of the frozen target; its parameters are never differentiated.
+      optimizer: as from `make_optimizer`.
+      accumulation: parts of a batch; divides its rows.
+      seed: of the anchors, with the step.
+    """
+
+    def part_gradient(params, target_params, batch, anchors, keep):
+        features = target_features(
+            cast(target_params, config.dtype),
+            batch.tokens,
+            batch.positions,
+            batch.document_ids,
+            config=target,
+            layer_ids=config.drafter.target_layer_ids,
+        )
+        batch = batch.replace(features=features)
+        grad = jax.grad(loss_sums, has_aux=True)
+        return *grad(params, target_head(target_params), batch, anchors, keep, config=config), _any_nonfinite(features)
+
+    def step(state: TrainState, target_params: dict, batch: Batch):
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
+        drawn = sample_anchors(rng, eligible, config.num_anchors)
+        parts = (batch, *drawn)
+        grads, aux, bad = _accumulate(
+            lambda part: part_gradient(state.params, target_params, *part), parts, accumulation
+        )
+        grads = jax.tree.map(lambda g: safe_ratio(g, aux.denominator), grads)
+        return _update(state, optimizer, grads, aux.measures(), {"features": bad})
+
+    return step
+
+
+def make_pretrain_step(target: Target, optimizer: optax.GradientTransformation, *, accumulation: int, dtype, chunk=256):
+    """The target's own step, `(state, batch) -> (state, metrics)`: next-token cross-entropy, to be jitted."""
+
+    def part_gradient(params, batch: Batch):
+        def numerator(params):
+            compute = cast(params, dtype)
+            hidden = target_hidden(compute, batch.tokens, batch.positions, batch.document_ids, config=target)
+            ce, rank = lm_head_cross_entropy(
+                hidden[:, :-1], target_head(compute).lm_head, batch.tokens[:, 1:], chunk=chunk
+            )
+            same_document = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
+            valid = batch.loss_mask[:, 1:] & same_document
+            counts = (valid.sum(dtype=jnp.float32), ((rank == 0) & valid).sum(dtype=jnp.float32))
+            total = jnp.where(valid, ce, 0.0).sum()
+            return total, (total, *counts)
+
+        return jax.grad(numerator, has_aux=True)(params)
+
+    def step(state: TrainState, batch: Batch):
+        grads, (total, count, correct) = _accumulate(
+            lambda part: part_gradient(state.params, part), batch, accumulation
+        )
+        grads = jax.tree.map(lambda g: safe_ratio(g, count), grads)
+        metrics = {"loss": safe_ratio(total, count), "accuracy": safe_ratio(correct, count)}
+        return _update(state, optimizer, grads, metrics, {})
+
+    return step
+
+
+def _accumulate(gradient, batch, parts: int):
+    """Sum of `gradient(part)` over `parts` equal parts of the rows, one after another."""
+    if parts == 1:
+        return gradient(batch)
+    # Part i takes rows i, i + parts, …, so that every part spreads over all devices.
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], split))
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(part)), None
+
+    return jax.lax.scan(add, zero, split)[0]
+
+
+def _update(state: TrainState, optimizer, grads, metrics: dict, bad_inputs: dict):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    bad = {f"gradient of {jax.tree_util.keystr(path)}": _any_nonfinite(leaf) for path, leaf in leaves}
+    metrics |= {"grad_norm": optax.global_norm(grads), "nonfinite": {**bad_inputs, **bad}}
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _any_nonfinite(x):
+    """bool []; sums of it (as over accumulated parts) mean "any"."""
+    return ~jnp.isfinite(x).all()
