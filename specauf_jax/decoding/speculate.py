@@ -1,0 +1,136 @@
+"""One round of speculative decoding: propose, verify, commit. Pure, static shapes, batched.
+
+Exactness: at temperature 0 a row's tokens are those that the target alone would choose, whatever
+the drafter; above 0 they follow the target's own distribution.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
+from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
+from specauf_jax.models.drafter import context_keys_values, draft_blocks
+from specauf_jax.models.layers import KVCache
+
+
+def draft_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
+    """One round for every row.
+
+    Args:
+      drafter_params: as from `init_drafter`; None if `config.drafter` is None.
+      target_params: whatever `config.target_step` takes.
+      state: rows whose prompts have been read (`prefill`). Rows that are done stay as they are.
+      config: static.
+
+    Returns:
+      The state after the round, and a `Round`.
+    """
+    row_keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    draft_keys, verify_keys = jnp.moveaxis(jax.vmap(jax.random.split)(row_keys), 1, 0)
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+    positions = state.length[:, None] - 1 + jnp.arange(config.block_size)
+    proposal = propose(drafter_params, target_params, state, anchor, positions, draft_keys, config=config)
+    block = jnp.concatenate([anchor, proposal.tokens], axis=1)
+    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    state = state.replace(target_cache=cache)
+    if config.drafter:
+        # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
+        state = state.replace(drafter_cache=_extend(drafter_params, state.drafter_cache, taps, positions, config))
+    return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
+
+
+def propose(
+    drafter_params, target_params, state: DecodeState, anchor, positions, keys, *, config: Decoding
+) -> Proposal:
+    """Drafts of slots 1..K-1 in one pass.
+
+    Args:
+      anchor: int32 `[B, 1]`, the last committed token.
+      positions: int32 `[B, K]`, of the block's slots.
+      keys: PRNG keys `[B]`.
+      Others as for `draft_and_verify`.
+    """
+    head, drafter = config.target_head(target_params), config.drafter
+    if drafter is None:
+        empty = jnp.zeros((anchor.shape[0], 0), jnp.int32)
+        return Proposal(tokens=empty, logits=jnp.zeros((*empty.shape, head.lm_head.shape[1])))
+    masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
+    hidden = draft_blocks(
+        drafter_params,
+        head.embedding[jnp.concatenate([anchor, masks], axis=1)][:, None],
+        positions[:, None],
+        state.drafter_cache,
+        jnp.zeros_like(anchor),
+        state.length[:, None] - 1,
+        jnp.ones_like(anchor, bool),
+        config=drafter,
+        anchor_chunk=1,
+    )[:, 0, 1:]
+    logits = jnp.einsum("bkd,dv->bkv", hidden, head.lm_head, preferred_element_type=jnp.float32)
+
+    def sampled():
+        return draw(keys, distribution(logits, state.temperature, state.top_k, state.top_p))
+
+    # A branch at run time: an all-greedy batch never sorts a vocabulary, and temperature stays data.
+    tokens = lax.cond(jnp.any(state.temperature > 0), sampled, lambda: jnp.argmax(logits, -1).astype(jnp.int32))
+    return Proposal(tokens=tokens, logits=logits)
+
+
+def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:
+    """The target's judgement of the drafts, from its float32 logits `[B, K, V]` over the block."""
+
+    def sampled():
+        how = state.temperature, state.top_k, state.top_p
+        q, p = distribution(proposal.logits, *how), distribution(logits, *how)
+        return verify_sampled(keys, proposal.tokens, q, p)
+
+    accepted, token = lax.cond(jnp.any(state.temperature > 0), sampled, lambda: verify_greedy(proposal.tokens, logits))
+    return Verdict(accepted=accepted, token=token)
+
+
+def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: Decoding) -> tuple[DecodeState, Round]:
+    """Append accepted drafts and the target's token, up to the row's stop token or limit."""
+    slot = jnp.arange(config.block_size)
+    drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    tokens = jnp.where(slot == verdict.accepted[:, None], verdict.token[:, None], drafts)
+    emitted = jnp.minimum(verdict.accepted + 1, state.limit - state.length)
+    stops = jnp.isin(tokens, jnp.asarray(config.stop_tokens, tokens.dtype)) & (slot < emitted[:, None])
+    stopped = stops.any(axis=1)
+    emitted = jnp.where(stopped, jnp.argmax(stops, axis=1) + 1, emitted)
+    active = ~state.done
+    emitted = jnp.where(active, emitted, 0)
+    length = state.length + emitted
+    # What is not emitted goes to an index behind the end, which "drop" discards.
+    index = jnp.where(slot < emitted[:, None], state.length[:, None] + slot, state.tokens.shape[1])
+    written = jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))(state.tokens, index, tokens)
+    done = state.done | stopped | (length >= state.limit)
+    accepted = jnp.where(active, verdict.accepted, 0)
+    result = Round(active=active, accepted=accepted, tokens=tokens, emitted=emitted)
+    return state.replace(tokens=written, length=length, done=done), result
+
+
+def prefill(drafter_params, target_params, state: DecodeState, prompt_length: int, *, config: Decoding) -> DecodeState:
+    """Read every prompt but its last token, the first anchor, into the caches.
+
+    Args:
+      prompt_length: columns of `state.tokens` that hold prompts. Shorter rows are read beyond their
+        end; what that leaves in the caches is out of sight and overwritten later.
+      Others as for `draft_and_verify`.
+    """
+    if prompt_length == 1:
+        return state
+    tokens = state.tokens[:, : prompt_length - 1]
+    positions = jnp.broadcast_to(jnp.arange(prompt_length - 1, dtype=jnp.int32), tokens.shape)
+    _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
+    state = state.replace(target_cache=cache)
+    if config.drafter:
+        state = state.replace(drafter_cache=_extend(drafter_params, state.drafter_cache, taps, positions, config))
+    return state
+
+
+def _extend(drafter_params, cache: KVCache, taps, positions, config: Decoding) -> KVCache:
+    """The drafter's cache with the context of more positions."""
+    new = context_keys_values(drafter_params, taps, positions, config=config.drafter)
+    rows = jnp.arange(positions.shape[0])[:, None]
+    return jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), cache, new)

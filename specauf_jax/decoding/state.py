@@ -1,0 +1,105 @@
+"""What decoding carries from round to round, and what each part of a round hands to the next."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from specauf_jax.config import Drafter
+from specauf_jax.models.layers import KVCache
+from specauf_jax.models.target import target_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Static data of a round.
+
+    Attributes:
+      target_step: `(params, tokens [B, T], positions [B, T], cache) -> (logits [B, T, V],
+        taps [B, T, L·D], cache)`, pure; see `specauf_jax.models.target.TargetStep` for what its
+        cache must allow. Hashable, as everything here.
+      drafter: resolved; None decodes autoregressively, by the same code with no drafts.
+      stop_tokens: ids that end a row.
+      target_head: target_params → Head, for a target whose parameters are not ours.
+    """
+
+    target_step: Callable
+    drafter: Drafter | None = None
+    stop_tokens: tuple[int, ...] = ()
+    target_head: Callable = target_head
+
+    @property
+    def block_size(self) -> int:
+        """K, tokens verified per round; 1 without a drafter."""
+        return self.drafter.block_size if self.drafter else 1
+
+
+@chex.dataclass(frozen=True)
+class DecodeState:
+    """Rows of different lengths at different points. Caches hold all positions before the anchor."""
+
+    tokens: jax.Array  # int32 [B, T]: committed tokens, the prompt first
+    length: jax.Array  # int32 [B]: committed tokens; the last of them is the anchor
+    limit: jax.Array  # int32 [B]: length at which the row stops, at most T
+    done: jax.Array  # bool [B]
+    keys: jax.Array  # PRNG keys [B]; a row's draws do not depend on its neighbours
+    temperature: jax.Array  # float32 [B]; 0 is greedy
+    top_k: jax.Array  # int32 [B]; 0 for all
+    top_p: jax.Array  # float32 [B]; 1 for all
+    target_cache: Any  # room for positions up to max(limit) + K - 2
+    drafter_cache: KVCache | None  # [M, B, ≥ max(limit) + K - 1, G, E]
+
+
+@chex.dataclass(frozen=True)
+class Proposal:
+    """What the drafter suggests. Without a drafter, K-1 = 0."""
+
+    tokens: jax.Array  # int32 [B, K-1]
+    logits: jax.Array  # float32 [B, K-1, V]
+
+
+@chex.dataclass(frozen=True)
+class Verdict:
+    """What the target makes of it."""
+
+    accepted: jax.Array  # int32 [B]: leading drafts that stand
+    token: jax.Array  # int32 [B]: the target's own token after them
+
+
+@chex.dataclass(frozen=True)
+class Round:
+    """What one round did, row by row."""
+
+    active: jax.Array  # bool [B]: the row was not done before
+    accepted: jax.Array  # int32 [B]: drafts that the target agreed with, before any stop; 0 if not active
+    tokens: jax.Array  # int32 [B, K]: committed tokens, the first `emitted` of each row
+    emitted: jax.Array  # int32 [B]: accepted + 1, less what a stop cut off; 0 if not active
+
+
+def init_state(tokens, length, limit, keys, how, *, target_cache, drafter_cache: KVCache | None = None) -> DecodeState:
+    """Rows before their prompts are read (see `prefill`).
+
+    Args:
+      tokens: int32 `[B, T]`, prompts on the left, room for the rest.
+      length: int32 `[B]`, prompt lengths, at least 1.
+      limit: int32 `[B]`; a row with limit = length is done from the start.
+      keys: PRNG keys `[B]`.
+      how: temperature, top_k, top_p, each [] for all rows or `[B]`.
+      target_cache, drafter_cache: empty, with room as DecodeState says.
+    """
+    temperature, top_k, top_p = (jnp.broadcast_to(x, length.shape) for x in how)
+    return DecodeState(
+        tokens=tokens,
+        length=length,
+        limit=limit,
+        done=length >= limit,
+        keys=keys,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        target_cache=target_cache,
+        drafter_cache=drafter_cache,
+    )
