@@ -13,13 +13,16 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+import tyro
+
 from specauf_jax.errors import SpecaufError
 
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
 Dtype = Literal["float32", "bfloat16"]
 
 
-def _nearest(name: str, names) -> str:
+def nearest(name: str, names) -> str:
+    """A question about the closest of `names`, to append to a message; empty if none is close."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -35,7 +38,7 @@ def _choice(config, name: str, choices) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise SpecaufError(
-            f"{name} is {value!r}{_nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
+            f"{name} is {value!r}{nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
         )
 
 
@@ -67,9 +70,19 @@ class Target:
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        _positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-                  "rope_theta", "max_position_embeddings")  # fmt: skip
+        _positive(
+            self,
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "rope_theta",
+            "max_position_embeddings",
+        )
         _check_heads(self)
 
 
@@ -162,8 +175,16 @@ class Optimisation:
     """Newest checkpoints to keep, beside the best one."""
 
     def __post_init__(self):
-        _positive(self, "batch_size", "accumulation", "learning_rate", "clip_norm",
-                  "log_every", "checkpoint_every", "keep_last")  # fmt: skip
+        _positive(
+            self,
+            "batch_size",
+            "accumulation",
+            "learning_rate",
+            "clip_norm",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+        )
         if self.steps < 0:
             raise SpecaufError(f"steps is {self.steps}", "0 (save the untrained weights) or more", "set it to 1000")
         if not 0 <= self.warmup_ratio < 1:
@@ -188,7 +209,10 @@ class TrainOptimisation(Optimisation):
     """Blocks whose scores and logits exist at one time; memory against speed."""
     decode_every: int = 0
     """Steps between measurements of real decode tau on held-out prompts; 0 for never."""
+    decode_files: tuple[str, ...] = ()
+    """JSONL prompts to decode; none takes the dataset's own held-out prompts."""
     decode_prompts: int = 16
+    """Prompts to decode, spread over the files."""
     decode_tokens: int = 64
 
     def __post_init__(self):
@@ -383,7 +407,7 @@ class Export:
 class Report:
     """Compare runs on one self-contained HTML page."""
 
-    runs: tuple[str, ...]
+    runs: tyro.conf.Positional[tuple[str, ...]]
     """[NAME=]PATH[,PATH]: run folders (metrics.jsonl) and results of `specauf evaluate`."""
     out: str
     """HTML file to write."""
@@ -412,8 +436,17 @@ def resolve_drafter(drafter: Drafter, target: Target, mask_token_id: int | None 
     Raises:
       SpecaufError: no mask token, or a field that cannot work with this target.
     """
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")  # fmt: skip
+    shared = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "max_position_embeddings",
+    )
     filled = {name: getattr(target, name) for name in shared if getattr(drafter, name) is None}
     if drafter.mask_token_id is None:
         if mask_token_id is None:
@@ -490,7 +523,7 @@ def from_dict(cls, values: dict, where: str):
     for key in values:
         if key not in hints:
             raise SpecaufError(
-                f"{where}: unknown field {key!r} of {cls.__name__}{_nearest(key, hints)}",
+                f"{where}: unknown field {key!r} of {cls.__name__}{nearest(key, hints)}",
                 "a field of this version",
                 "remove or rename the field",
             )

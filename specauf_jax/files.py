@@ -45,8 +45,11 @@ def write_text(path, text: str) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise SpecaufError(f"{path} cannot be written: {error.strerror}", "a writable path and free space",
-                           "free space or choose another path") from error  # fmt: skip
+        raise SpecaufError(
+            f"{path} cannot be written: {error.strerror}",
+            "a writable path and free space",
+            "free space or choose another path",
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -63,8 +66,11 @@ def replace_folder(folder) -> Iterator[Path]:
             folder.replace(old)
         beside.replace(folder)
     except OSError as error:
-        raise SpecaufError(f"{folder} cannot be written: {error.strerror or error}", "a writable path and free space",
-                           "free space or choose another path") from error  # fmt: skip
+        raise SpecaufError(
+            f"{folder} cannot be written: {error.strerror or error}",
+            "a writable path and free space",
+            "free space or choose another path",
+        ) from error
     finally:
         if old.exists() and not folder.exists():
             old.replace(folder)

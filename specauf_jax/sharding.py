@@ -43,9 +43,11 @@ def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
     if shape.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         shape[shape.index(-1)] = len(devices) // known
     if min(shape) < 1 or math.prod(shape) != len(devices):
-        raise SpecaufError(f"mesh replica={config.replica} fsdp={config.fsdp} tensor={config.tensor} on {len(devices)} "
-                           "devices", "axes whose product is the number of devices (at most one of them -1)",
-                           "change --mesh.replica, --mesh.fsdp or --mesh.tensor")  # fmt: skip
+        raise SpecaufError(
+            f"mesh replica={config.replica} fsdp={config.fsdp} tensor={config.tensor} on {len(devices)} devices",
+            "axes whose product is the number of devices (at most one of them -1)",
+            "change --mesh.replica, --mesh.fsdp or --mesh.tensor",
+        )
     axes = ("replica", "fsdp", "tensor")
     return jax.sharding.Mesh(np.asarray(devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * 3)
 
@@ -54,8 +56,11 @@ def check_batch(rows: int, parts: int, mesh: jax.sharding.Mesh) -> None:
     """Every part of a batch must spread evenly over the mesh's batch axes."""
     shards = mesh.shape["replica"] * mesh.shape["fsdp"]
     if rows % (parts * shards):
-        raise SpecaufError(f"batch_size {rows} in {parts} part(s) over {shards} devices", f"a multiple of {parts * shards}",
-                           "change --train.batch-size, --train.accumulation or the mesh")  # fmt: skip
+        raise SpecaufError(
+            f"batch_size {rows} in {parts} part(s) over {shards} devices",
+            f"a multiple of {parts * shards}",
+            "change --train.batch-size, --train.accumulation or the mesh",
+        )
 
 
 def parameter_sharding(tree, mesh: jax.sharding.Mesh):

@@ -85,8 +85,9 @@ class PackedRows:
         try:
             return self._source[index]
         except RuntimeError as error:  # what ArrayRecord raises for every damaged file
-            raise SpecaufError(f"{self._folder / 'dataset'} is truncated or damaged: {str(error).splitlines()[0]}",
-                               "the ArrayRecord file as it was written", f"copy it again, or {REPREPARE}") from error  # fmt: skip
+            reason = str(error).splitlines()[0]
+            raise SpecaufError(f"{self._folder / 'dataset'} is truncated or damaged: {reason}",
+                               "the file as it was written", f"copy it again, or {REPREPARE}") from error  # fmt: skip
 
 
 def open_dataset(folder) -> PackedRows:
@@ -150,7 +151,7 @@ def read_manifest(folder) -> dict:
         raise SpecaufError(f"{path} does not exist", "a folder written by `specauf prepare`",
                            "check the path, or run `specauf prepare --out` with it") from error  # fmt: skip
     except (OSError, ValueError) as error:
-        raise SpecaufError(f"{path} cannot be read: {error}", "the JSON that `specauf prepare` wrote", REPREPARE) from error
+        raise SpecaufError(f"{path} cannot be read: {error}", "the JSON of `specauf prepare`", REPREPARE) from error
     missing = [key for key in MANIFEST_KEYS if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise SpecaufError(f"{path} lacks {', '.join(missing)}", "the manifest of this version", REPREPARE)

@@ -13,7 +13,7 @@ END_OF_TEXT, TURN_START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im
 STOP_TOKENS = (TURN_END, END_OF_TEXT, "<|eot_id|>")
 """Ends of a turn or text in the families that we serve (Qwen, ours, Llama)."""
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-         "added_tokens.json", "vocab.json", "merges.txt", "generation_config.json")  # fmt: skip
+         "added_tokens.json", "vocab.json", "merges.txt")  # fmt: skip
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"

@@ -64,8 +64,16 @@ def generate(
     """
     results: list[Generation | None] = [None] * len(prompts)
     for batch in prompt_batches(prompts, batch_size):
-        state = start(drafter_params, target_params, batch, config=config, max_new_tokens=max_new_tokens,
-                      sampling=sampling, seed=seed, mesh=mesh)  # fmt: skip
+        state = start(
+            drafter_params,
+            target_params,
+            batch,
+            config=config,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            mesh=mesh,
+        )
         state, accepted = decode(drafter_params, target_params, state, config=config, max_new_tokens=max_new_tokens)
         for index, generation in collect(batch, state, accepted):
             results[index] = generation
@@ -94,8 +102,9 @@ def stream(
     """
     [batch] = prompt_batches([prompt], 1)
     batch = dataclasses.replace(batch, indices=np.asarray([index]))
-    state = start(drafter_params, target_params, batch, config=config, max_new_tokens=max_new_tokens,
-                  sampling=sampling, seed=seed)  # fmt: skip
+    state = start(
+        drafter_params, target_params, batch, config=config, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+    )
     while not state.done[0]:
         state, done = _round(drafter_params, target_params, state, config=config)
         yield np.asarray(done.tokens[0, : int(done.emitted[0])]).tolist(), int(done.accepted[0])
@@ -128,9 +137,16 @@ def prompt_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Pr
 
 
 def start(
-    drafter_params, target_params, batch: PromptBatch, *, config: Decoding, max_new_tokens: int,
-    sampling: Sampling = GREEDY, seed: int = 0, mesh=None,
-) -> DecodeState:  # fmt: skip
+    drafter_params,
+    target_params,
+    batch: PromptBatch,
+    *,
+    config: Decoding,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    mesh=None,
+) -> DecodeState:
     """A batch's state with its prompts read. Arguments as for `generate`."""
     busy = np.arange(len(batch.length)) < len(batch.indices)
     limit = batch.length + np.where(busy, max_new_tokens, 0).astype(np.int32)
@@ -188,5 +204,11 @@ def collect(batch: PromptBatch, state: DecodeState, accepted) -> Iterator[tuple[
     for row, index in enumerate(batch.indices):
         begin = batch.length[row]
         history = accepted[row]
-        yield int(index), Generation(prompt=tokens[row, :begin].tolist(), tokens=tokens[row, begin : length[row]].tolist(),
-                                     accepted=history[history >= 0].tolist())  # fmt: skip
+        yield (
+            int(index),
+            Generation(
+                prompt=tokens[row, :begin].tolist(),
+                tokens=tokens[row, begin : length[row]].tolist(),
+                accepted=history[history >= 0].tolist(),
+            ),
+        )

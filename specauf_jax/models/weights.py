@@ -125,8 +125,17 @@ def save_drafter(params: dict, config: Drafter, folder, *, provenance: dict | No
 # ---------------------------------------------------------------------------------------------
 # config.json
 
-_SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings")  # fmt: skip
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
 
 
 def _shared_fields(values: dict, where: str) -> dict:
@@ -268,15 +277,24 @@ def _open(path):
 def _check_tensors(folder, files: dict, wanted: dict) -> None:
     missing, extra = sorted(wanted.keys() - files.keys()), sorted(files.keys() - wanted.keys())
     if missing or extra:
-        found = "; ".join(f"{len(names)} {kind}, first {names[0]}" for kind, names in
-                          (("missing", missing), ("unknown", extra)) if names)  # fmt: skip
-        raise SpecaufError(f"{folder}: tensors do not fit config.json: {found}", f"exactly {len(wanted)} tensors",
-                           "use the config.json that belongs to these weights")  # fmt: skip
+        found = "; ".join(
+            f"{len(names)} {kind}, first {names[0]}"
+            for kind, names in (("missing", missing), ("unknown", extra))
+            if names
+        )
+        raise SpecaufError(
+            f"{folder}: tensors do not fit config.json: {found}",
+            f"exactly {len(wanted)} tensors",
+            "use the config.json that belongs to these weights",
+        )
     for name, shape in wanted.items():
         found = tuple(files[name].get_slice(name).get_shape())
         if found != shape:
-            raise SpecaufError(f"{folder}: {name} has shape {found}", f"{shape} by config.json",
-                               "use the config.json that belongs to these weights")  # fmt: skip
+            raise SpecaufError(
+                f"{folder}: {name} has shape {found}",
+                f"{shape} by config.json",
+                "use the config.json that belongs to these weights",
+            )
 
 
 def _get(files: dict, name: str) -> np.ndarray:

@@ -1,0 +1,7 @@
+"""`python -m specauf_jax`."""
+
+import sys
+
+from specauf_jax.cli import main
+
+sys.exit(main())

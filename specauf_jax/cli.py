@@ -1,0 +1,93 @@
+"""The command line: `specauf COMMAND [--config RECIPE.py] [--field value …]`.
+
+Only the settings are imported before arguments are read, so that help comes at once; each command's
+body, and JAX with it, is imported when it runs.
+"""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from specauf_jax import config
+from specauf_jax.errors import SpecaufError
+
+COMMANDS = {
+    "prepare": (config.Prepare, "specauf_jax.data.prepare", "prepare"),
+    "pretrain": (config.Pretrain, "specauf_jax.commands.pretrain", "pretrain"),
+    "regenerate": (config.Regenerate, "specauf_jax.commands.regenerate", "regenerate"),
+    "train": (config.Train, "specauf_jax.commands.train", "train"),
+    "generate": (config.Generate, "specauf_jax.commands.generate", "generate"),
+    "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
+    "export": (config.Export, "specauf_jax.commands.export", "export"),
+    "report": (config.Report, "specauf_jax.evaluation.report", "write_report"),
+}
+"""Name → its settings, and the module and function that does it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(_overview(), highlight=False, markup=False, soft_wrap=True)
+        return 0 if arguments else 2
+    try:
+        if arguments[0] not in COMMANDS:
+            raise SpecaufError(
+                f"unknown command {arguments[0]!r}{config.nearest(arguments[0], COMMANDS)}",
+                ", ".join(COMMANDS),
+                "see specauf --help",
+            )
+        settings, module, function = COMMANDS[arguments[0]]
+        parsed = _parse(settings, arguments[0], arguments[1:])
+        getattr(importlib.import_module(module), function)(parsed, console)
+    except SpecaufError as error:
+        Console(stderr=True).print(f"specauf: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("specauf: interrupted; the same command goes on from what was saved")
+        return 130
+    return 0
+
+
+def _parse(settings: type, command: str, arguments: list[str]):
+    """Command-line arguments over a recipe over the defaults."""
+    default = None
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise SpecaufError("--config without a file", "--config RECIPE.py", "name the recipe")
+        default = _recipe(settings, arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    description = f"{settings.__doc__}\n\n--config RECIPE.py takes its values from a recipe first."
+    return tyro.cli(settings, prog=f"specauf {command}", args=arguments, default=default, description=description)
+
+
+def _recipe(settings: type, path: str):
+    if not Path(path).is_file():
+        raise SpecaufError(f"{path} does not exist", "a recipe, such as configs/tiny_cpu.py", "check the path")
+    recipe = runpy.run_path(path).get("config")
+    if not isinstance(recipe, settings):
+        raise SpecaufError(
+            f"{path} defines config = {type(recipe).__name__}",
+            f"config = {settings.__name__}(…)",
+            f"use a recipe for `specauf {settings.__name__.lower()}`",
+        )
+    return recipe
+
+
+def _overview() -> str:
+    lines = [f"  {name:<11} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "specauf COMMAND [--config RECIPE.py] [--field value …]",
+            "",
+            *lines,
+            "",
+            "specauf COMMAND --help lists a command's settings.",
+        ]
+    )

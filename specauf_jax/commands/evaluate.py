@@ -1,0 +1,195 @@
+"""`specauf evaluate`: tau, acceptance, exactness and speed of a drafter on prompt sets."""
+
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from specauf_jax.commands.setup import Models, float32_precision, load_models
+from specauf_jax.config import Evaluate, Sampling
+from specauf_jax.decoding.generate import Generation, collect, decode, prompt_batches, start
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.environment import describe_environment
+from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.measure import acceptance_measures
+from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
+from specauf_jax.files import existing_folder, write_text
+
+
+@dataclasses.dataclass
+class Timed:
+    """A pass over requests: what was generated, and the seconds of its two phases."""
+
+    generations: list[Generation]
+    prefill_s: float
+    decode_s: float
+
+
+def evaluate(config: Evaluate, console: Console) -> dict:
+    """Measure every set, print a table, write `config.out`; returns what was written."""
+    sets = {name: read_prompts(path) for name, path in map(_named, config.prompts)}
+    if config.max_prompts:
+        sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
+    with float32_precision(config.dtype):
+        models = load_models(config.target, config.drafter, config.dtype)
+        measured = {}
+        for name, prompts in sets.items():
+            measured[name] = _measure(models, prompts, config)
+            console.print(f"{name}: {_line(_part(measured[name], models))}", highlight=False)
+    parts = {name: _part(set_, models) for name, set_ in measured.items()}
+    overall = _part(_joined(list(measured.values())), models)
+    results = {"overall": overall, "sets": parts, "meta": _meta(config, models)}
+    write_text(config.out, json.dumps(results, indent=2) + "\n")
+    _show(results, console)
+    return results
+
+
+@dataclasses.dataclass
+class Measured:
+    """Passes over one set, after warm-up; generations are those of the last pass."""
+
+    speculative: list[Timed]
+    autoregressive: list[Timed]
+    greedy: bool
+
+
+def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measured:
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+
+    def timed(requests, decoding: Decoding) -> Timed:
+        return _timed_pass(models, requests, decoding, sampling, config)
+
+    # The first pass compiles, and answers turn by turn; its requests are then timed all at once.
+    requests: list[list[int]] = []
+
+    def first_pass(batch):
+        requests.extend(batch)
+        return timed(batch, models.speculative).generations
+
+    answer(models.tokenizer, prompts, first_pass)
+    timed(requests, models.autoregressive)
+    passes = [
+        (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
+    ]
+    speculative, autoregressive = zip(*passes, strict=True)
+    return Measured(list(speculative), list(autoregressive), greedy=config.temperature == 0)
+
+
+def _timed_pass(models: Models, requests, decoding: Decoding, sampling: Sampling, config: Evaluate) -> Timed:
+    drafter_params = models.drafter_params if decoding.drafter else None
+    found: dict[int, Generation] = {}
+    prefill_s = decode_s = 0.0
+    for batch in prompt_batches(requests, config.batch_size):
+        begin = time.perf_counter()
+        state = start(
+            drafter_params,
+            models.target_params,
+            batch,
+            config=decoding,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            seed=config.seed,
+        )
+        jax.block_until_ready(state)
+        middle = time.perf_counter()
+        state, accepted = decode(
+            drafter_params, models.target_params, state, config=decoding, max_new_tokens=config.max_new_tokens
+        )
+        jax.block_until_ready(state)
+        decode_s += time.perf_counter() - middle
+        prefill_s += middle - begin
+        found |= dict(collect(batch, state, accepted))
+    return Timed([found[i] for i in range(len(requests))], prefill_s, decode_s)
+
+
+def _part(measured: Measured, models: Models) -> dict:
+    """One set's entry of the results file."""
+    speculative, autoregressive = measured.speculative[-1].generations, measured.autoregressive[-1].generations
+    different = [i for i, (a, b) in enumerate(zip(speculative, autoregressive, strict=True)) if a.tokens != b.tokens]
+    part = acceptance_measures(speculative, models.speculative.block_size)
+    if measured.greedy:
+        part |= {"exact": not different, "compared": len(speculative), "mismatches": len(different)}
+    else:  # draws differ between the methods; only their distributions agree
+        part |= {"exact": None, "compared": 0, "mismatches": 0}
+    part |= _speed("", measured.speculative) | _speed("autoregressive_", measured.autoregressive)
+    return part | {"speedup": part["tokens_per_s"] / part["autoregressive_tokens_per_s"]}
+
+
+def _speed(prefix: str, passes: list[Timed]) -> dict:
+    tokens = sum(len(g.tokens) for g in passes[-1].generations)
+    decode_s = statistics.median(p.decode_s for p in passes)
+    return {
+        f"{prefix}tokens_per_s": tokens / decode_s,
+        f"{prefix}ms_per_token": 1000 * decode_s / tokens,
+        f"{prefix}prefill_s": statistics.median(p.prefill_s for p in passes),
+    }
+
+
+def _joined(measured: list[Measured]) -> Measured:
+    """All sets as one."""
+
+    def join(passes: tuple[Timed, ...]) -> Timed:
+        return Timed(
+            [g for p in passes for g in p.generations],
+            sum(p.prefill_s for p in passes),
+            sum(p.decode_s for p in passes),
+        )
+
+    def repeats(which: str) -> list[Timed]:
+        return [join(passes) for passes in zip(*(getattr(m, which) for m in measured), strict=True)]
+
+    return Measured(repeats("speculative"), repeats("autoregressive"), measured[0].greedy)
+
+
+def _meta(config: Evaluate, models: Models) -> dict:
+    provenance = existing_folder(config.drafter, "a drafter") / "specauf.json"
+    origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
+    return describe_environment() | {
+        "dtype": config.dtype,
+        "temperature": config.temperature,
+        "block_size": models.speculative.block_size,
+        "seed": config.seed,
+        "objective": (origin.get("objective") or {}).get("name"),
+        "drafter": origin,
+        "config": dataclasses.asdict(config),
+        "conventions": {
+            "tau": "mean of accepted + 1 over rounds; the last round counts in full, though a stop may cut its tokens",
+            "tau_outside_loops": "rounds whose anchor does not stand in a stretch of period <= 16 over 16 tokens",
+            "tokens_per_s": "new tokens by seconds in the decoding loop, prefill apart; median over repeats",
+        },
+    }
+
+
+def _named(argument: str) -> tuple[str, str]:
+    name, equals, path = argument.partition("=")
+    if not (name and equals and path):
+        raise SpecaufError(f"--prompts {argument}", "NAME=FILE.jsonl", "give the set a name")
+    return name, path
+
+
+def _line(part: dict) -> str:
+    exact = {True: "exact", False: f"{part['mismatches']} of {part['compared']} DIFFER", None: "sampled"}[part["exact"]]
+    outside = part["tau_outside_loops"]
+    return (
+        f"tau {part['tau_micro']:.3f} (outside loops {'—' if outside is None else format(outside, '.3f')}), {exact}, "
+        f"{part['tokens_per_s']:,.0f} tokens/s, {part['speedup']:.2f} × autoregressive"
+    )
+
+
+def _show(results: dict, console: Console) -> None:
+    table = Table("set", "tau micro", "macro", "outside loops", "exact", "tokens/s", "autoregressive", "ratio")
+    for name, part in [*results["sets"].items(), ("overall", results["overall"])]:
+        numbers = [part["tau_micro"], part["tau_macro"], part["tau_outside_loops"]]
+        table.add_row(
+            name,
+            *("—" if n is None else f"{n:.3f}" for n in numbers),
+            str(part["exact"]),
+            f"{part['tokens_per_s']:,.0f}",
+            f"{part['autoregressive_tokens_per_s']:,.0f}",
+            f"{part['speedup']:.2f}",
+        )
+    console.print(table)

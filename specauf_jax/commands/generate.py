@@ -1,0 +1,124 @@
+"""`specauf generate`: continuations of prompts, to a file or streamed to the terminal."""
+
+import json
+
+from rich.console import Console
+from rich.text import Text
+
+from specauf_jax.commands.setup import Models, float32_precision, load_models
+from specauf_jax.config import Generate, Sampling
+from specauf_jax.decoding.generate import Generation, stream
+from specauf_jax.decoding.generate import generate as generate_tokens
+from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.measure import tau_micro
+from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
+from specauf_jax.files import write_text
+
+
+def generate(config: Generate, console: Console) -> None:
+    """Answer every prompt; write JSONL, or print as it comes."""
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    prompts = read_prompts(config.prompts)
+    if config.method == "speculative" and config.drafter is None:
+        raise SpecaufError(
+            "--method speculative without --drafter",
+            "a drafter folder",
+            "pass --drafter DIR or --method autoregressive",
+        )
+    drafter = config.drafter if config.method == "speculative" else None
+    with float32_precision(config.dtype):
+        models = load_models(config.target, drafter, config.dtype)
+        if config.out is None:
+            _stream_all(models, prompts, config, sampling, console)
+        else:
+            _write_all(models, prompts, config, sampling, console)
+
+
+def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
+    def run(requests):
+        return generate_tokens(
+            models.drafter_params,
+            models.target_params,
+            requests,
+            config=models.speculative or models.autoregressive,
+            max_new_tokens=config.max_new_tokens,
+            sampling=sampling,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            progress=console,
+        )
+
+    answers = answer(models.tokenizer, prompts, run)
+    rows = [_row(models.tokenizer, turns) for turns in answers]
+    write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    tau = tau_micro([g.accepted for turns in answers for g in turns])
+    console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}", highlight=False)
+
+
+def _row(tokenizer, turns: list[Generation]) -> dict:
+    """One prompt's result; of several turns the sums, and each turn under `turns`."""
+    parts = [
+        {
+            "prompt_tokens": g.prompt,
+            "tokens": g.tokens,
+            "text": tokenizer.decode(g.tokens, skip_special_tokens=True),
+            "rounds": len(g.accepted),
+            "accepted": g.accepted,
+        }
+        for g in turns
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        "prompt_tokens": parts[0]["prompt_tokens"],
+        "tokens": [token for part in parts for token in part["tokens"]],
+        "text": "\n".join(part["text"] for part in parts),
+        "rounds": sum(part["rounds"] for part in parts),
+        "accepted": [a for part in parts for a in part["accepted"]],
+        "turns": parts,
+    }
+
+
+def _stream_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
+    """One prompt after another; green is what the drafter contributed."""
+
+    def run(requests):
+        return [
+            _stream_one(models, request, index, config, sampling, console) for index, request in enumerate(requests)
+        ]
+
+    accepted = [g.accepted for prompt in prompts for g in answer(models.tokenizer, [prompt], run)[0]]
+    console.print(
+        f"[dim]{len(prompts)} prompts, {sum(map(len, accepted))} rounds, tau {tau_micro(accepted):.3f}[/dim]",
+        highlight=False,
+    )
+
+
+def _stream_one(models: Models, request, index: int, config: Generate, sampling: Sampling, console: Console):
+    tokens: list[int] = []
+    history: list[int] = []
+    console.print(Text(models.tokenizer.decode(request), style="dim"), end="")
+    rounds = stream(
+        models.drafter_params,
+        models.target_params,
+        request,
+        config=models.speculative or models.autoregressive,
+        max_new_tokens=config.max_new_tokens,
+        sampling=sampling,
+        seed=config.seed,
+        index=index,
+    )
+    for new, accepted in rounds:
+        own = len(new) > accepted  # a stop may have cut off the target's own token
+        console.print(_grown(models.tokenizer, tokens, new[: len(new) - own], "green"), end="", soft_wrap=True)
+        tokens += new[: len(new) - own]
+        console.print(_grown(models.tokenizer, tokens, new[len(new) - own :], ""), end="", soft_wrap=True)
+        tokens += new[len(new) - own :]
+        history.append(accepted)
+    console.print(f"\n[dim]── {len(tokens)} tokens in {len(history)} rounds[/dim]\n", highlight=False)
+    return Generation(prompt=list(request), tokens=tokens, accepted=history)
+
+
+def _grown(tokenizer, before: list[int], new: list[int], style: str) -> Text:
+    """The text that `new` tokens add: decoded together, as a character may span tokens."""
+    return Text(tokenizer.decode(before + new)[len(tokenizer.decode(before)) :], style=style)

@@ -1,0 +1,57 @@
+"""`specauf pretrain`: a small target from a prepared dataset."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
+from specauf_jax.config import Pretrain
+from specauf_jax.data.loader import make_loader
+from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.models.target import init_target
+from specauf_jax.models.weights import save_target
+from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, replicated
+from specauf_jax.training.loop import Run, train_loop
+from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
+
+
+def pretrain(config: Pretrain, console: Console) -> None:
+    """Train, then write `out/target` in Hugging Face layout with the tokenizer."""
+    data, out, train = Path(config.data), Path(config.out), config.train
+    manifest = read_data(data)
+    config = dataclasses.replace(config, target=dataclasses.replace(config.target, vocab_size=manifest["vocab_size"]))
+    mesh = make_mesh(config.mesh)
+    check_batch(train.batch_size, train.accumulation, mesh)
+    optimizer = make_optimizer(train)
+
+    def initialise():
+        return init_state(init_target(config.target, jax.random.key(train.seed)), optimizer)
+
+    sharding, rows = parameter_sharding(jax.eval_shape(initialise), mesh), batch_sharding(mesh)
+    step = make_pretrain_step(config.target, optimizer, accumulation=train.accumulation, dtype=train.dtype)
+    step = jax.jit(step, in_shardings=(sharding, rows), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    with float32_precision(train.dtype):
+        run = Run(
+            out=out,
+            train=train,
+            config=run_record(config, manifest),
+            environment=announce(out, mesh, console),
+            step=step,
+            state=jax.jit(initialise, out_shardings=sharding)(),
+            loader=make_loader(
+                data,
+                train.batch_size,
+                train.seed,
+                shard_index=jax.process_index(),
+                shard_count=jax.process_count(),
+            ),
+            batch_sharding=rows,
+            score="-loss",
+            shown=("loss", "accuracy"),
+        )
+        state = train_loop(run, console)
+    save_target(state.params, config.target, out / "target", eos_token_id=manifest["eos_token_id"])
+    copy_tokenizer(data / "tokenizer", out / "target")
+    console.print(f"target written to {out / 'target'}", highlight=False)

@@ -1,0 +1,172 @@
+"""`specauf regenerate`: a dataset whose supervised tokens are the target's own."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from specauf_jax.commands.setup import announce, float32_precision, read_data
+from specauf_jax.config import Regenerate
+from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
+from specauf_jax.data.packing import Document, pack, unpack
+from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_tokenizer
+from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.errors import SpecaufError
+from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
+from specauf_jax.models.target import TargetStep
+from specauf_jax.models.weights import load_target
+from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+
+_BATCHES_PER_PART = 2  # finished work is saved this often
+
+
+def regenerate(config: Regenerate, console: Console) -> dict:
+    """Write `config.out`; returns its manifest. A killed run goes on where it stopped."""
+    check_absent(config.out)
+    data, parts = Path(config.data), Path(f"{config.out}.parts")
+    params, target = load_target(config.target, config.dtype)
+    manifest = read_data(data, target)
+    mesh = make_mesh(config.mesh)
+    shards = batch_sharding(mesh).num_devices
+    if config.batch_size % shards:
+        raise SpecaufError(f"batch_size {config.batch_size} over {shards} devices", "a multiple", "change --batch-size")
+    announce(Path(config.out), mesh, console)
+    params = jax.device_put(params, parameter_sharding(params, mesh))
+    stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
+    decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
+    _begin(parts, config)
+
+    def respond(prompts, seed):
+        return generate(
+            None,
+            params,
+            prompts,
+            config=decoding,
+            max_new_tokens=config.max_new_tokens,
+            sampling=config.sampling,
+            seed=seed,
+            batch_size=config.batch_size,
+            mesh=mesh,
+        )
+
+    documents = _chosen(data, config.documents)
+    size = config.batch_size * _BATCHES_PER_PART
+    chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
+    with float32_precision(config.dtype):
+        for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
+            if not (parts / f"{number}.npz").exists():
+                _save(parts / f"{number}.npz", _rewrite(chunk, respond, config, manifest["sequence_length"], number))
+    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))], len(documents))
+    shutil.rmtree(parts)
+    console.print(
+        f"{written['documents']} documents, {written['supervised_tokens']} supervised tokens of the target's "
+        f"own written to {config.out}",
+        highlight=False,
+    )
+    return written
+
+
+def _chosen(data: Path, count: int) -> list[Document]:
+    """All documents, or `count` of them spread evenly."""
+    documents = [document for row in open_dataset(data) for document in unpack(row)]
+    if not count or count >= len(documents):
+        return documents
+    return [documents[i] for i in np.linspace(0, len(documents) - 1, count).astype(int)]
+
+
+def _rewrite(documents: list[Document], respond, config: Regenerate, length: int, part: int) -> list[Document]:
+    """Replace every supervised run of tokens, in order; each answer sees the answers before it."""
+    pieces = [_pieces(document, config.prompt_length) for document in documents]
+    tokens = [np.zeros(0, np.int32) for _ in documents]
+    masks = [np.zeros(0, bool) for _ in documents]
+    for turn in range(max(len(kept) for kept in pieces)):
+        asked = [i for i, kept in enumerate(pieces) if turn < len(kept) and len(tokens[i]) + len(kept[turn]) < length]
+        for i in asked:
+            tokens[i] = np.concatenate([tokens[i], pieces[i][turn]])
+            masks[i] = np.concatenate([masks[i], np.zeros(len(pieces[i][turn]), bool)])
+        # The seed depends on the part, so that a resumed run draws what an uninterrupted one would.
+        answers = respond([tokens[i].tolist() for i in asked], config.seed + 1000 * part + turn)
+        for i, answer in zip(asked, answers, strict=True):
+            new = np.asarray(answer.tokens, np.int32)[: length - len(tokens[i])]
+            tokens[i] = np.concatenate([tokens[i], new])
+            masks[i] = np.concatenate([masks[i], np.ones(len(new), bool)])
+    return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if m.any()]
+
+
+def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
+    """What is kept before each answer: the unsupervised runs, or a text's first `prompt_length` tokens."""
+    if document.loss_mask.all():
+        return [document.tokens[:prompt_length]] if len(document.tokens) > prompt_length else []
+    edges = np.flatnonzero(np.diff(document.loss_mask.astype(int), prepend=0))
+    begins, ends = edges[::2], edges[1::2]
+    previous = np.concatenate([[0], ends])[: len(begins)]
+    return [document.tokens[a:b] for a, b in zip(previous, begins, strict=True) if b > 0]
+
+
+def _begin(parts: Path, config: Regenerate) -> None:
+    """Make the folder of finished parts, or check that those there were made with the same settings."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if (parts / "settings.json").exists():
+        found = read_json(parts / "settings.json", "the settings of an interrupted regeneration")
+        if found != settings:
+            differing = sorted(key for key in settings if found.get(key) != settings[key])
+            raise SpecaufError(
+                f"{parts} holds parts made with another {', '.join(differing)}",
+                "the same settings",
+                f"restore them, or delete {parts}",
+            )
+    write_text(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _save(path: Path, documents: list[Document]) -> None:
+    beside = path.with_suffix(".part")
+    with beside.open("wb") as file:
+        np.savez(
+            file,
+            lengths=np.asarray([len(d.tokens) for d in documents], np.int64),
+            tokens=np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in documents)]),
+            loss_mask=np.concatenate([np.zeros(0, bool), *(d.loss_mask for d in documents)]),
+        )
+    beside.replace(path)
+
+
+def _load(path: Path) -> list[Document]:
+    with np.load(path) as arrays:
+        ends = np.cumsum(arrays["lengths"])[:-1]
+        tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
+    return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if len(t)]
+
+
+def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], asked: int) -> dict:
+    documents = [document for part in parts for document in part]
+    if not documents:
+        raise SpecaufError(
+            f"none of {asked} documents has anything to answer",
+            f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
+            "lower --prompt-length",
+        )
+    with fresh_folder(config.out) as folder:
+        tokens, supervised = (sum(int(getattr(d, name).size) for d in documents) for name in ("tokens", "loss_mask"))
+        supervised = sum(int(d.loss_mask.sum()) for d in documents)
+        rows = write_dataset(pack(documents, manifest["sequence_length"]), folder, manifest["sequence_length"])
+        copy_tokenizer(Path(config.data) / "tokenizer", folder / "tokenizer")
+        for name in manifest["prompts"].values():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(config.data) / name, folder / name)
+        manifest = manifest | {
+            "rows": rows,
+            "documents": len(documents),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "supervised_share": supervised / tokens,
+            "truncated_documents": asked - len(documents),
+            "source": f"answers of {config.target} to {manifest['source']}",
+        }
+        write_manifest(folder, manifest)
+    return manifest

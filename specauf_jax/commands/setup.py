@@ -1,0 +1,84 @@
+"""What several commands do before their work begins."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from specauf_jax.config import Drafter, Dtype, Target, resolve_drafter
+from specauf_jax.data.dataset import read_manifest
+from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.environment import describe_environment
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models.target import TargetStep
+from specauf_jax.models.weights import load_drafter, load_target
+
+
+def run_record(config, manifest: dict, **resolved) -> dict:
+    """What a checkpoint must agree with: the command's config, what was resolved from it, the dataset."""
+    record = json.loads(json.dumps(dataclasses.asdict(config) | resolved))
+    return record | {name: manifest[name] for name in ("sequence_length", "tokenizer_sha256", "rows")}
+
+
+def announce(out: Path, mesh, console: Console) -> dict:
+    """Print where and on what a command runs; returns the environment's description."""
+    environment = describe_environment(mesh)
+    shape = " ".join(f"{axis}={size}" for axis, size in environment["mesh"].items())
+    console.print(
+        f"[bold]{out}[/bold]  {environment['devices']} × {environment['device']}, mesh {shape}, "
+        f"jax {environment['versions']['jax']}, revision {environment['revision']}",
+        highlight=False,
+    )
+    return environment
+
+
+def read_data(folder, target: Target | None = None) -> dict:
+    """The manifest of a prepared dataset, checked against the target's vocabulary."""
+    manifest = read_manifest(folder)
+    if target is not None and manifest["vocab_size"] > target.vocab_size:
+        raise SpecaufError(
+            f"{folder} has a vocabulary of {manifest['vocab_size']} tokens, the target one of {target.vocab_size}",
+            "a dataset made with the target's tokenizer",
+            "run `specauf prepare --tokenizer` with the target's folder",
+        )
+    return manifest
+
+
+def float32_precision(dtype: Dtype):
+    """Matrix products in full precision for float32: accelerators would quietly use bfloat16 passes."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Target, drafter (or None) and tokenizer, loaded and checked against each other."""
+
+    target_params: dict
+    drafter_params: dict | None
+    tokenizer: object
+    speculative: Decoding | None
+    autoregressive: Decoding
+
+
+def load_models(target: str, drafter: str | None, dtype: Dtype) -> Models:
+    """Everything that decoding needs, from folders."""
+    tokenizer = load_tokenizer(target)
+    target_params, config = load_target(target, dtype)
+    if len(tokenizer) > config.vocab_size:
+        raise SpecaufError(
+            f"{target}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}",
+            "at most the model's vocabulary",
+            "use the tokenizer that the model was trained with",
+        )
+    drafter_params, speculative, stops = None, None, eos_token_ids(tokenizer)
+    layer_ids: tuple[int, ...] = (config.num_hidden_layers - 1,)
+    if drafter is not None:
+        drafter_params, found = load_drafter(drafter, dtype)
+        resolved: Drafter = resolve_drafter(found, config)
+        layer_ids = resolved.target_layer_ids
+        speculative = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
+    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=stops)
+    return Models(target_params, drafter_params, tokenizer, speculative, autoregressive)

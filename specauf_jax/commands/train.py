@@ -1,0 +1,155 @@
+"""`specauf train`: a DFlash drafter against a frozen target."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
+from specauf_jax.config import Drafter, Target, Train, resolve_drafter
+from specauf_jax.data.dataset import open_dataset
+from specauf_jax.data.loader import make_loader
+from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.measure import tau_micro
+from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
+from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.target import TargetStep
+from specauf_jax.models.weights import load_target, save_drafter, target_config
+from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, replicated
+from specauf_jax.training.blocks import eligible_anchors
+from specauf_jax.training.loop import Run, train_loop
+from specauf_jax.training.loss import LossConfig
+from specauf_jax.training.step import init_state, make_optimizer, make_train_step
+
+_ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before training starts
+
+
+def train(config: Train, console: Console) -> None:
+    """Train, then write `out/drafter` in z-lab layout."""
+    data, out = Path(config.data), Path(config.out)
+    target = target_config(config.target)
+    manifest = read_data(data, target)
+    drafter = resolve_drafter(config.drafter, target, manifest["mask_token_id"])
+    _check_rows(config, drafter, manifest)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, config.train.accumulation, mesh)
+    with float32_precision(config.train.dtype):
+        record = run_record(config, manifest, drafter=dataclasses.asdict(drafter))
+        run = make_run(config, drafter, target, manifest, mesh, record, announce(out, mesh, console))
+        state = train_loop(run, console)
+    save_drafter(state.params, drafter, out / "drafter", provenance=provenance(record, config.train.steps))
+    console.print(f"drafter written to {out / 'drafter'}", highlight=False)
+
+
+def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, environment) -> Run:
+    """Parameters, jitted step and data of a training run, spread over the mesh."""
+    settings = config.train
+    loss = LossConfig(
+        drafter=drafter,
+        objective=config.objective,
+        num_anchors=settings.num_anchors,
+        anchor_chunk=settings.anchor_chunk,
+        dtype=settings.dtype,
+    )
+    target_params, _ = load_target(config.target, settings.dtype)
+    target_sharding = parameter_sharding(target_params, mesh)
+    target_params = jax.device_put(target_params, target_sharding)
+    optimizer = make_optimizer(settings)
+
+    def initialise():
+        return init_state(init_drafter(drafter, jax.random.key(settings.seed)), optimizer)
+
+    sharding, rows = parameter_sharding(jax.eval_shape(initialise), mesh), batch_sharding(mesh)
+    step = jax.jit(
+        make_train_step(loss, target, optimizer, accumulation=settings.accumulation, seed=settings.seed),
+        in_shardings=(sharding, target_sharding, rows),
+        out_shardings=(sharding, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return Run(
+        out=Path(config.out),
+        train=settings,
+        config=record,
+        environment=environment,
+        step=lambda state, batch: step(state, target_params, batch),
+        state=jax.jit(initialise, out_shardings=sharding)(),
+        loader=make_loader(
+            config.data,
+            settings.batch_size,
+            settings.seed,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        ),
+        batch_sharding=rows,
+        score="tau",
+        shown=("tau", "loss"),
+        measure=_decode_measure(config, drafter, target, target_params, manifest) if settings.decode_every else None,
+        measure_every=settings.decode_every,
+    )
+
+
+def provenance(record: dict, step: int) -> dict:
+    """Where a drafter came from, for people and for checks; stored beside its weights."""
+    return {
+        "objective": record["objective"],
+        "steps": step,
+        "seed": record["train"]["seed"],
+        "target": record["target"],
+        "data": record["data"],
+        "tokenizer_sha256": record["tokenizer_sha256"],
+        "labels": "slot k predicts the k-th token after the anchor; slot 0 is not trained",
+        "target_layer_ids": "0-based; id i is the residual output of layer i",
+    }
+
+
+def _check_rows(config: Train, drafter: Drafter, manifest: dict) -> None:
+    S = manifest["sequence_length"]
+    if drafter.block_size > S:
+        raise SpecaufError(
+            f"block_size {drafter.block_size} in rows of {S} tokens",
+            "a block that fits a row",
+            "lower --drafter.block-size or prepare longer rows",
+        )
+    if config.train.num_anchors >= S:
+        raise SpecaufError(
+            f"num_anchors {config.train.num_anchors} in rows of {S} tokens",
+            f"at most {S - 1}",
+            "lower --train.num-anchors",
+        )
+    rows = open_dataset(config.data)
+    looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), _ROWS_LOOKED_AT)).astype(int)]
+    masks, ids = (np.stack([row[name] for row in looked_at]) for name in ("loss_mask", "document_ids"))
+    if not eligible_anchors(masks, ids).any():
+        raise SpecaufError(
+            f"{config.data}: no eligible anchor in {len(looked_at)} rows",
+            "rows with two supervised tokens in succession",
+            "check the dataset's loss mask",
+        )
+
+
+def _decode_measure(config: Train, drafter: Drafter, target: Target, target_params, manifest: dict):
+    """state → tau of real decoding on held-out prompts."""
+    files = config.train.decode_files or [str(Path(config.data) / name) for name in manifest["prompts"].values()]
+    if not files:
+        raise SpecaufError(
+            "train.decode_every is set, but the dataset has no held-out prompts",
+            "prompts to decode",
+            "pass --train.decode-files FILE.jsonl, or set --train.decode-every 0",
+        )
+    tokenizer = load_tokenizer(Path(config.data) / "tokenizer")
+    share = -(-config.train.decode_prompts // len(files))
+    prompts = [encode_first_turn(tokenizer, prompt) for file in files for prompt in read_prompts(file)[:share]]
+    step = TargetStep(target, drafter.target_layer_ids)
+    decoding = Decoding(target_step=step, drafter=drafter, stop_tokens=eos_token_ids(tokenizer))
+
+    def measure(state) -> dict:
+        params = jax.tree.map(lambda x: x.astype(config.train.dtype), state.params)
+        done = generate(params, target_params, prompts, config=decoding, max_new_tokens=config.train.decode_tokens)
+        return {"decode_tau": tau_micro([generation.accepted for generation in done])}
+
+    return measure

@@ -1,0 +1,131 @@
+"""Conversations and texts as token documents: chat template and loss mask.
+
+The loss mask is True exactly on what the model must write itself: the assistant's tokens and the
+marker that ends its turn, not the line break that a template puts after the marker.
+"""
+
+import re
+
+import numpy as np
+
+from specauf_jax.data.packing import Document
+from specauf_jax.errors import SpecaufError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def encode_conversation(tokenizer, messages: list[dict], where: str) -> Document:
+    """Tokens and loss mask of a conversation under the tokenizer's chat template.
+
+    Args:
+      tokenizer: of `tokenizer.load_tokenizer`.
+      messages: [{"role", "content"}, ...].
+      where: the record's file and line, for messages.
+
+    Raises:
+      SpecaufError: no template, or one that refuses or rewrites this conversation.
+    """
+    if _GENERATION.search(_template(tokenizer)):
+        return _marked_by_template(tokenizer, messages, where)
+    full = _render(tokenizer, messages, where)
+    # One tokenisation of the full text: tokens next to a turn's border must be those seen in use.
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens, offsets = np.array(encoded["input_ids"], np.int32), np.array(encoded["offset_mapping"]).reshape(-1, 2)
+    special = np.isin(tokens, _special_ids(tokenizer))
+    mask = np.zeros(len(tokens), bool)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start, end = _turn_span(tokenizer, messages, index, full, where)
+            inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
+            mask |= inside & (offsets[:, 0] < _after_marker(full, offsets[inside & special], end))
+    return Document(tokens, mask)
+
+
+def _turn_span(tokenizer, messages: list[dict], index: int, full: str, where: str) -> tuple[int, int]:
+    """First and last + 1 character of an assistant turn in the rendered conversation."""
+    before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
+    upto = _render(tokenizer, messages[: index + 1], where)
+    if not (full.startswith(upto) and upto.startswith(before)):
+        raise SpecaufError(f"{where}: the chat template renders message {index + 1} differently when more follow",
+                           "a template that only appends, or one with {% generation %} marks",
+                           "mark the assistant's text in chat_template with {% generation %} ... {% endgeneration %}, "
+                           "or cut the conversation after its first answer")  # fmt: skip
+    return len(before), len(upto)
+
+
+def _after_marker(full: str, special_offsets: np.ndarray, end: int) -> int:
+    """Where the supervised part of a turn stops: after its last marker if only space follows, else at its end."""
+    if len(special_offsets):
+        after = int(special_offsets[-1, 1])
+        if not full[after:end].strip():
+            return after
+    return end
+
+
+def _special_ids(tokenizer) -> list[int]:
+    return [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
+
+
+def _marked_by_template(tokenizer, messages: list[dict], where: str) -> Document:
+    encoded = _apply(
+        tokenizer,
+        messages,
+        where,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
+    return Document(np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool))
+
+
+def _template(tokenizer) -> str:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise SpecaufError("the tokenizer has no chat template",
+                           "chat_template in tokenizer_config.json, or chat_template.jinja beside it",
+                           "use the tokenizer of a chat model, or plain text")  # fmt: skip
+    return template
+
+
+def _render(tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> str:
+    return _apply(tokenizer, messages, where, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _apply(tokenizer, messages: list[dict], where: str, **settings):
+    try:
+        return tokenizer.apply_chat_template(messages, **settings)
+    except ImportError:
+        raise  # jinja2 is missing: not the record's fault
+    except Exception as error:  # a template may raise anything, jinja2's TemplateError first of all
+        raise SpecaufError(f"{where}: the chat template refuses this conversation: {error}",
+                           "roles and an order that the template knows", "correct the record") from error  # fmt: skip
+
+
+def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation that awaits the assistant's answer.
+
+    Raises:
+      SpecaufError: no template, or one that refuses the conversation.
+    """
+    _template(tokenizer)
+    text = _render(tokenizer, messages, "prompt", add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def encode_text(tokenizer, text: str) -> Document:
+    """Tokens of a plain text and the end-of-text token, all of them supervised."""
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer, texts: list[str]) -> list[Document]:
+    """`encode_text` of many texts at once, which uses all cores."""
+    if not texts:
+        return []  # transformers does not take an empty batch
+    # A special token's name in plain text is text: it must not end a document or stand for a mask.
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = [np.array(ids + end, np.int32) for ids in encoded]
+    return [Document(tokens, np.ones(len(tokens), bool)) for tokens in documents]

@@ -1,0 +1,218 @@
+"""The body of `specauf prepare`: a source becomes a packed dataset, its tokenizer and a manifest."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from specauf_jax.config import Prepare
+from specauf_jax.data import chat, corpus, sources
+from specauf_jax.data import tokenizer as tokenizers
+from specauf_jax.data.dataset import write_dataset, write_manifest
+from specauf_jax.data.folder import check_absent, fresh_folder
+from specauf_jax.data.packing import Document, pack
+from specauf_jax.data.preview import print_example, print_summary
+from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.errors import SpecaufError
+
+SMALLEST_ROW = 16
+SMALLEST_VOCABULARY = 300
+"""256 bytes, four markers and a few merges."""
+ENCODE_TOGETHER = 64
+"""Records tokenised in one call; the tokenizers library spreads them over the cores."""
+
+
+@dataclass
+class Source:
+    """Where the records come from; `read` starts over at each call."""
+
+    name: str
+    read: Callable[[], Iterable[Record | BadRecord]]
+    heldout: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Counts:
+    """What went into the dataset."""
+
+    documents: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    conversations: int = 0
+    example: Document | None = None
+
+    def add(self, document: Document) -> None:
+        self.documents += 1
+        self.tokens += len(document.tokens)
+        self.supervised += int(document.loss_mask.sum())
+        self.example = self.example or document
+
+
+def prepare(config: Prepare, console: Console) -> dict:
+    """Write `config.out`: dataset/, tokenizer/, prompts/ (embedded corpus) and manifest.json.
+
+    Args:
+      config: settings of the command.
+      console: for progress, bad records, an example and the summary.
+
+    Returns:
+      The manifest (keys: `dataset.MANIFEST_KEYS`).
+
+    Raises:
+      SpecaufError: bad settings, source or records; `config.out` is left as it was.
+    """
+    _check_settings(config)
+    source = _open_source(config)
+    bad, counts = BadRecords(config.max_bad_records, console), Counts()
+    with fresh_folder(config.out) as folder, _progress(console) as progress:
+        tokenizer = _tokenizer(config, source, folder / "tokenizer", progress)
+        records = progress.track(bad.keep_good(source.read()), description="tokenising and packing")
+        documents = _encode(tokenizer, records, config.sequence_length, bad, counts)
+        rows = write_dataset(_checked(pack(documents, config.sequence_length), bad), folder, config.sequence_length)
+        _check_mask(config, counts)
+        prompts = _write_prompts(config, tokenizer, source.heldout, folder)
+        manifest = _manifest(config, source, tokenizer, folder, rows, bad, counts, prompts)
+        write_manifest(folder, manifest)
+    print_example(console, tokenizer, counts.example)
+    print_summary(console, config.out, manifest, plain_text=not counts.conversations)
+    return manifest
+
+
+def _check_settings(config: Prepare) -> None:
+    given = [f"--{name}" for name in ("input", "tfds", "corpus") if getattr(config, name)]
+    if len(given) != 1:
+        raise SpecaufError(f"{len(given)} sources given ({', '.join(given) or 'none'})", "exactly one",
+                           "pass one of --input, --tfds and --corpus")  # fmt: skip
+    if config.sequence_length < SMALLEST_ROW:
+        raise SpecaufError(f"sequence_length is {config.sequence_length}", f"at least {SMALLEST_ROW}",
+                           "raise --sequence-length")  # fmt: skip
+    if config.tokenizer is None and config.vocab_size < SMALLEST_VOCABULARY:
+        raise SpecaufError(f"vocab_size is {config.vocab_size}", f"at least {SMALLEST_VOCABULARY} (256 bytes, "
+                           "the markers and some merges)", "raise --vocab-size")  # fmt: skip
+    if min(config.heldout_prompts, config.prompt_length) < 1 or config.max_bad_records < 0:
+        raise SpecaufError("heldout_prompts, prompt_length or max_bad_records is out of range",
+                           "counts of at least 1, 1 and 0", "correct the setting")  # fmt: skip
+    check_absent(config.out)
+
+
+def _open_source(config: Prepare) -> Source:
+    if config.input:
+        files = sources.input_files(config.input)
+        return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
+    if config.tfds:
+        sources.tfds_fields(config)
+        return Source(f"tfds: {config.tfds}, split {config.tfds_split}", lambda: sources.read_tfds(config))
+    training, heldout = corpus.stdlib_corpus(config.corpus_bytes)
+    records = [Record(f"corpus:{number}", text=text) for number, text in enumerate(training)]
+    return Source(f"corpus: {corpus.corpus_name()}", lambda: records, heldout)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress):
+    """The given tokenizer, or a BPE trained on the source's good records; its files go to `folder`."""
+    if config.tokenizer is not None:
+        tokenizer = tokenizers.load_tokenizer(config.tokenizer)
+        tokenizers.copy_tokenizer(config.tokenizer, folder)
+        return tokenizer
+    good = (record for record in source.read() if isinstance(record, Record))
+    texts = itertools.chain.from_iterable(_texts(record) for record in good)
+    tokenizers.train_bpe(progress.track(texts, description="training the tokenizer"), config.vocab_size, folder)
+    return tokenizers.load_tokenizer(folder)
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.text] if record.text is not None else [message["content"] for message in record.messages]
+
+
+def _encode(tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts) -> Iterator[Document]:
+    """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
+    records = iter(records)
+    while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
+        texts = iter(chat.encode_texts(tokenizer, [record.text for record in batch if record.text is not None]))
+        for record in batch:
+            if record.text is not None:
+                documents = _windows(next(texts), length)
+            else:
+                documents = _conversation(tokenizer, record, length, bad, counts)
+            for document in documents:
+                counts.add(document)
+                yield document
+
+
+def _windows(document: Document, length: int) -> Iterator[Document]:
+    for start in range(0, len(document.tokens), length):
+        span = slice(start, start + length)
+        yield Document(document.tokens[span], document.loss_mask[span])
+
+
+def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
+    """The record's one document, or none when it is unusable."""
+    document = chat.encode_conversation(tokenizer, record.messages, record.where)
+    # The mask token stands for what is to be predicted; as a label it would teach the drafter to draft it.
+    if tokenizer.mask_token_id is not None and np.any(document.tokens == tokenizer.mask_token_id):
+        bad.add(BadRecord(record.where, f"contains the mask token {tokenizer.mask_token}"))
+        return []
+    cut = Document(document.tokens[:length], document.loss_mask[:length])
+    if document.loss_mask.any() and not cut.loss_mask.any():
+        bad.add(BadRecord(record.where, f"no supervised token within the first {length} tokens"))
+        return []
+    counts.truncated += len(document.tokens) > length
+    counts.conversations += 1
+    return [cut]
+
+
+def _checked(rows: Iterable[dict], bad: BadRecords) -> Iterator[dict]:
+    # Bad records are the better message than the empty dataset that they may leave.
+    yield from rows
+    bad.check()
+
+
+def _check_mask(config: Prepare, counts: Counts) -> None:
+    if counts.conversations and not config.allow_uniform_mask and counts.supervised in (0, counts.tokens):
+        share = "no token is" if counts.supervised == 0 else "each token is"
+        raise SpecaufError(f"{share} supervised in all {counts.conversations} conversations",
+                           "the assistant's tokens supervised, the others not",
+                           "correct the template's {% generation %} marks, or pass --allow-uniform-mask")  # fmt: skip
+
+
+def _write_prompts(config: Prepare, tokenizer, heldout: dict[str, list[str]], folder: Path) -> dict[str, str]:
+    files = {}
+    for name, texts in heldout.items():
+        prompts = corpus.heldout_prompts(tokenizer, texts, config.heldout_prompts, config.prompt_length)
+        files[name] = f"prompts/{name}.jsonl"
+        (folder / "prompts").mkdir(exist_ok=True)
+        lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+        (folder / files[name]).write_text(lines, encoding="utf-8")
+    return files
+
+
+def _manifest(config: Prepare, source: Source, tokenizer, folder: Path, rows: int, bad: BadRecords,
+              counts: Counts, prompts: dict[str, str]) -> dict:  # fmt: skip
+    tokenizer_sha256, template_sha256 = tokenizers.hashes(folder / "tokenizer")
+    return {
+        "sequence_length": config.sequence_length,
+        "rows": rows,
+        "documents": counts.documents,
+        "tokens": counts.tokens,
+        "supervised_tokens": counts.supervised,
+        "supervised_share": counts.supervised / counts.tokens,
+        "truncated_documents": counts.truncated,
+        "bad_records": len(bad.found),
+        "tokenizer_sha256": tokenizer_sha256,
+        "template_sha256": template_sha256,
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "source": source.name,
+        "prompts": prompts,
+    }

@@ -1,0 +1,189 @@
+"""The loop around a jitted step: progress, metrics, checkpoints, resume."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from specauf_jax.config import Optimisation
+from specauf_jax.errors import SpecaufError
+from specauf_jax.files import write_text
+from specauf_jax.training.blocks import Batch
+from specauf_jax.training.checkpoint import Checkpoints
+from specauf_jax.training.step import TrainState, learning_rate_schedule
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop needs of a training command."""
+
+    out: Path
+    train: Optimisation
+    config: dict  # stored with every checkpoint, and compared on resume
+    environment: dict
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
+    state: TrainState  # before the first step
+    loader: Iterator[dict]  # with get_state and set_state
+    batch_sharding: Any
+    score: str  # the measure whose highest value marks the best checkpoint
+    shown: tuple[str, ...]  # measures on the progress bar
+    measure: Callable[[TrainState], dict] | None = None  # slower measures, every `measure_every` steps
+    measure_every: int = 0
+
+
+def train_loop(run: Run, console: Console) -> TrainState:
+    """Train to `run.train.steps`, going on from the newest checkpoint if there is one.
+
+    Raises:
+      SpecaufError: a non-finite loss, with the step and the culprit; checkpoints stay as they are.
+    """
+    checkpoints = Checkpoints(run.out / "checkpoints", run.train.keep_last)
+    try:
+        state, first = _resume(run, checkpoints, console)
+        if jax.process_index() == 0:
+            record = run.config | {"environment": run.environment}
+            write_text(run.out / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+        log = MetricsLog(run.out, first)
+        with _progress(console) as progress:
+            bar = progress.add_task("", total=run.train.steps, completed=first, text="compiling")
+            for number in range(first + 1, run.train.steps + 1):
+                state, metrics = run.step(state, put_batch(next(run.loader), run.batch_sharding))
+                log.add(number, metrics)
+                if number in (first + 1, run.train.steps) or number % run.train.log_every == 0:
+                    text = log.write(number, run)
+                    progress.update(bar, completed=number, text=text)
+                    if not console.is_terminal and number % (10 * run.train.log_every) == 0:
+                        console.print(f"step {number}/{run.train.steps}  {text}", highlight=False)
+                if run.measure and number % run.measure_every == 0:
+                    log.write_measured(number, run.measure(state))
+                if number % run.train.checkpoint_every == 0 or number == run.train.steps:
+                    log.settle()  # a step that went wrong must never become a checkpoint
+                    checkpoints.save(number, state, run.loader.get_state(), run.config, log.score(run.score))
+        return state
+    finally:
+        checkpoints.close()
+
+
+def put_batch(arrays: dict, sharding) -> Batch:
+    """Host rows as a Batch over the mesh; each process gives its own rows."""
+    return Batch(**{name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()})
+
+
+def _resume(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
+    step = checkpoints.latest()
+    if step is None:
+        return run.state, 0
+    state, iterator = checkpoints.restore(step, run.state, run.config)
+    run.loader.set_state(iterator)
+    console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
+    return state, step
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard: means over the steps since the last line."""
+
+    def __init__(self, out: Path, first: int):
+        self._path = out / "metrics.jsonl"
+        if jax.process_index() == 0:
+            _cut(self._path, first)
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first or None)
+        self._window: list[dict] = []
+        self._pending: tuple[int, dict] | None = None
+        self._last: dict = {}
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Take a step's metrics; those of the step before are read now, while the device works on."""
+        self.settle()
+        self._pending = step, metrics
+
+    def settle(self) -> None:
+        """Wait for the newest metrics and check them."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        nonfinite = metrics.pop("nonfinite")
+        if not math.isfinite(metrics["loss"]) or any(nonfinite.values()):
+            raise _diverged(step, metrics["loss"], [name for name, bad in nonfinite.items() if bad])
+        self._window.append({name: float(value) for name, value in metrics.items()})
+
+    def write(self, step: int, run: Run) -> str:
+        """One line of means; returns the text for the progress bar."""
+        self.settle()
+        seconds = time.perf_counter() - self._clock
+        window, self._window = self._window, []
+        means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
+        rate = len(window) * run.train.batch_size * self._row_length(run) / seconds
+        means |= {"learning_rate": float(learning_rate_schedule(run.train)(step - 1)), "tokens_per_s": rate}
+        self._emit(step, means)
+        self._clock = time.perf_counter()
+        return "  ".join(f"{name} {means[name]:.3f}" for name in run.shown) + f"  {rate:,.0f} tokens/s"
+
+    def write_measured(self, step: int, measures: dict) -> None:
+        """A line of slower measures; their time does not count into tokens_per_s."""
+        self._emit(step, measures)
+        self._clock = time.perf_counter()
+
+    def score(self, name: str) -> float:
+        """Latest value of a measure (of "-name": negated); the decode tau where it is known."""
+        if name == "tau" and "decode_tau" in self._last:
+            name = "decode_tau"
+        return -self._last[name[1:]] if name.startswith("-") else self._last[name]
+
+    def _row_length(self, run: Run) -> int:
+        return run.config["sequence_length"]
+
+    def _emit(self, step: int, values: dict) -> None:
+        self._last |= values
+        if jax.process_index() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint; those steps come again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # the kill cut the line itself
+            continue
+    write_text(path, "".join(kept))
+
+
+def _diverged(step: int, loss, culprits: list[str]) -> SpecaufError:
+    first = culprits[0] if culprits else "the loss itself"
+    more = f" and {len(culprits) - 1} more" if len(culprits) > 1 else ""
+    return SpecaufError(
+        f"step {step}: loss is {loss}; not finite: {first}{more}",
+        "finite numbers",
+        "lower --train.learning-rate or raise the warm-up, then run again: it goes on from the last "
+        "checkpoint, which is untouched (features not finite: the target's weights or dtype)",
+    )

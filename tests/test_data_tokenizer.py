@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from specauf_jax.data import tokenizer as tokenizers
+from specauf_jax.errors import SpecaufError
+
+TEXTS = ["def add(a, b):\n    return a + b\n", "class Ünïcode:\n    pass\n", "the cat sat on the mat " * 20]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizers.train_bpe(TEXTS, 300, tmp_path / "tok")
+    return tmp_path / "tok"
+
+
+def test_round_trip_and_special_tokens(folder):
+    tokenizer = tokenizers.load_tokenizer(folder)
+    text = "  def f():\n\treturn 'naïve 🐈' # <|im_end|>\n\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert 260 < len(tokenizer) <= 300
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token) == ("<|endoftext|>",) * 2 + ("<|mask|>",)
+    assert tokenizers.eos_token_ids(tokenizer) == (0, 2)
+
+
+def test_auto_tokenizer_reads_it(folder):
+    from transformers import AutoTokenizer
+
+    ours, theirs = tokenizers.load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert theirs("the mat")["input_ids"] == ours("the mat")["input_ids"]
+    assert theirs.chat_template == ours.chat_template == tokenizers.CHATML
+
+
+def test_training_is_deterministic(folder, tmp_path):
+    tokenizers.train_bpe(iter(TEXTS), 300, tmp_path / "again")
+    assert tokenizers.hashes(folder) == tokenizers.hashes(tmp_path / "again")
+    tokenizers.train_bpe(TEXTS[:1], 300, tmp_path / "other")
+    assert tokenizers.hashes(folder)[0] != tokenizers.hashes(tmp_path / "other")[0]
+
+
+def test_copy_keeps_the_hashes(folder, tmp_path):
+    tokenizers.copy_tokenizer(folder, tmp_path / "copy")
+    assert tokenizers.hashes(tmp_path / "copy") == tokenizers.hashes(folder)
+    before = tokenizers.hashes(folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")  # wins over tokenizer_config.json
+    assert tokenizers.load_tokenizer(folder).chat_template == "{{ messages }}"
+    assert tokenizers.hashes(folder)[0] == before[0] and tokenizers.hashes(folder)[1] != before[1]
+
+
+def test_tokenizer_json_alone(folder):
+    (folder / "tokenizer_config.json").unlink()
+    assert tokenizers.load_tokenizer(folder).chat_template is None
+    assert tokenizers.hashes(folder)[1] is None
+
+
+def test_missing_or_broken_tokenizer(folder, tmp_path):
+    with pytest.raises(SpecaufError, match="tokenizer.json does not exist"):
+        tokenizers.load_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SpecaufError, match="cannot be read"):
+        tokenizers.load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(SpecaufError, match="cannot be read"):
+        tokenizers.load_tokenizer(folder)
