@@ -16,8 +16,9 @@ GENERATION = (
 )
 # Like Qwen3: only the last answer carries a think block.
 REWRITING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think></think>"
-    "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -59,6 +60,13 @@ def test_template_with_generation_marks(tokenizer):
     runs, whole = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION, "file:1"))
     assert runs == ["Yo\n<|im_end|>", " é 🐈<|im_end|>"]
     assert whole == "U:Hi|A:Yo\n<|im_end|>|U:<3|A: é 🐈<|im_end|>|"
+
+
+def test_last_character_of_a_marked_turn_is_supervised_whole(tokenizer):
+    tokenizer.chat_template = GENERATION.replace("<|im_end|>", "")
+    document = chat.encode_conversation(tokenizer, CONVERSATION[2:], "file:1")
+    assert len(tokenizer("🐈")["input_ids"]) == 4  # the case at hand
+    assert supervised(tokenizer, document)[0] == [" é 🐈"]
 
 
 def test_template_without_a_marker_supervises_the_line_break_that_ends_the_turn(tokenizer):

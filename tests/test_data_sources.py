@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from specauf_jax.config import Prepare
-from specauf_jax.data import sources
+from specauf_jax.data import sources, tfds_source
 from specauf_jax.data.sources import BadRecord, Record
 from specauf_jax.errors import SpecaufError
 
@@ -30,7 +30,7 @@ def test_sharegpt_and_openai(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"messages": [', "broken JSON .* at column 14"),
+        (b'{"messages": [', "broken JSON .* at column 1"),
         (b'{"messages": "\xff"}', "not UTF-8"),
         (b"[", "broken JSON .*jq -c"),
         ([{"messages": MESSAGES}], "a JSON array; write one record a line"),
@@ -42,6 +42,7 @@ def test_sharegpt_and_openai(tmp_path):
         ({"messages": [MESSAGES[0], {"role": ["a"], "content": "a"}]}, "turn 2 has the unknown role"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": " "}]}, "turn 2 has no text"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "turn 2 has no text"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": "\ud800"}]}, "turn 2 holds half a surrogate pair"),
         ({"messages": MESSAGES[:1]}, "does not end with an assistant turn"),
         ({"messages": MESSAGES[1:]}, "begins with an assistant turn"),
     ],
@@ -111,7 +112,7 @@ def tfds_dir(tmp_path):
 
 
 def read_tfds(tfds_dir, name="talks", **fields):
-    return list(sources.read_tfds(Prepare(out="", tfds=name, tfds_dir=tfds_dir, **fields)))
+    return list(tfds_source.read_tfds(Prepare(out="", tfds=name, tfds_dir=tfds_dir, **fields)))
 
 
 def test_tfds(tfds_dir):

@@ -18,7 +18,8 @@ from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_token
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
+from specauf_jax.data.folder import check_absent, fresh_folder
+from specauf_jax.files import read_json, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import load_target
 from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding
@@ -74,7 +75,8 @@ def regenerate(config: Regenerate, console: Console) -> dict:
 
 def _chosen(data: Path, count: int) -> list[Document]:
     """All documents, or `count` of them spread evenly."""
-    documents = [document for row in open_dataset(data) for document in unpack(row)]
+    rows = open_dataset(data)
+    documents = [document for i in range(len(rows)) for document in unpack(rows[i])]
     if not count or count >= len(documents):
         return documents
     return [documents[i] for i in np.linspace(0, len(documents) - 1, count).astype(int)]

@@ -67,16 +67,12 @@ def _special_ids(tokenizer) -> list[int]:
 
 
 def _marked_by_template(tokenizer, messages: list[dict], where: str) -> Document:
-    encoded = _apply(
-        tokenizer,
-        messages,
-        where,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return Document(np.array(encoded["input_ids"], np.int32), np.array(encoded["assistant_masks"], bool))
+    settings = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
+    encoded = _apply(tokenizer, messages, where, tokenize=True, return_dict=True, **settings)
+    # transformers marks only the first token of a turn's last character; the others share its offsets.
+    offsets = [tuple(span) for span in encoded["offset_mapping"]]
+    marked = {span for span, mask in zip(offsets, encoded["assistant_masks"], strict=True) if mask}
+    return Document(np.array(encoded["input_ids"], np.int32), np.array([span in marked for span in offsets], bool))
 
 
 def _template(tokenizer) -> str:

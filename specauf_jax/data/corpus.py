@@ -85,17 +85,17 @@ def heldout_prompts(tokenizer, texts: list[str], count: int, length: int) -> lis
       SpecaufError: the texts are too short for `count` of them.
     """
     starts = [(text, offset) for text in texts for offset in _line_starts(text, room=8 * length)]
-    prompts: dict[str, None] = {}  # ordered and distinct
+    prompts: list[str] = []
     for index in range(count):
         for text, offset in starts[index * len(starts) // count : (index + 1) * len(starts) // count]:
             prompt = _first_tokens(tokenizer, text[offset : offset + 8 * length], length)
             if prompt not in prompts:
-                prompts[prompt] = None
+                prompts.append(prompt)
                 break
-    if len(prompts) < count:
-        raise SpecaufError(f"a held-out domain gives {len(prompts)} distinct prompts of {length} tokens", f"{count}",
-                           "lower --heldout-prompts or --prompt-length")  # fmt: skip
-    return list(prompts)
+        else:
+            raise SpecaufError(f"a held-out domain has too little text for {count} distinct prompts of {length} tokens",
+                               "fewer or shorter prompts", "lower --heldout-prompts or --prompt-length")  # fmt: skip
+    return prompts
 
 
 def _line_starts(text: str, room: int) -> Iterator[int]:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specauf_jax.config import Prepare
-from specauf_jax.data import chat, corpus, sources
+from specauf_jax.data import corpus, sources, tfds_source
 from specauf_jax.data import tokenizer as tokenizers
 from specauf_jax.data.dataset import write_dataset, write_manifest
+from specauf_jax.data.encode import Counts, encode
 from specauf_jax.data.folder import check_absent, fresh_folder
-from specauf_jax.data.packing import Document, pack
+from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
 from specauf_jax.errors import SpecaufError
@@ -23,8 +23,6 @@ from specauf_jax.errors import SpecaufError
 SMALLEST_ROW = 16
 SMALLEST_VOCABULARY = 300
 """256 bytes, four markers and a few merges."""
-ENCODE_TOGETHER = 64
-"""Records tokenised in one call; the tokenizers library spreads them over the cores."""
 
 
 @dataclass
@@ -34,24 +32,6 @@ class Source:
     name: str
     read: Callable[[], Iterable[Record | BadRecord]]
     heldout: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Counts:
-    """What went into the dataset."""
-
-    documents: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    truncated: int = 0
-    conversations: int = 0
-    example: Document | None = None
-
-    def add(self, document: Document) -> None:
-        self.documents += 1
-        self.tokens += len(document.tokens)
-        self.supervised += int(document.loss_mask.sum())
-        self.example = self.example or document
 
 
 def prepare(config: Prepare, console: Console) -> dict:
@@ -73,7 +53,7 @@ def prepare(config: Prepare, console: Console) -> dict:
     with fresh_folder(config.out) as folder, _progress(console) as progress:
         tokenizer = _tokenizer(config, source, folder / "tokenizer", progress)
         records = progress.track(bad.keep_good(source.read()), description="tokenising and packing")
-        documents = _encode(tokenizer, records, config.sequence_length, bad, counts)
+        documents = encode(tokenizer, records, config.sequence_length, bad, counts)
         rows = write_dataset(_checked(pack(documents, config.sequence_length), bad), folder, config.sequence_length)
         _check_mask(config, counts)
         prompts = _write_prompts(config, tokenizer, source.heldout, folder)
@@ -106,8 +86,8 @@ def _open_source(config: Prepare) -> Source:
         files = sources.input_files(config.input)
         return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
     if config.tfds:
-        sources.tfds_fields(config)
-        return Source(f"tfds: {config.tfds}, split {config.tfds_split}", lambda: sources.read_tfds(config))
+        tfds_source.tfds_fields(config)
+        return Source(f"tfds: {config.tfds}, split {config.tfds_split}", lambda: tfds_source.read_tfds(config))
     training, heldout = corpus.stdlib_corpus(config.corpus_bytes)
     records = [Record(f"corpus:{number}", text=text) for number, text in enumerate(training)]
     return Source(f"corpus: {corpus.corpus_name()}", lambda: records, heldout)
@@ -132,43 +112,6 @@ def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress
 
 def _texts(record: Record) -> list[str]:
     return [record.text] if record.text is not None else [message["content"] for message in record.messages]
-
-
-def _encode(tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts) -> Iterator[Document]:
-    """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
-    records = iter(records)
-    while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
-        texts = iter(chat.encode_texts(tokenizer, [record.text for record in batch if record.text is not None]))
-        for record in batch:
-            if record.text is not None:
-                documents = _windows(next(texts), length)
-            else:
-                documents = _conversation(tokenizer, record, length, bad, counts)
-            for document in documents:
-                counts.add(document)
-                yield document
-
-
-def _windows(document: Document, length: int) -> Iterator[Document]:
-    for start in range(0, len(document.tokens), length):
-        span = slice(start, start + length)
-        yield Document(document.tokens[span], document.loss_mask[span])
-
-
-def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
-    """The record's one document, or none when it is unusable."""
-    document = chat.encode_conversation(tokenizer, record.messages, record.where)
-    # The mask token stands for what is to be predicted; as a label it would teach the drafter to draft it.
-    if tokenizer.mask_token_id is not None and np.any(document.tokens == tokenizer.mask_token_id):
-        bad.add(BadRecord(record.where, f"contains the mask token {tokenizer.mask_token}"))
-        return []
-    cut = Document(document.tokens[:length], document.loss_mask[:length])
-    if document.loss_mask.any() and not cut.loss_mask.any():
-        bad.add(BadRecord(record.where, f"no supervised token within the first {length} tokens"))
-        return []
-    counts.truncated += len(document.tokens) > length
-    counts.conversations += 1
-    return [cut]
 
 
 def _checked(rows: Iterable[dict], bad: BadRecords) -> Iterator[dict]:

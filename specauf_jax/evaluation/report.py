@@ -25,7 +25,8 @@ DASH = "—"
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 PART_KINDS = {
     **dict.fromkeys(("tau_micro", "tau_macro", "tokens_per_s", "autoregressive_tokens_per_s"), NUMBER),
-    **{"tau_outside_loops": MAYBE_NUMBER, "alpha": list, "exact": bool, "compared": int, "mismatches": int},
+    **{"tau_outside_loops": MAYBE_NUMBER, "alpha": list, "compared": int, "mismatches": int},
+    "exact": (bool, type(None)),  # nothing to compare where tokens were sampled
 }
 META_KINDS = {
     **{"device": str, "dtype": str, "temperature": NUMBER, "block_size": int, "seed": int},
@@ -292,13 +293,11 @@ def _table(head: list[str], rows: str, kind: str = "") -> str:
 
 
 def _text_rows(rows: dict[str, list]) -> str:
-    """Rows of plain values, one column a run; a row whose values all agree is one wide cell."""
+    """Rows of plain values, one column a run."""
     html = ""
     for name, values in rows.items():
         texts = [DASH if value is None else escape(str(value)) for value in values]
-        same = len(texts) > 1 and len(set(texts)) == 1
-        cells = f'<td colspan="{len(texts)}">{texts[0]}</td>' if same else "".join(f"<td>{t}</td>" for t in texts)
-        html += f"<tr><th>{escape(name)}</th>{cells}</tr>"
+        html += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{text}</td>' for text in texts)}</tr>"
     return html
 
 
@@ -327,8 +326,10 @@ def origin(runs: list[Run]) -> dict[str, list]:
     for key in ("objective", "block_size", "device", "dtype", "temperature", "seed"):
         values = [meta.get(key, run.config.get(stand_in.get(key))) for meta, run in zip(metas, runs, strict=True)]
         rows[key.replace("_", " ")] = values
-    rows["outputs identical to the target's own"] = [_identical(run) for run in runs]
-    rows["versions"] = [", ".join(f"{k} {v}" for k, v in meta.get("versions", {}).items()) or None for meta in metas]
+    rows["outputs identical to the target alone"] = [_identical(run) for run in runs]
+    rows["versions"] = [
+        ", ".join(f"{k} {v}" for k, v in meta.get("versions", {}).items() if v) or None for meta in metas
+    ]
     return rows
 
 
@@ -385,9 +386,11 @@ h3 { font-size: 1rem; margin: 0 } p, figcaption { margin: 0 0 12px }
 section > p, figcaption { color: var(--soft); font-size: .9rem }
 .wide { overflow-x: auto; margin: 0 0 18px }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--line); font-weight: 400 }
+th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--line);
+  font-weight: 400; vertical-align: top }
 th:first-child { text-align: left } thead th { color: var(--soft) } .group th { padding-top: 14px; font-weight: 600 }
-.text td, .text thead th { text-align: left; overflow-wrap: anywhere } .text th:first-child { width: 24% }
+.text td, .text thead th { text-align: left; overflow-wrap: anywhere; min-width: 7.5em }
+.text th:first-child { width: 24%; min-width: 11em }
 figure { margin: 0; padding: 14px 12px 8px; background: var(--card); border-radius: 8px;
   display: flex; flex-direction: column }
 figure svg { width: 100%; height: auto } section > figure { overflow-x: auto } section > figure svg { min-width: 640px }

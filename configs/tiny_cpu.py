@@ -1,0 +1,24 @@
+"""The quickstart's drafter: one layer, blocks of 8, against a target of 1 M parameters.
+
+    specauf train --config configs/tiny_cpu.py --target runs/quickstart/target --data runs/quickstart/data --out RUN
+
+Hardware: one CPU core. Time: about a minute. Expected tau: see the README's table of the quickstart.
+"""
+
+from specauf_jax.config import Drafter, Train, TrainOptimisation
+
+config = Train(
+    target="runs/quickstart/target",
+    data="runs/quickstart/data",
+    out="runs/quickstart/train_auf",
+    drafter=Drafter(block_size=8, num_hidden_layers=1),
+    train=TrainOptimisation(
+        steps=800,
+        batch_size=8,
+        num_anchors=12,
+        learning_rate=8e-3,
+        warmup_ratio=0.05,
+        checkpoint_every=200,
+        decode_every=200,
+    ),
+)

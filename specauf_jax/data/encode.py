@@ -1,0 +1,72 @@
+"""Records become documents: tokenised, cut to the row, counted."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from specauf_jax.data import chat
+from specauf_jax.data.packing import Document
+from specauf_jax.data.sources import BadRecord, BadRecords, Record
+
+ENCODE_TOGETHER = 64
+"""Records tokenised in one call; the tokenizers library spreads them over the cores."""
+
+
+@dataclass
+class Counts:
+    """What went into the dataset."""
+
+    documents: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    conversations: int = 0
+    example: Document | None = None
+
+    def add(self, document: Document) -> None:
+        self.documents += 1
+        self.tokens += len(document.tokens)
+        self.supervised += int(document.loss_mask.sum())
+        self.example = self.example or document
+
+
+def encode(tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts) -> Iterator[Document]:
+    """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
+    records = iter(records)
+    while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
+        texts = iter(chat.encode_texts(tokenizer, [record.text for record in batch if record.text is not None]))
+        for record in batch:
+            if record.text is not None:
+                documents = _windows(next(texts), length)
+            else:
+                documents = _conversation(tokenizer, record, length, bad, counts)
+            for document in documents:
+                counts.add(document)
+                yield document
+
+
+def _windows(document: Document, length: int) -> Iterator[Document]:
+    for start in range(0, len(document.tokens), length):
+        span = slice(start, start + length)
+        yield Document(document.tokens[span], document.loss_mask[span])
+
+
+def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
+    """The record's one document, or none when it is unusable."""
+    document = chat.encode_conversation(tokenizer, record.messages, record.where)
+    if not len(document.tokens):
+        bad.add(BadRecord(record.where, "the chat template renders it as nothing"))
+        return []
+    # The mask token stands for what is to be predicted; as a label it would teach the drafter to draft it.
+    if tokenizer.mask_token_id is not None and np.any(document.tokens == tokenizer.mask_token_id):
+        bad.add(BadRecord(record.where, f"contains the mask token {tokenizer.mask_token}"))
+        return []
+    cut = Document(document.tokens[:length], document.loss_mask[:length])
+    if document.loss_mask.any() and not cut.loss_mask.any():
+        bad.add(BadRecord(record.where, f"no supervised token within the first {length} tokens"))
+        return []
+    counts.truncated += len(document.tokens) > length
+    counts.conversations += 1
+    return [cut]
