@@ -31,7 +31,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    console = Console()
+    console = Console(soft_wrap=True)
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, markup=False, soft_wrap=True)
         return 0 if arguments else 2

@@ -485,7 +485,7 @@ def _check_fit(drafter: Drafter, target: Target) -> None:
         raise SpecaufError(
             f"drafter.target_layer_ids is {list(ids)}",
             f"ascending, distinct 0-based ids below the target's {target.num_hidden_layers} layers",
-            "set --drafter.target-layer-ids, or leave it out for a target of at least 4 layers",
+            "set --drafter.target-layer-ids (the default needs a target with 3 layers more than the drafter)",
         )
     if not 0 <= drafter.mask_token_id < target.vocab_size:
         raise SpecaufError(

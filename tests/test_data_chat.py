@@ -76,6 +76,9 @@ def test_template_without_a_marker_supervises_the_line_break_that_ends_the_turn(
     )
     runs, _ = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION[2:], "file:1"))
     assert runs == [" é 🐈\n"]
+    # A special token inside the answer is not taken for its end.
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "a<|im_start|>b"}]
+    assert supervised(tokenizer, chat.encode_conversation(tokenizer, messages, "file:1"))[0] == ["a<|im_start|>b\n"]
 
 
 def test_token_over_the_border_of_a_turn_is_not_supervised(tokenizer):

@@ -55,3 +55,5 @@ def test_heldout_prompts(texts, tokenizer, name):
 def test_too_many_prompts(tokenizer):
     with pytest.raises(SpecaufError, match="too little text for 3 distinct prompts of 4 tokens"):
         corpus.heldout_prompts(tokenizer, ["first line\nsecond line\n" + "x" * 24], 3, 4)
+    with pytest.raises(SpecaufError, match="too little text for 2 distinct"):
+        corpus.heldout_prompts(tokenizer, ["always the same line\n" * 50], 2, 4)

@@ -122,5 +122,5 @@ def test_fresh_folder_takes_an_empty_folder_only(tmp_path):
         (folder / "a").write_text("a")
     assert (tmp_path / "empty" / "a").read_text() == "a"
     with pytest.raises(SpecaufError, match="already holds files"), fresh_folder(tmp_path / "empty"):
-        pass
+        pytest.fail("work begun that cannot be kept")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]

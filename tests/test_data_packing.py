@@ -51,8 +51,8 @@ def test_pack_refuses_what_does_not_fit(length):
 
 
 def test_document_positions():
-    ids = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]], np.int32)
+    ids = np.array([[1, 1, 1, 2, 0, 0], [1, 2, 3, 3, 3, 3]], np.int32)
     positions = document_positions(ids)
-    assert positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
+    assert positions.tolist() == [[0, 1, 2, 0, 0, 0], [0, 0, 0, 1, 2, 3]]
     assert positions.dtype == np.int32
     np.testing.assert_array_equal(document_positions(ids[0]), positions[0])

@@ -18,6 +18,7 @@ def test_round_trip_and_special_tokens(folder):
     tokenizer = tokenizers.load_tokenizer(folder)
     text = "  def f():\n\treturn 'naïve 🐈' # <|im_end|>\n\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.tokenize("the mat") == ["the", "Ġmat"]  # learnt from the texts
     assert 260 < len(tokenizer) <= 300
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token) == ("<|endoftext|>",) * 2 + ("<|mask|>",)
     assert tokenizers.eos_token_ids(tokenizer) == (0, 2)

@@ -3,6 +3,7 @@
 import json
 
 from rich.console import Console
+from rich.progress import track
 from rich.text import Text
 
 from specauf_jax.commands.setup import Models, float32_precision, load_models
@@ -45,7 +46,7 @@ def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling
             sampling=sampling,
             seed=config.seed,
             batch_size=config.batch_size,
-            progress=console,
+            track=lambda batches: track(batches, "generating", console=console, disable=not console.is_terminal),
         )
 
     answers = answer(models.tokenizer, prompts, run)

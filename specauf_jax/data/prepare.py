@@ -14,7 +14,7 @@ from specauf_jax.data import corpus, sources, tfds_source
 from specauf_jax.data import tokenizer as tokenizers
 from specauf_jax.data.dataset import write_dataset, write_manifest
 from specauf_jax.data.encode import Counts, encode
-from specauf_jax.data.folder import check_absent, fresh_folder
+from specauf_jax.data.folder import fresh_folder
 from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
@@ -78,7 +78,6 @@ def _check_settings(config: Prepare) -> None:
     if min(config.heldout_prompts, config.prompt_length) < 1 or config.max_bad_records < 0:
         raise SpecaufError("heldout_prompts, prompt_length or max_bad_records is out of range",
                            "counts of at least 1, 1 and 0", "correct the setting")  # fmt: skip
-    check_absent(config.out)
 
 
 def _open_source(config: Prepare) -> Source:

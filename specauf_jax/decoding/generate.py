@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     mesh=None,
+    track: Callable[[list], Iterable] = iter,
 ) -> list[Generation]:
     """Continue every prompt, `batch_size` at a time.
 
@@ -58,12 +59,13 @@ def generate(
       seed: of the draws above temperature 0.
       batch_size: rows on the device at one time; a multiple of the mesh's batch shards.
       mesh: to spread rows over; None for one device.
+      track: wraps the list of batches, for a progress bar.
 
     Returns:
       One Generation per prompt, in order.
     """
     results: list[Generation | None] = [None] * len(prompts)
-    for batch in prompt_batches(prompts, batch_size):
+    for batch in track(prompt_batches(prompts, batch_size)):
         state = start(
             drafter_params,
             target_params,

@@ -1,0 +1,376 @@
+"""Decoding: exact for any drafter, at any temperature, for any target."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from specauf_jax import config as c
+from specauf_jax.decoding.generate import generate, stream
+from specauf_jax.decoding.sampling import distribution
+from specauf_jax.decoding.speculate import draft_and_verify, prefill
+from specauf_jax.decoding.state import Decoding, init_state
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.layers import init_kv_cache
+from specauf_jax.models.target import Head, TargetStep, init_target, target_features, target_head, target_hidden
+
+V, D, K = 17, 16, 4
+TARGET = c.Target(
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
+DRAFTER = c.resolve_drafter(
+    c.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=16, target_layer_ids=(0, 2)), TARGET
+)
+
+
+def sharpened(params, scale=12.0):
+    """Random models are nearly indifferent; larger embeddings give them opinions, and repeats."""
+    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, params)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return sharpened(init_drafter(DRAFTER, jax.random.key(1))), sharpened(init_target(TARGET, jax.random.key(0)))
+
+
+def decoding(drafter=DRAFTER, **kwargs):
+    return Decoding(target_step=TargetStep(TARGET, DRAFTER.target_layer_ids), drafter=drafter, **kwargs)
+
+
+def prompts(count, seed=0, longest=20):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V - 1, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+def greedy_by_hand(target_params, prompt, count, stops=()):
+    """The slowest oracle: the whole text through the packed forward for every token. No cache."""
+    text = list(prompt)
+    for _ in range(count):
+        tokens = np.zeros((1, 64), np.int32)
+        tokens[0, : len(text)] = text
+        text.append(int(_argmaxes(target_params, tokens)[len(text) - 1]))
+        if text[-1] in stops:
+            break
+    return text[len(prompt) :]
+
+
+@jax.jit
+def _argmaxes(params, tokens):
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    hidden = target_hidden(params, tokens, positions, jnp.ones_like(tokens), config=TARGET)
+    return jnp.argmax(hidden @ target_head(params).lm_head, -1)[0]
+
+
+def test_greedy_speculation_equals_a_cacheless_loop_in_mixed_batches(models):
+    asked = prompts(12)
+    expected = [greedy_by_hand(models[1], prompt, 24) for prompt in asked]
+    for batch_size in (1, 5):
+        found = generate(*models, asked, config=decoding(), max_new_tokens=24, batch_size=batch_size)
+        assert [g.tokens for g in found] == expected
+        assert [g.prompt for g in found] == asked
+    alone = generate(None, models[1], asked, config=decoding(drafter=None), max_new_tokens=24, batch_size=5)
+    assert [g.tokens for g in alone] == expected
+    assert all(g.accepted == [0] * 24 for g in alone)
+
+
+def test_every_row_stops_at_its_own_end_of_sequence(models):
+    asked = prompts(10, seed=3)
+    free = [greedy_by_hand(models[1], prompt, 24) for prompt in asked]
+    stop = int(np.bincount(np.concatenate(free), minlength=V).argmax())
+    expected = [greedy_by_hand(models[1], prompt, 24, stops=(stop,)) for prompt in asked]
+    assert len({len(tokens) for tokens in expected}) > 2  # stops early, late and not at all
+    found = generate(*models, asked, config=decoding(stop_tokens=(stop,)), max_new_tokens=24, batch_size=4)
+    assert [g.tokens for g in found] == expected
+
+
+def test_accepted_counts_what_the_target_agreed_with(models):
+    """A drafter that cannot be wrong: its target's weights make every next token the same."""
+    _, target = models
+    constant = jax.tree.map(jnp.zeros_like, target)
+    drafter = jax.tree.map(jnp.zeros_like, models[0])  # all logits 0: argmax is token 0, as is the target's
+    [found] = generate(drafter, constant, [[5, 6]], config=decoding(), max_new_tokens=10, batch_size=1)
+    assert found.tokens == [0] * 10
+    assert found.accepted == [3, 3, 3]  # 4 + 4 + the last round, cut by the limit after 2
+
+
+def test_rounds_account_for_every_token(models):
+    for g in generate(*models, prompts(8, seed=5), config=decoding(), max_new_tokens=21, batch_size=4):
+        emitted = [a + 1 for a in g.accepted]
+        assert sum(emitted[:-1]) < len(g.tokens) == 21 <= sum(emitted)
+
+
+def test_streaming_gives_the_same_tokens_round_by_round(models):
+    asked = prompts(3, seed=7)
+    for sampling in (c.Sampling(), c.Sampling(temperature=1.0, top_k=5)):
+        whole = generate(*models, asked, config=decoding(), max_new_tokens=15, sampling=sampling, seed=4, batch_size=3)
+        for index, prompt in enumerate(asked):
+            parts = list(
+                stream(*models, prompt, config=decoding(), max_new_tokens=15, sampling=sampling, seed=4, index=index)
+            )
+            assert sum((tokens for tokens, _ in parts), []) == whole[index].tokens
+            assert [accepted for _, accepted in parts] == whole[index].accepted
+
+
+def test_a_row_does_not_depend_on_its_neighbours(models):
+    asked, sampling = prompts(6, seed=8), c.Sampling(temperature=0.9, top_p=0.8)
+    one, six = (
+        generate(*models, asked, config=decoding(), max_new_tokens=12, sampling=sampling, seed=1, batch_size=size)
+        for size in (1, 6)
+    )
+    assert [g.tokens for g in one] == [g.tokens for g in six]
+    other = generate(*models, asked, config=decoding(), max_new_tokens=12, sampling=sampling, seed=2, batch_size=6)
+    assert [g.tokens for g in other] != [g.tokens for g in six]
+
+
+def test_an_empty_prompt_is_refused(models):
+    with pytest.raises(SpecaufError, match="prompt 1 is empty"):
+        generate(*models, [[1], []], config=decoding(), max_new_tokens=2)
+
+
+def test_one_compilation_per_shape(models):
+    count = {"traces": 0}
+
+    @dataclasses.dataclass(frozen=True)
+    class Counting:
+        step: TargetStep
+
+        def __call__(self, *args):
+            count["traces"] += 1
+            return self.step(*args)
+
+        def init_cache(self, *args):
+            return self.step.init_cache(*args)
+
+    counting = dataclasses.replace(decoding(), target_step=Counting(TargetStep(TARGET, DRAFTER.target_layer_ids)))
+    generate(*models, prompts(5), config=counting, max_new_tokens=6, batch_size=2)
+    first = count["traces"]
+    generate(*models, prompts(9, seed=1, longest=16), config=counting, max_new_tokens=6, batch_size=2)
+    assert count["traces"] == first
+
+
+# Sampling -------------------------------------------------------------------------------------
+
+
+def enumerated_law(target_params, prompt, length, sampling):
+    """Probability of every continuation of `length` tokens, by enumeration. float64 `[V ** length]`."""
+    small = np.indices((V,) * length).reshape(length, -1).T
+    tokens = np.concatenate([np.tile(prompt, (len(small), 1)), small], axis=1)
+    logits = np.asarray(_all_logits(target_params, jnp.asarray(tokens, jnp.int32)))[:, len(prompt) - 1 : -1]
+    law = np.ones(len(small))
+    for k in range(length):
+        law *= np.take_along_axis(_filtered(logits[:, k], sampling), small[:, k : k + 1], axis=1)[:, 0]
+    return law
+
+
+@jax.jit
+def _all_logits(params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    hidden = target_hidden(params, tokens, positions, jnp.ones_like(tokens), config=TARGET)
+    return hidden @ target_head(params).lm_head
+
+
+def _filtered(logits, sampling):
+    """Temperature, top-k, top-p by plain loops."""
+    result = np.zeros(logits.shape, np.float64)
+    for row, scores in enumerate(np.asarray(logits, np.float64) / sampling.temperature):
+        order = sorted(range(V), key=lambda token: (-scores[token], token))
+        order = order[: sampling.top_k or V]
+        powers = np.exp(scores[order] - scores[order[0]])
+        powers /= powers.sum()
+        total, kept = 0.0, []
+        for token, p in zip(order, powers, strict=True):
+            if total < sampling.top_p:
+                kept.append((token, p))
+            total += p
+        for token, p in kept:
+            result[row, token] = p / sum(p for _, p in kept)
+    return result
+
+
+@pytest.mark.parametrize("drafter_seed", [1, 2])
+@pytest.mark.parametrize("sampling", [c.Sampling(1.0), c.Sampling(0.7, top_k=5), c.Sampling(1.3, top_p=0.8)])
+def test_sampled_speculation_follows_the_targets_law(models, sampling, drafter_seed):
+    """Chi-square of 3-token continuations (17^3 outcomes, rare ones pooled) against enumeration."""
+    target = sharpened(init_target(TARGET, jax.random.key(0)), 6.0)
+    drafter = sharpened(init_drafter(DRAFTER, jax.random.key(drafter_seed)), 6.0)
+    prompt, draws = [3, 1, 4], 20_000
+    found = generate(drafter, target, [prompt] * draws, config=decoding(), max_new_tokens=3, sampling=sampling,
+                     seed=drafter_seed, batch_size=draws)  # fmt: skip
+    assert len({a for g in found for a in g.accepted}) > 2  # rejections and acceptances both happen
+    outcomes = np.ravel_multi_index(np.asarray([g.tokens for g in found]).T, (V,) * 3)
+    observed = np.bincount(outcomes, minlength=V**3)
+    law = enumerated_law(target, prompt, 3, sampling)
+    assert observed[law == 0].sum() == 0
+    common = law * draws >= 8
+    expected = np.append(law[common], law[~common].sum()) * draws
+    seen = np.append(observed[common], observed[~common].sum())
+    keep = expected > 0
+    assert keep.sum() > 10
+    assert chisquare(seen[keep], expected[keep] * seen.sum() / expected[keep].sum()).pvalue > 0.01
+
+
+def test_the_chi_square_would_notice_a_wrong_law(models):
+    """The same statistic rejects draws of a slightly different temperature: the test above can fail."""
+    target = sharpened(init_target(TARGET, jax.random.key(0)), 6.0)
+    prompt, draws = [3, 1, 4], 20_000
+    found = generate(None, target, [prompt] * draws, config=decoding(drafter=None), max_new_tokens=1,
+                     sampling=c.Sampling(1.1), batch_size=draws)  # fmt: skip
+    observed = np.bincount([g.tokens[0] for g in found], minlength=V)
+    right, wrong = (enumerated_law(target, prompt, 1, c.Sampling(t)) * draws for t in (1.1, 1.0))
+    assert chisquare(observed, right).pvalue > 0.01 > 1e-6 > chisquare(observed, wrong).pvalue
+
+
+def test_distribution_by_hand():
+    logits = jnp.log(jnp.array([[[0.1, 0.4, 0.3, 0.2]]]))
+
+    def of(temperature, top_k, top_p):
+        return distribution(logits, *(jnp.array([x]) for x in (temperature, top_k, top_p)))[0, 0]
+
+    np.testing.assert_allclose(of(1.0, 0, 1.0), [0.1, 0.4, 0.3, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(of(0.0, 0, 1.0), [0, 1, 0, 0])
+    np.testing.assert_allclose(of(1.0, 2, 1.0), [0, 4 / 7, 3 / 7, 0], rtol=1e-6)
+    np.testing.assert_allclose(of(1.0, 0, 0.5), [0, 4 / 7, 3 / 7, 0], rtol=1e-6)  # 0.4 alone falls short of 0.5
+    np.testing.assert_allclose(of(1.0, 0, 0.01), [0, 1, 0, 0])
+    np.testing.assert_allclose(of(0.5, 0, 1.0), np.square([1, 4, 3, 2]) / 30, rtol=1e-5)
+
+
+def test_greedy_and_sampled_rows_share_a_batch(models):
+    """Temperature is data: a greedy row between sampled ones stays greedy."""
+    asked = prompts(4, seed=11)
+    expected = generate(*models, asked, config=decoding(), max_new_tokens=6, batch_size=4)
+    width = 32
+    tokens = np.zeros((4, width), np.int32)
+    for row, prompt in enumerate(asked):
+        tokens[row, : len(prompt)] = prompt
+    length = jnp.array([len(p) for p in asked])
+    keys = jax.random.split(jax.random.key(0), 4)
+    how = (jnp.array([0.0, 1.5, 0.0, 1.5]), jnp.int32(0), jnp.float32(1.0))
+    config = decoding()
+    state = init_state(jnp.asarray(tokens), length, length + 6, keys, how,
+                       target_cache=config.target_step.init_cache(4, width + K, jnp.float32),
+                       drafter_cache=init_kv_cache(DRAFTER, 4, width + K, jnp.float32))  # fmt: skip
+    state = prefill(*models, state, 20, config=config)
+    round_ = jax.jit(functools.partial(draft_and_verify, config=config))
+    while not state.done.all():
+        state, _ = round_(*models, state)
+    for row in (0, 2):
+        begin = len(asked[row])
+        assert state.tokens[row, begin : begin + 6].tolist() == expected[row].tokens
+
+
+# A caller's own target ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentStep:
+    """An Elman network: not ours, not a Transformer. Its cache keeps the state after every position."""
+
+    def __call__(self, params, tokens, positions, cache):
+        def advance(state, inputs):
+            token, before = inputs
+            del before
+            state = jnp.tanh(params["embedding"][token] + state @ params["recurrent"])
+            return state, state
+
+        rows = jnp.arange(tokens.shape[0])
+        previous = cache[rows, jnp.maximum(positions[:, 0] - 1, 0)] * (positions[:, :1] > 0)
+        _, states = jax.lax.scan(advance, previous, (tokens.T, positions.T))
+        states = jnp.moveaxis(states, 0, 1)
+        cache = cache.at[rows[:, None], positions].set(states)
+        return states @ params["head"], states, cache
+
+    def init_cache(self, batch, length, dtype):
+        return jnp.zeros((batch, length, D), dtype)
+
+
+def recurrent_head(params):
+    return Head(embedding=params["embedding"], lm_head=params["head"])
+
+
+def recurrent_model():
+    keys = jax.random.split(jax.random.key(5), 3)
+    params = {name: jax.random.normal(key, shape) for name, key, shape in
+              zip(("embedding", "recurrent", "head"), keys, ((V, D), (D, D), (D, V)), strict=True)}  # fmt: skip
+    drafter = c.Drafter(**dataclasses.asdict(DRAFTER) | {"target_layer_ids": (0,), "num_target_layers": 1})
+    return params, drafter
+
+
+def test_a_recurrent_target_decodes_exactly():
+    params, drafter = recurrent_model()
+    drafter_params = sharpened(init_drafter(drafter, jax.random.key(2)))
+    config = Decoding(target_step=RecurrentStep(), drafter=drafter, target_head=recurrent_head)
+    asked = prompts(6, seed=9)
+    found = generate(drafter_params, params, asked, config=config, max_new_tokens=16, batch_size=4)
+    for prompt, g in zip(asked, found, strict=True):
+        state, text = np.zeros(D), list(prompt)
+        for i in range(len(prompt) + 16):
+            state = np.tanh(np.asarray(params["embedding"])[text[i]] + state @ np.asarray(params["recurrent"]))
+            if i >= len(prompt) - 1:
+                text.append(int(np.argmax(state @ np.asarray(params["head"]))))
+        assert g.tokens == text[len(prompt) : len(prompt) + 16]
+
+
+def test_a_recurrent_targets_features_train_a_drafter():
+    from specauf_jax.training.blocks import Batch
+    from specauf_jax.training.loss import LossConfig, loss_fn
+
+    params, drafter = recurrent_model()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, V - 1, (2, 24)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32), (2, 24))
+    _, features, _ = RecurrentStep()(params, tokens, positions, RecurrentStep().init_cache(2, 24, jnp.float32))
+    batch = Batch(tokens=tokens, loss_mask=jnp.ones((2, 24), bool), document_ids=jnp.ones_like(tokens),
+                  positions=positions, features=features)  # fmt: skip
+    config = LossConfig(drafter=drafter, objective=c.Objective("auf"), num_anchors=6)
+    drafter_params = init_drafter(drafter, jax.random.key(0))
+    grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True))
+    (loss, aux), grads = grad(drafter_params, recurrent_head(params), batch, jax.random.key(1))
+    chex.assert_tree_all_finite((loss, grads))
+    assert aux.blocks == 12 and loss > 0
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, drafter_params, grads)
+    assert grad(stepped, recurrent_head(params), batch, jax.random.key(1))[0][0] < loss
+
+
+# Training meets decoding -------------------------------------------------------------------------
+
+
+def test_training_logits_equal_decoding_logits(models):
+    """Same anchor, same weights: what is trained is what is served (relative 1e-5)."""
+    from specauf_jax.decoding.speculate import propose
+    from specauf_jax.training.blocks import Batch, make_blocks
+    from specauf_jax.training.loss import LossConfig, block_hidden
+
+    drafter_params, target_params = models
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, V - 1, (2, 24)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32), (2, 24))
+    ones = jnp.ones_like(tokens)
+    layer_ids = DRAFTER.target_layer_ids
+    features = target_features(target_params, tokens, positions, ones, config=TARGET, layer_ids=layer_ids)
+    batch = Batch(tokens=tokens, loss_mask=ones > 0, document_ids=ones, positions=positions, features=features)
+    anchors = jnp.array([[0, 7, 15], [1, 9, 20]])
+    blocks = make_blocks(batch, anchors, anchors >= 0, block_size=K, mask_token_id=DRAFTER.mask_token_id)
+    head, loss = target_head(target_params), LossConfig(drafter=DRAFTER, objective=c.Objective())
+    trained = (block_hidden(drafter_params, head, batch, blocks, config=loss) @ head.lm_head)[:, :, 1:]
+    config = decoding()
+    for i in range(3):
+        length = anchors[:, i] + 1
+        state = init_state(tokens, length, length + 1, jax.random.split(jax.random.key(0), 2),
+                           (jnp.float32(0), jnp.int32(0), jnp.float32(1)),
+                           target_cache=config.target_step.init_cache(2, 40, jnp.float32),
+                           drafter_cache=init_kv_cache(DRAFTER, 2, 40, jnp.float32))  # fmt: skip
+        state = prefill(drafter_params, target_params, state, 24, config=config)
+        anchor = jnp.take_along_axis(tokens, anchors[:, i : i + 1], axis=1)
+        slots = anchors[:, i : i + 1] + jnp.arange(K)
+        served = propose(drafter_params, target_params, state, anchor, slots, state.keys, config=config).logits
+        np.testing.assert_allclose(served, trained[:, i], rtol=1e-5, atol=1e-5 * float(jnp.abs(served).max()))
