@@ -5,6 +5,7 @@ body, and JAX with it, is imported when it runs.
 """
 
 import importlib
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(soft_wrap=True)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, markup=False, soft_wrap=True)
         return 0 if arguments else 2

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from specauf_jax.data import dataset
-from specauf_jax.data.folder import fresh_folder
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import fresh_folder
 
 S = 16
 

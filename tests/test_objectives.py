@@ -147,43 +147,46 @@ CROSS_ENTROPY = LN2 * np.array([[1, 2, 1, 2]], np.float32)
 # exp(-1/7), exp(-2/7), exp(-3/7)
 E1, E2, E3 = 0.8668779, 0.7514773, 0.6514391
 
+FAILS_AT_THE_SECOND_SLOT = {  # objective: weights, numerator, denominator
+    "full": ([1, 1, 1, 1], 4.158883, 4),
+    "decay": ([1, E1, E2, E3], 3.318866, 3.269794),
+    "auf": ([1, 1, 0, 0], 2.079442, 2),
+    "auf_decay": ([1, E1, 0, 0], 1.894895, 1.866878),
+    "griffin": ([1, 1, 1, 0], 2.772589, 3),  # ranks 0, 2, 3, 0: the third slot is the first outside the top 3
+    "dpace": ([1.7900390625, 1.0400390625, 0.5712890625, 0.2197265625], 3.383154, 4),
+}
+SECOND_SLOT_UNSUPERVISED = {  # all slots right
+    "full": ([1, 0, 1, 1], 2.772589, 3),
+    "decay": ([1, 0, E2, E3], 2.117118, 2.402916),
+    "auf": ([1, 0, 0, 0], 0.693147, 1),
+    "auf_decay": ([1, 0, 0, 0], 0.693147, 1),
+    "griffin": ([1, 0, 0, 0], 0.693147, 1),
+    "dpace": ([1.6640625, 0, 0.9140625, 0.3515625], 2.274389, 3),
+}
 
-@pytest.mark.parametrize(
-    ("objective", "weights", "numerator", "denominator"),
-    [
-        (Objective("full"), [1, 1, 1, 1], 4.158883, 4),
-        (Objective("decay"), [1, E1, E2, E3], 3.318866, 3.269794),
-        (Objective("auf"), [1, 1, 0, 0], 2.079442, 2),
-        (Objective("auf_decay"), [1, E1, 0, 0], 1.894895, 1.866878),
-        (Objective("griffin"), [1, 1, 1, 0], 2.772589, 3),
-        (Objective("dpace"), [1.7900390625, 1.0400390625, 0.5712890625, 0.2197265625], 3.383154, 4),
-    ],
-    ids=lambda x: x.name if isinstance(x, Objective) else "",
-)
-def test_by_hand_a_block_that_fails_at_its_second_slot(objective, weights, numerator, denominator):
-    rank = np.array([[0, 2, 3, 0]])
-    sums = objective_sums(objective, CROSS_ENTROPY, rank, np.ones((1, 4), bool), block_size=16)
+
+@pytest.mark.parametrize("name", FAILS_AT_THE_SECOND_SLOT)
+def test_by_hand_a_block_that_fails_at_its_second_slot(name):
+    valid = np.array([[True, True, True, True]])
+    sums = objective_sums(Objective(name), CROSS_ENTROPY, np.array([[0, 2, 3, 0]]), valid, block_size=16)
+    weights, numerator, denominator = FAILS_AT_THE_SECOND_SLOT[name]
     np.testing.assert_allclose(sums.weights, [weights], rtol=1e-6)
     np.testing.assert_allclose([sums.numerator, sums.denominator], [numerator, denominator], rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("objective", "weights", "numerator", "denominator"),
-    [
-        (Objective("full"), [1, 0, 1, 1], 2.772589, 3),
-        (Objective("decay"), [1, 0, E2, E3], 2.117127, 2.402916),
-        (Objective("auf"), [1, 0, 0, 0], 0.693147, 1),
-        (Objective("auf_decay"), [1, 0, 0, 0], 0.693147, 1),
-        (Objective("griffin"), [1, 0, 0, 0], 0.693147, 1),
-        (Objective("dpace"), [1.6640625, 0, 0.9140625, 0.3515625], 2.274389, 3),
-    ],
-    ids=lambda x: x.name if isinstance(x, Objective) else "",
-)
-def test_by_hand_a_block_all_right_with_an_unsupervised_second_slot(objective, weights, numerator, denominator):
+@pytest.mark.parametrize("name", SECOND_SLOT_UNSUPERVISED)
+def test_by_hand_a_block_all_right_with_an_unsupervised_second_slot(name):
     valid = np.array([[True, False, True, True]])
-    sums = objective_sums(objective, CROSS_ENTROPY, np.zeros((1, 4), int), valid, block_size=16)
+    sums = objective_sums(Objective(name), CROSS_ENTROPY, np.zeros((1, 4), int), valid, block_size=16)
+    weights, numerator, denominator = SECOND_SLOT_UNSUPERVISED[name]
     np.testing.assert_allclose(sums.weights, [weights], rtol=1e-6)
     np.testing.assert_allclose([sums.numerator, sums.denominator], [numerator, denominator], rtol=1e-6)
+
+
+def test_dpace_can_divide_by_rows():
+    objective = Objective("dpace", dpace_denominator="rows")
+    ce, rank, valid = np.ones((3, 2, 4)), np.zeros((3, 2, 4), int), np.ones((3, 2, 4), bool)
+    assert objective_sums(objective, ce, rank, valid, block_size=5).denominator == 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from specauf_jax import files
 from specauf_jax.config import Report
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation import report
+from specauf_jax.evaluation import runs as runs_
 
 
 def part(tau: float, **changes) -> dict:
@@ -53,7 +56,7 @@ def pair(tmp_path) -> tuple[str, str]:
 
 
 def page_of(tmp_path, *runs: str) -> str:
-    out = report.write_report(Report(runs=runs, out=str(tmp_path / "page" / "report.html")))
+    out = report.write_report(Report(runs=runs, out=str(tmp_path / "page" / "report.html")), Console(quiet=True))
     return Path(out).read_text(encoding="utf-8")
 
 
@@ -66,7 +69,7 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 
 def refused(match: str, *runs: str) -> None:
     with pytest.raises(SpecaufError, match=match):
-        report.read_runs(runs)
+        runs_.read_runs(runs)
 
 
 def test_tau_table_holds_the_numbers_and_marks_the_best(tmp_path, pair):
@@ -150,7 +153,7 @@ def test_page_is_self_contained_with_distinct_ids(tmp_path, pair):
 
 
 def test_each_run_keeps_its_colour_in_every_plot(tmp_path, pair):
-    runs = report.read_runs(pair)
+    runs = runs_.read_runs(pair)
     plots = re.findall(r"<svg.*?</svg>", page_of(tmp_path, *pair), re.S)
     assert len({run.colour for run in runs}) == 2
     assert all(run.colour in plot for run in runs for plot in plots)
@@ -158,7 +161,7 @@ def test_each_run_keeps_its_colour_in_every_plot(tmp_path, pair):
 
 def test_many_runs_have_distinct_colours(tmp_path):
     one = write(tmp_path / "one.json", results(2.0))
-    runs = report.read_runs(tuple(f"r{i}={one}" for i in range(12)))
+    runs = runs_.read_runs(tuple(f"r{i}={one}" for i in range(12)))
     assert len({run.colour for run in runs}) == 12
 
 
@@ -167,7 +170,7 @@ def test_metrics_later_lines_win_and_a_truncated_last_line_is_dropped(tmp_path):
         '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 9.0}\n{"step": 1, "decode_tau": 1.5}\n'
     )
     path = write(tmp_path / "metrics.jsonl", lines + '{"step": 3, "lo')
-    assert report.read_metrics(path) == {
+    assert runs_.read_metrics(path) == {
         1: {"step": 1, "loss": 9.0, "decode_tau": 1.5},
         2: {"step": 2, "loss": 2.0},
     }
@@ -194,7 +197,7 @@ def test_a_loss_that_diverged_is_still_drawn(tmp_path):
 
 
 def test_long_curves_are_averaged_in_bins(tmp_path):
-    run = report.Run("r", "#000000", {i: {"loss": float(i)} for i in range(1200)}, {}, None)
+    run = runs_.Run("r", "#000000", {i: {"loss": float(i)} for i in range(1200)}, {}, None)
     steps, values = report.curve(run, "loss")
     np.testing.assert_array_equal(steps, np.arange(120) * 10 + 4.5)
     np.testing.assert_array_equal(values, steps)
@@ -234,38 +237,37 @@ def test_what_cannot_be_a_run_is_refused(tmp_path, pair):
 
 def test_names_and_paths_of_a_run(tmp_path):
     (tmp_path / "lr=1e-3").mkdir()
-    assert report.parse_run("a=runs/x,y.json") == ("a", [Path("runs/x"), Path("y.json")])
-    assert report.parse_run(f"{tmp_path}/lr=1e-3") == ("lr=1e-3", [tmp_path / "lr=1e-3"])
-    assert report.parse_run("some/decay.json")[0] == "decay"
+    assert runs_.parse_run("a=runs/x,y.json") == ("a", [Path("runs/x"), Path("y.json")])
+    assert runs_.parse_run(f"{tmp_path}/lr=1e-3") == ("lr=1e-3", [tmp_path / "lr=1e-3"])
+    assert runs_.parse_run("some/decay.json")[0] == "decay"
 
 
 def test_results_beside_and_inside_a_run_folder(tmp_path, pair):
     apart = write(tmp_path / "elsewhere.json", results(3.0))
-    runs = report.read_runs((f"a={pair[0]},{pair[0]}/results.json,{apart}",))
+    runs = runs_.read_runs((f"a={pair[0]},{pair[0]}/results.json,{apart}",))
     assert [(run.name, run.read(None, "tau_micro"), bool(run.metrics)) for run in runs] == [
         ("a", 2.5, True),
         ("a (elsewhere)", 3.0, False),
     ]
 
 
-@pytest.mark.parametrize("step", ["write", "rename"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, pair, monkeypatch, step):
     out = write(tmp_path / "page" / "report.html", "old")
 
-    def full(path, *_, **__):
-        Path(path).write_bytes(b"half")
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((report.Path, "write_text") if step == "write" else (report.os, "replace")), full)
+    monkeypatch.setattr(*((files.os, "fsync") if step == "fsync" else (Path, "replace")), full)
     with pytest.raises(SpecaufError, match="No space left"):
-        report.write_report(Report(runs=pair, out=str(out)))
+        report.write_report(Report(runs=pair, out=str(out)), Console(quiet=True))
     assert out.read_bytes() == b"old" and [path.name for path in out.parent.iterdir()] == ["report.html"]
 
 
 def test_out_that_is_a_folder_is_refused(tmp_path, pair):
     (tmp_path / "page").mkdir()
     with pytest.raises(SpecaufError, match="cannot be written"):
-        report.write_report(Report(runs=pair, out=str(tmp_path / "page")))
+        report.write_report(Report(runs=pair, out=str(tmp_path / "page")), Console(quiet=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auf", "decay", "page"]
 
 

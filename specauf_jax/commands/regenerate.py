@@ -18,8 +18,7 @@ from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_token
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.data.folder import check_absent, fresh_folder
-from specauf_jax.files import read_json, write_text
+from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import load_target
 from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from specauf_jax.data.folder import fresh_folder
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import fresh_folder
 
 NAME = "specauf"
 MANIFEST_KEYS = ("sequence_length", "rows", "documents", "tokens", "supervised_tokens", "supervised_share",

@@ -14,11 +14,11 @@ from specauf_jax.data import corpus, sources, tfds_source
 from specauf_jax.data import tokenizer as tokenizers
 from specauf_jax.data.dataset import write_dataset, write_manifest
 from specauf_jax.data.encode import Counts, encode
-from specauf_jax.data.folder import fresh_folder
 from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import fresh_folder
 
 SMALLEST_ROW = 16
 SMALLEST_VOCABULARY = 300

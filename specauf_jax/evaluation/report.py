@@ -5,47 +5,22 @@ imports JAX, so a page can be made on any machine. The page refers to no other f
 """
 
 import io
-import json
-import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from html import escape
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from specauf_jax.config import Report
-from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.runs import CURVES, Run, flatten, read_runs
+from specauf_jax.files import write_text
 
 DASH = "—"
-NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
-PART_KINDS = {
-    **dict.fromkeys(("tau_micro", "tau_macro", "tokens_per_s", "autoregressive_tokens_per_s"), NUMBER),
-    **{"tau_outside_loops": MAYBE_NUMBER, "alpha": list, "compared": int, "mismatches": int},
-    "exact": (bool, type(None)),  # nothing to compare where tokens were sampled
-}
-META_KINDS = {
-    **{"device": str, "dtype": str, "temperature": NUMBER, "block_size": int, "seed": int},
-    **{"objective": (str, type(None)), "versions": dict, "config": dict},
-}
-CURVES = {  # key of metrics.jsonl: heading and explanation
-    "tau": ("Tau on training blocks", """One plus the drafts that would be kept, averaged over the training blocks, as
-        if all text before a draft were the data's own."""),
-    "decode_tau": ("Tau in decoding", "Tau of real decoding on held-out prompts, measured from time to time."),
-    "common_token_accuracy": ("Common-token accuracy", """How often the drafter's first choice is the label, over every
-        supervised position: the same positions whatever the objective, so runs may be compared."""),
-    "support_accuracy": ("Support accuracy", """The same over those positions alone to which the objective gives weight:
-        runs with different objectives are asked different questions here."""),
-    "active_ratio": ("Active ratio", "Share of the supervised positions to which the objective gives weight."),
-    "loss": ("Loss", """Mean cross-entropy under the objective's weights, in nats: its course tells something, its level
-        differs with the objective."""),
-}  # fmt: skip
-# Blue, orange, green, pink, sky, vermilion, grey: told apart with any colour vision (Okabe and Ito).
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a")
 INK = "#010203"  # stands for the page's text colour, light or dark, until the SVG is written
 PLOT_STYLE = {
     **{"svg.fonttype": "none", "svg.hashsalt": "specauf", "text.parse_math": False, "font.size": 9.5},
@@ -54,140 +29,6 @@ PLOT_STYLE = {
     **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#888888", "grid.alpha": 0.3, "grid.linewidth": 0.6},
 }
 FULL_WIDTH, HALF_WIDTH = 9.7, 4.65  # inches: at 96 dots the widths of a card on the page
-
-
-@dataclass(frozen=True)
-class Run:
-    """One line of the page's tables and plots."""
-
-    name: str
-    colour: str
-    metrics: dict[int, dict]
-    """Step: what was logged at that step."""
-    config: dict
-    """Settings of the training run, under dotted names."""
-    results: dict | None
-
-    def read(self, name: str | None, key: str):
-        """A measure of one prompt set, or of all sets together for None; None where it was not measured."""
-        if self.results is None:
-            return None
-        return (self.results["overall"] if name is None else self.results["sets"].get(name, {})).get(key)
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-
-
-def _read_object(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SpecaufError(f"{path} cannot be read ({error})", "a JSON object", "write the file again") from error
-    if not isinstance(value, dict):
-        raise SpecaufError(f"{path} holds a {type(value).__name__}", "a JSON object", "write the file again")
-    return value
-
-
-def read_metrics(path: Path) -> dict[int, dict]:
-    """Step: metrics. Of lines with the same step (after a resume) the later wins; a last line cut off is dropped."""
-    rows: dict[int, dict] = {}
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline follows: a kill interrupted the write
-                break
-            found = f"line {number} of {path} is not JSON ({error})"
-            raise SpecaufError(found, "one JSON object a line", "repair or delete that line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise SpecaufError(f"line {number} of {path} has no step", '{"step": INT, ...}', "delete that line")
-        for key in CURVES:
-            if not isinstance(row.get(key), MAYBE_NUMBER):
-                raise SpecaufError(f"line {number} of {path}: {key} is {row[key]!r}", "a number", "repair that line")
-        rows.setdefault(row["step"], {}).update(row)
-    return rows
-
-
-def _check_keys(path: Path, where: str, holder: dict, kinds: dict) -> None:
-    remedy = "evaluate again with this version, or leave the file out of the runs"
-    for key, kind in kinds.items():
-        if key not in holder:
-            raise SpecaufError(f"{path} has no {where}{key}", "a results JSON of `specauf evaluate`", remedy)
-        if not isinstance(holder[key], kind) or holder[key] != holder[key]:  # NaN is the best of nothing
-            names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
-            raise SpecaufError(f"{where}{key} of {path} is {holder[key]!r}", " or ".join(names), remedy)
-
-
-def read_results(path: Path) -> dict:
-    """A results JSON of `specauf evaluate`, with every key that the page uses checked, and the `speedup` added."""
-    results = _read_object(path)
-    _check_keys(path, "", results, dict.fromkeys(("overall", "sets", "meta"), dict))
-    _check_keys(path, "meta.", results["meta"], META_KINDS)
-    _check_keys(path, "sets.", results["sets"], dict.fromkeys(results["sets"], dict))
-    parts = {"overall.": results["overall"], **{f"sets.{name}.": part for name, part in results["sets"].items()}}
-    for where, part in parts.items():
-        _check_keys(path, where, part, PART_KINDS)
-        positions = {f"[{i}]": value for i, value in enumerate(part["alpha"])}
-        _check_keys(path, f"{where}alpha", positions, dict.fromkeys(positions, MAYBE_NUMBER))
-        alone = part["autoregressive_tokens_per_s"]
-        part["speedup"] = part["tokens_per_s"] / alone if alone > 0 else None
-    return results
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def parse_run(text: str) -> tuple[str, list[Path]]:
-    """Name and paths of `[NAME=]PATH[,PATH]`; a NAME holds no slash, so that paths may hold an equals sign."""
-    head, equals, tail = text.partition("=")
-    named = equals and "/" not in head
-    paths = [Path(part) for part in (tail if named else text).split(",") if part]
-    if not paths or (named and not head):
-        raise SpecaufError(f"the run {text!r} has no name or no path", "[NAME=]PATH[,PATH]", "change --runs")
-    first = paths[0].absolute()
-    return (head if named else first.name if first.is_dir() else first.stem), paths
-
-
-def read_run(text: str) -> list[tuple]:
-    """(name, metrics, config, results) of `[NAME=]PATH[,PATH]`; each further results file makes another."""
-    name, paths = parse_run(text)
-    metrics, config, files = {}, {}, []
-    for path in paths:
-        if not path.exists():
-            raise SpecaufError(f"{path} does not exist", "a run folder or a results JSON", "change --runs")
-        if (path / "metrics.jsonl").is_file():
-            metrics |= read_metrics(path / "metrics.jsonl")
-        if (path / "config.json").is_file():
-            config |= flatten(_read_object(path / "config.json"))
-        files += sorted(path.glob("results*.json")) if path.is_dir() else [path]
-    files = list({file.resolve(): file for file in files}.values())
-    if not metrics and not files:
-        raise SpecaufError(f"{text} holds no metrics and no results", "metrics.jsonl or results*.json", "change --runs")
-    first = (name, metrics, config, read_results(files[0]) if files else None)
-    return [first] + [(f"{name} ({file.stem})", {}, config, read_results(file)) for file in files[1:]]
-
-
-def read_runs(texts: tuple[str, ...]) -> list[Run]:
-    """All runs in the order given, each with its own name and colour."""
-    found = [run for text in texts for run in read_run(text)]
-    names = [run[0] for run in found]
-    if not names or len(set(names)) < len(names):
-        expected = "one or more runs, each with its own name"
-        raise SpecaufError(f"the runs are named {', '.join(names) or '(none)'}", expected, "write --runs NAME=PATH ...")
-    colours = PALETTE
-    if len(found) > len(PALETTE):  # lightness alone then tells neighbours apart
-        shades = matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, len(found)))
-        colours = [matplotlib.colors.to_hex(shade) for shade in shades]
-    return [Run(name, colours[i], *rest) for i, (name, *rest) in enumerate(found)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -465,20 +306,26 @@ def render(runs: list[Run]) -> str:
 """
 
 
-def write_report(config: Report) -> str:
-    """Read the runs, write the page in one step (a failure leaves any older page as it was), return its path."""
+def write_report(config: Report, console: Console) -> str:
+    """Read the runs, print their tau, write the page (a failure leaves any older page as it was); returns its path."""
     runs = read_runs(config.runs)
     with matplotlib.rc_context(PLOT_STYLE):
         page = render(runs)
-    out = Path(config.out)
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        os.replace(draft, out)
-    except OSError as error:
-        found = f"{config.out} cannot be written ({error.strerror or error})"
-        raise SpecaufError(found, "a file in a folder that can be written", "change --out") from error
-    finally:
-        draft.unlink(missing_ok=True)
-    return str(out)
+    write_text(config.out, page)
+    print_tau(runs, console)
+    console.print(f"report written to {config.out}", highlight=False)
+    return config.out
+
+
+def print_tau(runs: list[Run], console: Console) -> None:
+    """tau per prompt set, and outside loops over all, as a table in the terminal."""
+    measured = [run for run in runs if run.results is not None]
+    if not measured:
+        return
+    sets = list(dict.fromkeys(name for run in measured for name in run.results["sets"]))
+    table = Table("tau", *sets, "overall", "outside loops", "exact")
+    for run in measured:
+        values = [run.read(name, "tau_micro") for name in (*sets, None)] + [run.read(None, "tau_outside_loops")]
+        cells = [DASH if value is None else f"{value:.3f}" for value in values]
+        table.add_row(run.name, *cells, str(run.read(None, "exact")))
+    console.print(table)

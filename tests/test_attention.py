@@ -1,0 +1,202 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from specauf_jax.config import Objective
+from specauf_jax.kernels import attention
+from specauf_jax.kernels.attention import attend, block_attend
+from specauf_jax.kernels.chunks import map_chunks
+from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.models.target import target_features, target_head
+from specauf_jax.objectives import cross_entropy_and_rank
+from specauf_jax.training.loss import LossConfig, loss_fn
+
+CHUNKS = (1, 3, 5, 100)  # of a length of 7: the last chunk is whole, or filled up by 2 or 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain-loop attention
+
+
+def one_query(q, keys, values):
+    """Softmax attention of one head's query over lists of keys and values, in float64; 0 without keys."""
+    if not keys:
+        return np.zeros(len(q))
+    scores = [float(np.dot(q.astype(np.float64), key)) / len(q) ** 0.5 for key in keys]
+    powers = [np.exp(score - max(scores)) for score in scores]
+    return sum(p * value.astype(np.float64) for p, value in zip(powers, values, strict=True)) / sum(powers)
+
+
+def ranges(B=2, T=7, S=9, H=4, G=2, E=6):
+    """q, k, v, start, stop; among the ranges are empty ones and a whole row."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, H, E), (B, S, G, E), (B, S, G, E)))
+    start, stop = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0)
+    start[0, :3], stop[0, :3] = (0, 4, 7), (S, 4, 3)
+    return q, k, v, start, stop
+
+
+def blocks(B=2, A=7, K=3, S=9, H=4, G=2, E=6):
+    """q, k, v, context_k, context_v, start, stop, keep; block 1 has no context, blocks 2 and 5 are not kept."""
+    rng = np.random.default_rng(1)
+    shapes = (B, A, K, H, E), (B, A, K, G, E), (B, A, K, G, E), (B, S, G, E), (B, S, G, E)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    start, stop = np.sort(rng.integers(0, S + 1, (2, B, A)), axis=0)
+    stop[:, 1] = start[:, 1]
+    keep = np.ones((B, A), bool)
+    keep[:, [2, 5]] = False
+    return *arrays, start, stop, keep
+
+
+def test_attend_equals_plain_loops_with_grouped_heads():
+    q, k, v, start, stop = ranges()
+    mixed = attend(q, k, v, start, stop)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = range(start[b, t], stop[b, t])
+        expected = one_query(q[b, t, h], [k[b, j, h // group] for j in seen], [v[b, j, h // group] for j in seen])
+        np.testing.assert_allclose(mixed[b, t, h], expected, atol=1e-6)
+    assert not mixed[0, 1].any() and not mixed[0, 2].any()  # empty ranges
+
+
+def test_block_attend_equals_plain_loops_with_grouped_heads():
+    q, k, v, context_k, context_v, start, stop, keep = blocks()
+    mixed = block_attend(q, k, v, context_k, context_v, start, stop, keep, anchor_chunk=100)
+    group = q.shape[3] // k.shape[3]
+    for b, a, slot, h in np.ndindex(q.shape[:4]):
+        keys, values = [], []
+        if keep[b, a]:
+            seen, g = range(start[b, a], stop[b, a]), h // group
+            keys = [context_k[b, j, g] for j in seen] + list(k[b, a, :, g])
+            values = [context_v[b, j, g] for j in seen] + list(v[b, a, :, g])
+        np.testing.assert_allclose(mixed[b, a, slot, h], one_query(q[b, a, slot, h], keys, values), atol=1e-6)
+    assert not mixed[:, [2, 5]].any() and mixed[:, 1].any()
+
+
+def test_attention_without_keys_has_gradients_of_exactly_zero():
+    q, k, v, start, stop = ranges()
+    grads = jax.grad(lambda q, k, v: attend(q, k, v, start, start).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert all(not g.any() for g in grads)  # also false for nan
+    *arrays, start, stop, keep = blocks()
+    grads = jax.grad(
+        lambda *arrays: (block_attend(*arrays, start, stop, keep, anchor_chunk=3)[:, [2, 5]] ** 2).sum(),
+        argnums=range(5),
+    )(*arrays)
+    assert all(not g.any() for g in grads)
+
+
+def test_large_scores_stay_finite():
+    q, k, v, start, stop = ranges()
+    out, grad = jax.value_and_grad(lambda q: attend(q, k, v, start, stop).sum())(q * 1e4)
+    assert np.isfinite(out) and np.isfinite(grad).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Chunks
+
+
+def value_and_grads(f, *arrays):
+    """The result of f, and the gradients of a random projection of its floating-point parts."""
+
+    def projected(*arrays):
+        result = f(*arrays)
+        first = jax.tree.leaves(result)[0]
+        weights = np.random.default_rng(2).normal(size=first.shape)
+        return (first * weights).sum(), result
+
+    return jax.value_and_grad(projected, argnums=tuple(range(len(arrays))), has_aux=True)(*arrays)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_attend_in_chunks_equals_attend_at_once(chunk, monkeypatch):
+    *arrays, start, stop = ranges()
+    whole = value_and_grads(lambda *x: attend(*x, start, stop), *arrays)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+    assert tiny.largest_difference(value_and_grads(lambda *x: attend(*x, start, stop), *arrays), whole) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_block_attend_in_chunks_equals_block_attend_at_once(chunk):
+    *arrays, start, stop, keep = blocks()
+
+    def run(chunk):
+        return value_and_grads(lambda *x: block_attend(*x, start, stop, keep, anchor_chunk=chunk), *arrays)
+
+    assert tiny.largest_difference(run(chunk), run(7)) < 1e-6
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_lm_head_cross_entropy_in_chunks_equals_all_logits_at_once(chunk):
+    rng = np.random.default_rng(3)
+    hidden, lm_head = rng.normal(size=(2, 7, 3, 6)).astype(np.float32), rng.normal(size=(6, 11)).astype(np.float32)
+    labels = rng.integers(0, 11, (2, 7, 3))
+    chunked = value_and_grads(lambda h, w: lm_head_cross_entropy(h, w, labels, chunk=chunk), hidden, lm_head)
+    whole = value_and_grads(lambda h, w: cross_entropy_and_rank(h @ w, labels), hidden, lm_head)
+    assert tiny.largest_difference(chunked, whole) < 1e-6
+    (_, (_, rank)), _ = chunked
+    np.testing.assert_array_equal(rank == 0, (hidden @ lm_head).argmax(-1) == labels)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8])
+def test_map_chunks_hands_out_at_most_size_entries_and_joins_any_tree(size):
+    x, y = np.arange(2 * 7 * 3.0).reshape(2, 7, 3), np.arange(14).reshape(2, 7)
+    seen = set()
+
+    def f(x, y):
+        seen.add(x.shape[1])
+        return {"sum": x.sum(-1) + y, "pair": (x * 2, y % 2 == 0)}
+
+    result = map_chunks(f, size, x, y)
+    assert seen == {min(size, 7)}
+    assert tiny.same_bits(result, {"sum": x.sum(-1) + y, "pair": (x * 2, y % 2 == 0)})
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+
+def largest_intermediate(jaxpr) -> int:
+    """Elements of the largest array that any equation makes, in nested jaxprs too."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        largest = max(
+            [largest, *(variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size"))]
+        )
+        for value in jax.tree.leaves(equation.params):
+            inner = getattr(value, "jaxpr", value)  # closed or open
+            if hasattr(inner, "eqns"):
+                largest = max(largest, largest_intermediate(inner))
+    return largest
+
+
+def test_no_array_holds_the_logits_or_scores_of_all_blocks():
+    """Neither the forward nor the backward pass; with all blocks in one chunk both do exist."""
+    A, K, S, V = 32, 4, 64, 211
+    target = tiny.target_config(vocab_size=V)
+    drafter = tiny.drafter_config(target)
+    batch = tiny.random_batch([[30, 34]], length=S)
+    batch = batch.replace(features=jnp.ones((1, S, 2 * target.hidden_size)))
+    arguments = tiny.drafter_params(drafter), target_head(tiny.target_params(target)), batch, jax.random.key(0)
+
+    def largest(chunk):
+        config = LossConfig(drafter=drafter, objective=Objective(), num_anchors=A, anchor_chunk=chunk)
+        gradient = jax.make_jaxpr(lambda *x: jax.grad(loss_fn, has_aux=True)(*x, config=config))(*arguments)
+        return largest_intermediate(gradient.jaxpr)
+
+    all_logits, all_scores = A * (K - 1) * V, target.num_attention_heads * A * K * S
+    assert largest(chunk=2) < min(all_logits, all_scores) / 2
+    assert largest(chunk=A) >= max(all_logits, all_scores)
+
+
+def test_no_array_holds_the_scores_of_all_queries_of_a_row(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
+    target, S = tiny.target_config(), 96
+    batch = tiny.random_batch([[S]], length=S)
+    jaxpr = jax.make_jaxpr(
+        lambda params: target_features(
+            params, batch.tokens, batch.positions, batch.document_ids, config=target, layer_ids=(0, 1)
+        )
+    )(tiny.target_params(target))
+    assert largest_intermediate(jaxpr.jaxpr) < target.num_attention_heads * S * S / 2
