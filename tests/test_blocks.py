@@ -118,7 +118,8 @@ def test_random_blocks_equal_plain_loops():
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
     anchors, keep = sample_anchors(jax.random.key(3), eligible, 6)
     blocks = make_blocks(batch, anchors, keep, block_size=K, mask_token_id=tiny.MASK_TOKEN)
-    tokens, mask, ids = map(np.asarray, (batch.tokens, batch.loss_mask, batch.document_ids))
+    batch, anchors, keep, blocks = jax.device_get((batch, anchors, keep, blocks))
+    tokens, mask, ids = batch.tokens, batch.loss_mask, batch.document_ids
     for b, i in np.ndindex(keep.shape):
         a = int(anchors[b, i])
         for k in range(1, K):

@@ -146,7 +146,7 @@ def _update(state: TrainState, optimizer, grads, metrics: dict, bad_inputs: dict
     params = optax.apply_updates(state.params, updates)
     leaves = jax.tree_util.tree_leaves_with_path(grads)
     bad = {f"gradient of {jax.tree_util.keystr(path)}": _any_nonfinite(leaf) for path, leaf in leaves}
-    metrics |= {"grad_norm": optax.global_norm(grads), "nonfinite": {**bad_inputs, **bad}}
+    metrics |= {"grad_norm": optax.tree.norm(grads), "nonfinite": {**bad_inputs, **bad}}
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
