@@ -67,6 +67,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
     requests: list[list[int]] = []
 
     def first_pass(batch):
+        models.check_room(batch, config.max_new_tokens)
         requests.extend(batch)
         return timed(batch, models.speculative).generations
 

@@ -37,6 +37,7 @@ def generate(config: Generate, console: Console) -> None:
 
 def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
     def run(requests):
+        models.check_room(requests, config.max_new_tokens)
         return generate_tokens(
             models.drafter_params,
             models.target_params,
@@ -84,6 +85,7 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, samplin
     """One prompt after another; green is what the drafter contributed."""
 
     def run(requests):
+        models.check_room(requests, config.max_new_tokens)
         return [
             _stream_one(models, request, index, config, sampling, console) for index, request in enumerate(requests)
         ]

@@ -44,6 +44,12 @@ def read_data(folder, target: Target | None = None) -> dict:
             "a dataset made with the target's tokenizer",
             "run `specauf prepare --tokenizer` with the target's folder",
         )
+    if target is not None and manifest["sequence_length"] > target.max_position_embeddings:
+        raise SpecaufError(
+            f"{folder} has rows of {manifest['sequence_length']} tokens",
+            f"at most the target's {target.max_position_embeddings} positions",
+            "prepare shorter rows with --sequence-length",
+        )
     return manifest
 
 
@@ -61,6 +67,17 @@ class Models:
     tokenizer: object
     speculative: Decoding | None
     autoregressive: Decoding
+    max_positions: int
+
+    def check_room(self, requests, max_new_tokens: int) -> None:
+        """Every request and its continuation must fit the target's positions."""
+        longest = max(map(len, requests), default=0)
+        if longest + max_new_tokens > self.max_positions:
+            raise SpecaufError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones",
+                f"together at most the target's {self.max_positions} positions",
+                "shorten the prompt or lower --max-new-tokens",
+            )
 
 
 def load_models(target: str, drafter: str | None, dtype: Dtype) -> Models:
@@ -81,4 +98,4 @@ def load_models(target: str, drafter: str | None, dtype: Dtype) -> Models:
         layer_ids = resolved.target_layer_ids
         speculative = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
     autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=stops)
-    return Models(target_params, drafter_params, tokenizer, speculative, autoregressive)
+    return Models(target_params, drafter_params, tokenizer, speculative, autoregressive, config.max_position_embeddings)

@@ -86,7 +86,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             shard_count=jax.process_count(),
         ),
         batch_sharding=rows,
-        score="tau",
+        score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
         measure=_decode_measure(config, drafter, target, target_params, manifest) if settings.decode_every else None,
         measure_every=settings.decode_every,

@@ -33,7 +33,7 @@ class Run:
     state: TrainState  # before the first step
     loader: Iterator[dict]  # with get_state and set_state
     batch_sharding: Any
-    score: str  # the measure whose highest value marks the best checkpoint
+    score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
     shown: tuple[str, ...]  # measures on the progress bar
     measure: Callable[[TrainState], dict] | None = None  # slower measures, every `measure_every` steps
     measure_every: int = 0
@@ -103,12 +103,13 @@ class MetricsLog:
 
     def __init__(self, out: Path, first: int):
         self._path = out / "metrics.jsonl"
+        self._last: dict = {}
         if jax.process_index() == 0:
-            _cut(self._path, first)
+            for line in _cut(self._path, first):
+                self._last |= line
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first or None)
         self._window: list[dict] = []
         self._pending: tuple[int, dict] | None = None
-        self._last: dict = {}
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: dict) -> None:
@@ -146,10 +147,9 @@ class MetricsLog:
         self._clock = time.perf_counter()
 
     def score(self, name: str) -> float:
-        """Latest value of a measure (of "-name": negated); the decode tau where it is known."""
-        if name == "tau" and "decode_tau" in self._last:
-            name = "decode_tau"
-        return -self._last[name[1:]] if name.startswith("-") else self._last[name]
+        """Latest value of a measure (of "-name": negated); 0 before its first measurement."""
+        sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
+        return sign * self._last.get(name, 0.0)
 
     def _row_length(self, run: Run) -> int:
         return run.config["sequence_length"]
@@ -164,18 +164,20 @@ class MetricsLog:
             self._board.flush()
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drop what a killed run logged after its last checkpoint; those steps come again."""
+def _cut(path: Path, step: int) -> list[dict]:
+    """Drop what a killed run logged after its last checkpoint, as those steps come again; returns what stays."""
     if not path.exists():
-        return
+        return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            values = json.loads(line)
         except ValueError:  # the kill cut the line itself
             continue
-    write_text(path, "".join(kept))
+        if values["step"] <= step:
+            kept.append(values)
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
+    return kept
 
 
 def _diverged(step: int, loss, culprits: list[str]) -> SpecaufError:

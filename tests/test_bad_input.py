@@ -1,0 +1,564 @@
+"""Every mistake gets a message and exit code 2, and leaves every file as it was."""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+from specauf_jax import cli, files
+from specauf_jax.data.dataset import read_manifest, write_dataset, write_manifest
+from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models.weights import save_drafter, save_target
+from specauf_jax.sharding import check_batch
+
+S, V = 64, 300
+COMMANDS = {
+    "prepare": {"input": "text", "out": "new", "vocab-size": V, "sequence-length": S},
+    "pretrain": {
+        "data": "data",
+        "out": "new",
+        "target.hidden-size": 16,
+        "target.intermediate-size": 24,
+        "target.head-dim": 8,
+        "target.num-hidden-layers": 2,
+        "train.steps": 2,
+        "train.batch-size": 2,
+    },
+    "regenerate": {
+        "data": "data",
+        "target": "target",
+        "out": "new",
+        "prompt-length": 8,
+        "max-new-tokens": 4,
+        "batch-size": 4,
+    },
+    "train": {
+        "target": "target",
+        "data": "data",
+        "out": "new",
+        "drafter.block-size": 4,
+        "drafter.num-hidden-layers": 1,
+        "train.steps": 2,
+        "train.batch-size": 2,
+        "train.num-anchors": 4,
+        "train.checkpoint-every": 1,
+    },
+    "generate": {"target": "target", "drafter": "drafter", "prompts": "prompts.jsonl", "out": "new", "batch-size": 2},
+    "evaluate": {"target": "target", "drafter": "drafter", "prompts": "a=prompts.jsonl", "out": "new"},
+    "export": {"run": "run", "out": "new"},
+    "report": {"": "run", "out": "new"},
+}
+"""A command that works, by the folders of `world`; "" is a positional argument, None drops an option."""
+
+
+def arguments(command: str, **changes) -> list[str]:
+    """The command line, with `train__steps=3` for --train.steps 3."""
+    options = COMMANDS[command] | {name.replace("__", ".").replace("_", "-"): x for name, x in changes.items()}
+    line = [command]
+    for name, value in options.items():
+        if value is not None:
+            line += [f"--{name}"] * bool(name) + str(value).split()
+    return line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Everything that the commands read, at the smallest size."""
+    root = tmp_path_factory.mktemp("world")
+    (root / "text").mkdir()
+    for name in ("one", "two", "three"):
+        lines = [f"{name} {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(20)]
+        (root / "text" / f"{name}.txt").write_text("".join(lines))
+    (root / "prompts.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "brown fox"}\n')
+    (root / "turns.jsonl").write_text('{"turns": ["how many dogs?", "and foxes?"]}\n')
+    with contextmanager_chdir(root):
+        assert cli.main(arguments("prepare", out="data")) == 0
+        target = tiny.target_config(vocab_size=V)
+        save_target(tiny.target_params(target), target, root / "target", eos_token_id=0)
+        copy_tokenizer(root / "data" / "tokenizer", root / "target")
+        drafter = tiny.drafter_config(target, num_hidden_layers=1, target_layer_ids=(1,), mask_token_id=3)
+        save_drafter(tiny.drafter_params(drafter), drafter, root / "drafter", provenance={"steps": 0})
+        assert cli.main(arguments("train", out="run")) == 0
+    return root
+
+
+@contextmanager
+def contextmanager_chdir(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch) -> Path:
+    """A copy of `world` to damage, as the working directory."""
+    shutil.copytree(world, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every path under `folder`, hidden ones too, with the hash of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(capsys, line: list[str]) -> str:
+    """What the command says on its way out with exit code 2."""
+    capsys.readouterr()
+    try:
+        code = cli.main(line)
+    except SystemExit as exit_:  # from the parser of arguments
+        code = exit_.code
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+# ---------------------------------------------------------------------------------------------
+# Damage
+
+
+def edit_json(path: str, change):
+    def damage():
+        values = json.loads(Path(path).read_text())
+        change(values)
+        Path(path).write_text(json.dumps(values))
+
+    return damage
+
+
+def put(path: str, text: str):
+    def damage():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+
+    return damage
+
+
+def truncate(pattern: str, keep: float = 0.5):
+    def damage():
+        found = [path for path in Path().glob(pattern) if path.is_file()]
+        assert found
+        for path in found:
+            path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+
+    return damage
+
+
+def remove(pattern: str):
+    def damage():
+        found = list(Path().glob(pattern))
+        assert found
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def edit_tensors(folder: str, change):
+    def damage():
+        tensors = load_file(f"{folder}/model.safetensors")
+        change(tensors)
+        save_file(tensors, f"{folder}/model.safetensors")
+
+    return damage
+
+
+def reshape(tensors):
+    tensors["model.norm.weight"] = np.ones(17, np.float32)
+
+
+def add(tensors):
+    tensors["model.extra.weight"] = np.ones(1, np.float32)
+
+
+def spoil(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+
+
+def lose_a_shard():
+    names = load_file("target/model.safetensors")
+    Path("target/model.safetensors").rename("target/model-00001-of-00002.safetensors")
+    index = {name: f"model-0000{1 + ('norm' in name)}-of-00002.safetensors" for name in names}
+    Path("target/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def unsupervise():
+    manifest = read_manifest("data")
+    shutil.rmtree("data/dataset")
+    row = {"tokens": np.ones(S, np.int32), "loss_mask": np.zeros(S, bool), "document_ids": np.ones(S, np.int32)}
+    write_dataset([row] * 3, "data", S)
+    write_manifest("data", manifest | {"rows": 3})
+
+
+def forget_the_template():
+    for folder in ("data/tokenizer", "target"):
+        edit_json(f"{folder}/tokenizer_config.json", lambda c: c.pop("chat_template"))()
+
+
+def dflash(**values):
+    return edit_json("drafter/config.json", lambda c: c["dflash_config"].update(values))
+
+
+def other_drafter(**changes):
+    def damage():
+        config = tiny.target_config(**{"vocab_size": V} | changes)
+        drafter = tiny.drafter_config(config, num_hidden_layers=1, target_layer_ids=(1,), mask_token_id=3)
+        save_drafter(tiny.drafter_params(drafter), drafter, "drafter")
+
+    return damage
+
+
+def begun_with(**settings):
+    """The parts of a regeneration that was interrupted."""
+    return put("new.parts/settings.json", json.dumps({"seed": 0} | settings))
+
+
+TARGET_CONFIG = "target/config.json"
+CASES = {
+    # prepare
+    "prepare: input": ("prepare", {"input": "nowhere"}, None, "input nowhere does not exist"),
+    "prepare: record": ("prepare", {"input": "turns.jsonl"}, None, "turns.jsonl:1: neither 'conversations'"),
+    "prepare: out exists": ("prepare", {"out": "data"}, None, "data already holds a prepared dataset; another --out"),
+    "prepare: out in a file": ("prepare", {"out": "prompts.jsonl/new"}, None, "cannot be written; another --out"),
+    "prepare: two sources": ("prepare", {"corpus": "stdlib"}, None, "2 sources given; exactly one"),
+    # pretrain
+    "data missing": ("pretrain", {"data": "nowhere"}, None, "nowhere/manifest.json does not exist; specauf prepare"),
+    "manifest key": (
+        "pretrain",
+        {},
+        edit_json("data/manifest.json", lambda m: m.pop("rows")),
+        "manifest.json lacks rows",
+    ),
+    "manifest JSON": ("pretrain", {}, put("data/manifest.json", "{"), "manifest.json cannot be read"),
+    "dataset truncated": (
+        "pretrain",
+        {},
+        truncate("data/dataset/*array_record*"),
+        "data/dataset is truncated or damaged",
+    ),
+    "dataset rows": (
+        "pretrain",
+        {},
+        edit_json("data/manifest.json", lambda m: m.update(rows=99)),
+        "data/dataset holds; the manifest's 99",
+    ),
+    "pretrain: heads": ("pretrain", {"target__num_attention_heads": 3}, None, "3 query heads over 2"),
+    "accumulation": ("pretrain", {"train__accumulation": 3}, None, "batch_size 2 does not divide into accumulation 3"),
+    "mesh": ("pretrain", {"mesh__tensor": 7}, None, "mesh replica=1 fsdp=-1 tensor=7 on 1 devices; --mesh.tensor"),
+    "pretrain: seed": ("pretrain", {"train__seed": -1}, None, "seed is -1"),
+    "pretrain: out in a file": ("pretrain", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new"),
+    # regenerate
+    "regenerate: out exists": ("regenerate", {"out": "data"}, None, "data already holds a prepared dataset"),
+    "regenerate: other parts": (
+        "regenerate",
+        {},
+        begun_with(seed=5),
+        "new.parts holds parts made with another; seed; delete new.parts",
+    ),
+    "regenerate: vocabulary": (
+        "regenerate",
+        {},
+        edit_json("data/manifest.json", lambda m: m.update(vocab_size=400)),
+        "vocabulary of 400 tokens, the target one of 300",
+    ),
+    "regenerate: documents": ("regenerate", {"documents": -1}, None, "documents is -1"),
+    "regenerate: top_k": ("regenerate", {"sampling__top_k": -1}, None, "top_k is -1"),
+    "regenerate: seed": ("regenerate", {"seed": -1}, None, "seed is -1"),
+    # train: target
+    "target missing": ("train", {"target": "nowhere"}, None, "nowhere does not exist; specauf pretrain"),
+    "target JSON": ("train", {}, put(TARGET_CONFIG, '{"vocab_size": 3'), f"{TARGET_CONFIG} is not JSON"),
+    "architecture": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c.update(architectures=["GPT2LMHeadModel"])),
+        "architectures is ['GPT2LMHeadModel']; ['Qwen3ForCausalLM']",
+    ),
+    "config key": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c.pop("head_dim")),
+        f"{TARGET_CONFIG} has no head_dim",
+    ),
+    "config type": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c.update(hidden_size="16")),
+        f"{TARGET_CONFIG}: hidden_size is '16'; a number",
+    ),
+    "RoPE scaling": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c["rope_parameters"].update(rope_type="yarn")),
+        "RoPE of type 'yarn'",
+    ),
+    "RoPE object": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c.update(rope_parameters="default")),
+        f"{TARGET_CONFIG}: rope_parameters is 'default'",
+    ),
+    "RoPE base": (
+        "train",
+        {},
+        edit_json(TARGET_CONFIG, lambda c: c["rope_parameters"].update(rope_theta="big")),
+        f"{TARGET_CONFIG}: rope_theta is 'big'",
+    ),
+    "tensor missing": (
+        "train",
+        {},
+        edit_tensors("target", lambda t: t.pop("model.norm.weight")),
+        "target: tensors do not fit config.json: 1 missing, first model.norm.weight",
+    ),
+    "tensor extra": ("train", {}, edit_tensors("target", add), "1 unknown, first model.extra.weight"),
+    "tensor shape": ("train", {}, edit_tensors("target", reshape), "model.norm.weight has shape (17,); (16,)"),
+    "weights truncated": ("train", {}, truncate("target/model.safetensors"), "target/model.safetensors cannot be read"),
+    "weights empty": ("train", {}, truncate("target/model.safetensors", 0), "target/model.safetensors cannot be read"),
+    "weights missing": ("train", {}, remove("target/model.safetensors"), "target has no weights; model.safetensors"),
+    "shard missing": ("train", {}, lose_a_shard, "model-00002-of-00002.safetensors does not exist; every shard"),
+    "index": (
+        "train",
+        {},
+        lambda: (lose_a_shard(), put("target/model.safetensors.index.json", '{"weight_map": {"a": 1}}')()),
+        "model.safetensors.index.json has no weight_map",
+    ),
+    # train: drafter, data, settings
+    "layer ids order": (
+        "train",
+        {"drafter__target_layer_ids": "1 0"},
+        None,
+        "drafter.target_layer_ids is [1, 0]; ascending",
+    ),
+    "layer ids range": (
+        "train",
+        {"drafter__target_layer_ids": "0 3"},
+        None,
+        "target_layer_ids is [0, 3]; target's 3 layers",
+    ),
+    "mask id range": ("train", {"drafter__mask_token_id": 300}, None, "drafter.mask_token_id is 300; below; 300"),
+    "mask id unknown": (
+        "train",
+        {},
+        edit_json("data/manifest.json", lambda m: m.update(mask_token_id=None)),
+        "no mask token; --drafter.mask-token-id",
+    ),
+    "drafter width": ("train", {"drafter__hidden_size": 32}, None, "drafter.hidden_size is 32; the target's 16"),
+    "block of one": ("train", {"drafter__block_size": 1}, None, "drafter.block_size is 1; at least 2"),
+    "block beyond the row": ("train", {"drafter__block_size": 65}, None, "block_size 65 in rows of 64 tokens"),
+    "anchors beyond the row": ("train", {"train__num_anchors": 64}, None, "num_anchors 64 in rows of 64; at most 63"),
+    "no anchor": ("train", {}, unsupervise, "data: no eligible anchor in 3 rows; loss mask"),
+    "train: mesh": (
+        "train",
+        {"mesh__replica": 2, "mesh__fsdp": 2},
+        None,
+        "mesh replica=2 fsdp=2 tensor=1 on 1 devices",
+    ),
+    "unknown field": ("train", {"train__num_anchor": 4}, None, "--train.num-anchor; --train.num-anchors"),
+    "wrong type": ("train", {"train__steps": "many"}, None, "many; int"),
+    "wrong choice": ("train", {"objective__name": "griffon"}, None, "griffon; griffin"),
+    "learning rate": ("train", {"train__learning_rate": 0}, None, "learning_rate is 0"),
+    "no recipe": ("train", {"config": "nowhere.py"}, None, "nowhere.py does not exist; a recipe"),
+    "other recipe": (
+        "train",
+        {"config": "recipe.py"},
+        put("recipe.py", "from specauf_jax.config import Export\nconfig = Export(run='a', out='b')\n"),
+        "recipe.py defines config = Export; config = Train; specauf train",
+    ),
+    "broken recipe": (
+        "train",
+        {"config": "recipe.py"},
+        put("recipe.py", "config = Train(\n"),
+        "recipe.py cannot be run",
+    ),
+    "no decode prompts": ("train", {"train__decode_every": 1}, None, "no held-out prompts; --train.decode-files"),
+    "decode file": (
+        "train",
+        {"train__decode_every": 1, "train__decode_files": "nowhere.jsonl"},
+        None,
+        "nowhere.jsonl does not exist",
+    ),
+    "decode template": (
+        "train",
+        {"train__decode_every": 1, "train__decode_files": "turns.jsonl"},
+        forget_the_template,
+        "no chat template",
+    ),
+    "decode every": ("train", {"train__decode_every": -1}, None, "decode_every is -1"),
+    "train: out in a file": ("train", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new"),
+    # train: checkpoints
+    "other learning rate": (
+        "train",
+        {"out": "run", "train__learning_rate": 0.5},
+        None,
+        "run/checkpoints belongs to a run with train.learning_rate = 0.0006, not 0.5; use another --out",
+    ),
+    "more differences": (
+        "train",
+        {"out": "run", "train__seed": 1, "objective__name": "full"},
+        None,
+        "objective.name = 'auf', not 'full' (and 1 more differences)",
+    ),
+    "checkpoint truncated": (
+        "train",
+        {"out": "run"},
+        truncate("run/checkpoints/2/state/d/*"),
+        "checkpoints/2 cannot be read; delete",
+    ),
+    "checkpoint incomplete": (
+        "train",
+        {"out": "run"},
+        remove("run/checkpoints/2/state/d"),
+        "checkpoints/2 cannot be read",
+    ),
+    "checkpoint config": ("train", {"out": "run"}, remove("run/checkpoints/2/config"), "checkpoints/2 cannot be read"),
+    # generate
+    "no prompts": ("generate", {"prompts": "nowhere.jsonl"}, None, "nowhere.jsonl does not exist"),
+    "prompt line": (
+        "generate",
+        {},
+        put("prompts.jsonl", '{"prompt": "a"}\n\n{"prompt": \n'),
+        "prompts.jsonl:3 is not JSON",
+    ),
+    "prompts empty": ("generate", {}, put("prompts.jsonl", "\n"), "prompts.jsonl holds no prompt"),
+    "prompt keys": ("generate", {}, put("prompts.jsonl", '{"text": "a"}'), 'prompts.jsonl:1; {"text": "a"}; {"turns"'),
+    "prompt empty": ("generate", {}, put("prompts.jsonl", '{"prompt": ""}'), "prompts.jsonl:1"),
+    "no template": ("generate", {"prompts": "turns.jsonl"}, forget_the_template, "the tokenizer has no chat template"),
+    "no drafter": ("generate", {"drafter": None}, None, "speculative without --drafter; --method autoregressive"),
+    "temperature": ("generate", {"temperature": -1}, None, "temperature is -1.0; use 0 for greedy"),
+    "top_p": ("generate", {"top_p": 0}, None, "top_p is 0.0; (0, 1]"),
+    "generate: seed": ("generate", {"seed": -1}, None, "seed is -1"),
+    "tokenizer missing": ("generate", {}, remove("target/tokenizer.json"), "target/tokenizer.json does not exist"),
+    "tokenizer broken": ("generate", {}, put("target/tokenizer.json", "{}"), "target/tokenizer.json cannot be read"),
+    "tokenizer larger": (
+        "generate",
+        {},
+        lambda: shrink_vocabulary(),
+        "target: the tokenizer has 300 tokens, the model 290",
+    ),
+    "drafter's width": ("generate", {}, other_drafter(hidden_size=32), "drafter.hidden_size is 32; the target's 16"),
+    "drafter's depth": ("generate", {}, other_drafter(num_hidden_layers=4), "a target of 4 layers, this one has 3"),
+    "drafter's vocabulary": (
+        "generate",
+        {},
+        other_drafter(vocab_size=310),
+        "drafter.vocab_size is 310; the target's 300",
+    ),
+    "drafter's mask id": ("generate", {}, dflash(mask_token_id=300), "drafter.mask_token_id is 300"),
+    "drafter's mask type": ("generate", {}, dflash(mask_token_id="3"), "drafter/config.json; mask_token_id is '3'"),
+    "drafter without mask": (
+        "generate",
+        {},
+        edit_json("drafter/config.json", lambda c: c["dflash_config"].pop("mask_token_id")),
+        "drafter/config.json: dflash_config has no 'mask_token_id'",
+    ),
+    "drafter without taps": (
+        "generate",
+        {},
+        edit_json("drafter/config.json", lambda c: c.update(dflash_config=None)),
+        "drafter/config.json: dflash_config has no",
+    ),
+    "drafter's dflash_config": (
+        "generate",
+        {},
+        edit_json("drafter/config.json", lambda c: c.update(dflash_config=[1])),
+        "drafter/config.json: dflash_config is [1]",
+    ),
+    "drafter's taps order": (
+        "generate",
+        {},
+        lambda: (other_drafter()(), widen_drafter(), dflash(target_layer_ids=[2, 1])()),
+        "drafter.target_layer_ids is [2, 1]; ascending",
+    ),
+    "drafter's taps range": ("generate", {}, dflash(target_layer_ids=[3]), "drafter.target_layer_ids is [3]; 3 layers"),
+    "drafter's taps type": ("generate", {}, dflash(target_layer_ids=1), "drafter/config.json; target_layer_ids is 1"),
+    "drafter's block": ("generate", {}, dflash(block_size="4"), "drafter/config.json; block_size is '4'"),
+    "a projector": ("generate", {}, dflash(projector_type="domino"), "projector_type 'domino'"),
+    "not a drafter": ("generate", {"drafter": "target"}, None, "['Qwen3ForCausalLM']; ['DFlashDraftModel']"),
+    # evaluate
+    "no name": ("evaluate", {"prompts": "prompts.jsonl"}, None, "--prompts prompts.jsonl; NAME=FILE.jsonl"),
+    "same name": ("evaluate", {"prompts": "a=prompts.jsonl a=turns.jsonl"}, None, "--prompts names a twice"),
+    "drafter missing": ("evaluate", {"drafter": "nowhere"}, None, "nowhere does not exist"),
+    "provenance": ("evaluate", {}, put("drafter/specauf.json", "{"), "drafter/specauf.json is not JSON"),
+    "repeats": ("evaluate", {"repeats": 0}, None, "repeats is 0"),
+    "max prompts": ("evaluate", {"max_prompts": -1}, None, "max_prompts is -1"),
+    "evaluate: top_k": ("evaluate", {"top_k": -2}, None, "top_k is -2"),
+    # export
+    "no run": ("export", {"run": "data"}, None, "data/config.json does not exist"),
+    "a model is no run": ("export", {"run": "drafter"}, None, "drafter is not a run of `specauf train`"),
+    "no such step": ("export", {"step": 7}, None, "run has no checkpoint 7; one of [1, 2]"),
+    "export: truncated": ("export", {}, truncate("run/checkpoints/2/state/d/*"), "checkpoints/2 cannot be read"),
+    "export over the run": ("export", {"out": "run"}, None, "run already holds; another --out"),
+    "export over the target": ("export", {"out": "target"}, None, "target already holds; another --out"),
+    "export over a file": ("export", {"out": "prompts.jsonl"}, None, "prompts.jsonl already holds; another --out"),
+    "export into a file": ("export", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new cannot be written"),
+    "export here": ("export", {"out": "."}, None, "already holds; another --out"),
+    "run's config": (
+        "export",
+        {},
+        edit_json("run/config.json", lambda c: c["drafter"].update(block_sizes=4)),
+        "unknown field 'block_sizes' of Drafter (did you mean 'block_size'?)",
+    ),
+    # report
+    "report: missing": ("report", {"": "run nowhere"}, None, "nowhere does not exist"),
+    "report: nothing in it": ("report", {"": "text"}, None, "text holds no metrics and no results"),
+    "report: out is a folder": ("report", {"out": "run"}, None, "run cannot be written"),
+    "report: out in a file": ("report", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new cannot be written"),
+}
+
+
+def shrink_vocabulary():
+    def change(tensors):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:290].copy()
+
+    edit_tensors("target", change)()
+    edit_json(TARGET_CONFIG, lambda c: c.update(vocab_size=290))()
+
+
+def widen_drafter():
+    def change(tensors):
+        tensors["fc.weight"] = np.concatenate([tensors["fc.weight"]] * 2, axis=1)
+
+    edit_tensors("drafter", change)()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_without_a_trace(here, capsys, case):
+    command, changes, damage, words = CASES[case]
+    if damage:
+        damage()
+    before = contents(here)
+    said = refused(capsys, arguments(command, **changes))
+    for part in words.split("; "):
+        assert part in said
+    assert contents(here) == before
+
+
+def test_unknown_command(capsys):
+    said = refused(capsys, ["trian", "--out", "x"])
+    assert "unknown command 'trian' (did you mean 'train'?)" in said and "specauf --help" in said
+
+
+def test_batch_over_devices():
+    mesh = SimpleNamespace(shape={"replica": 2, "fsdp": 2, "tensor": 1})
+    check_batch(8, 2, mesh)
+    with pytest.raises(SpecaufError, match="(?s)batch_size 12 in 2 part.* over 4 devices.*multiple of 8"):
+        check_batch(12, 2, mesh)
