@@ -38,7 +38,8 @@ def evaluate(config: Evaluate, console: Console) -> dict:
         models = load_models(config.target, config.drafter, config.dtype)
         measured = {}
         for name, prompts in sets.items():
-            measured[name] = _measure(models, prompts, config)
+            with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):
+                measured[name] = _measure(models, prompts, config)
             console.print(f"{name}: {_line(_part(measured[name], models))}", highlight=False)
     parts = {name: _part(set_, models) for name, set_ in measured.items()}
     overall = _part(_joined(list(measured.values())), models)
@@ -72,6 +73,8 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
         return timed(batch, models.speculative).generations
 
     answer(models.tokenizer, prompts, first_pass)
+    if any(len(prompt.turns) > 1 for prompt in prompts):  # all turns together make other shapes than turn by turn
+        timed(requests, models.speculative)
     timed(requests, models.autoregressive)
     passes = [
         (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
