@@ -50,6 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SpecaufError as error:
         Console(stderr=True).print(f"specauf: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
+    except OSError as error:  # whatever the disk or the network did where no better message was found
+        trouble = SpecaufError(str(error), "files that can be read and written, and free space",
+                               "check the path and the space left; what was saved before is whole")  # fmt: skip
+        Console(stderr=True).print(f"specauf: {trouble}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("specauf: interrupted; the same command goes on from what was saved")
         return 130
@@ -72,7 +77,16 @@ def _parse(settings: type, command: str, arguments: list[str]):
 def _recipe(settings: type, path: str):
     if not Path(path).is_file():
         raise SpecaufError(f"{path} does not exist", "a recipe, such as configs/tiny_cpu.py", "check the path")
-    recipe = runpy.run_path(path).get("config")
+    try:
+        recipe = runpy.run_path(path).get("config")
+    except SpecaufError:
+        raise
+    except Exception as error:  # a recipe is a program
+        raise SpecaufError(
+            f"{path} cannot be run: {type(error).__name__}: {error}",
+            "a recipe, such as configs/tiny_cpu.py",
+            "correct it",
+        ) from error
     if not isinstance(recipe, settings):
         raise SpecaufError(
             f"{path} defines config = {type(recipe).__name__}",

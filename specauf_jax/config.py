@@ -34,6 +34,18 @@ def _positive(config, *names: str) -> None:
             raise SpecaufError(f"{name} is {value}", "a number above 0", f"change {name}")
 
 
+def _not_negative(config, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise SpecaufError(f"{name} is {value}", "0 or more", f"change {name}")
+
+
+def _seed(config) -> None:
+    if not 0 <= config.seed < 2**31:
+        raise SpecaufError(f"seed is {config.seed}", "a whole number from 0 to 2147483647", "change seed")
+
+
 def _choice(config, name: str, choices) -> None:
     value = getattr(config, name)
     if value not in choices:
@@ -185,6 +197,8 @@ class Optimisation:
             "checkpoint_every",
             "keep_last",
         )
+        _not_negative(self, "weight_decay")
+        _seed(self)
         if self.steps < 0:
             raise SpecaufError(f"steps is {self.steps}", "0 (save the untrained weights) or more", "set it to 1000")
         if not 0 <= self.warmup_ratio < 1:
@@ -218,6 +232,7 @@ class TrainOptimisation(Optimisation):
     def __post_init__(self):
         super().__post_init__()
         _positive(self, "num_anchors", "anchor_chunk", "decode_prompts", "decode_tokens")
+        _not_negative(self, "decode_every")
 
 
 @dataclass(frozen=True)
@@ -323,6 +338,8 @@ class Regenerate:
 
     def __post_init__(self):
         _positive(self, "prompt_length", "max_new_tokens", "batch_size")
+        _not_negative(self, "documents")
+        _seed(self)
 
 
 @dataclass(frozen=True)
@@ -363,6 +380,7 @@ class Generate:
 
     def __post_init__(self):
         _positive(self, "max_new_tokens", "batch_size")
+        _seed(self)
 
 
 @dataclass(frozen=True)
@@ -389,6 +407,8 @@ class Evaluate:
 
     def __post_init__(self):
         _positive(self, "max_new_tokens", "batch_size", "repeats")
+        _not_negative(self, "max_prompts")
+        _seed(self)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ def read_json(path, what: str) -> dict:
         raise SpecaufError(f"{path} does not exist", f"a file with {what}", "check the path")
     try:
         values = json.loads(path.read_text())
+    except OSError as error:
+        raise SpecaufError(
+            f"{path} cannot be read: {error.strerror}", f"a file with {what}", "check the file"
+        ) from error
     except ValueError as error:  # UnicodeDecodeError is one
         raise SpecaufError(f"{path} is not JSON: {error}", f"a file with {what}", "restore the file") from error
     if not isinstance(values, dict):
@@ -36,28 +40,33 @@ def read_json(path, what: str) -> dict:
 def write_text(path, text: str) -> None:
     """Write beside, then rename: `path` holds the old text or the new one, never a part."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        raise SpecaufError(
-            f"{path} cannot be written: {error.strerror}",
-            "a writable path and free space",
-            "free space or choose another path",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was renamed, or never made
+            beside.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> SpecaufError:
+    return SpecaufError(
+        f"{path} cannot be written: {error.strerror or error}",
+        "a writable path and free space",
+        "free space or choose another path",
+    )
 
 
 @contextlib.contextmanager
 def replace_folder(folder) -> Iterator[Path]:
     """A new, empty folder beside; it takes `folder`'s place when the block ends without an error."""
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # "." has no sibling of its own name
     beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     try:
         beside.mkdir(parents=True)
@@ -66,11 +75,7 @@ def replace_folder(folder) -> Iterator[Path]:
             folder.replace(old)
         beside.replace(folder)
     except OSError as error:
-        raise SpecaufError(
-            f"{folder} cannot be written: {error.strerror or error}",
-            "a writable path and free space",
-            "free space or choose another path",
-        ) from error
+        raise _unwritable(folder, error) from error
     finally:
         if old.exists() and not folder.exists():
             old.replace(folder)
@@ -100,8 +105,7 @@ def fresh_folder(folder) -> Iterator[Path]:
     Raises:
       SpecaufError: `folder` already holds something, or its parent cannot be written.
     """
-    # Absolute, because "." has no sibling of its own name.
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.abspath(folder))  # "." has no sibling of its own name
     check_absent(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:

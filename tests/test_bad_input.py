@@ -72,6 +72,16 @@ def arguments(command: str, **changes) -> list[str]:
     return line
 
 
+@contextmanager
+def working_in(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Everything that the commands read, at the smallest size."""
@@ -82,7 +92,7 @@ def world(tmp_path_factory) -> Path:
         (root / "text" / f"{name}.txt").write_text("".join(lines))
     (root / "prompts.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "brown fox"}\n')
     (root / "turns.jsonl").write_text('{"turns": ["how many dogs?", "and foxes?"]}\n')
-    with contextmanager_chdir(root):
+    with working_in(root):
         assert cli.main(arguments("prepare", out="data")) == 0
         target = tiny.target_config(vocab_size=V)
         save_target(tiny.target_params(target), target, root / "target", eos_token_id=0)
@@ -91,16 +101,6 @@ def world(tmp_path_factory) -> Path:
         save_drafter(tiny.drafter_params(drafter), drafter, root / "drafter", provenance={"steps": 0})
         assert cli.main(arguments("train", out="run")) == 0
     return root
-
-
-@contextmanager
-def contextmanager_chdir(folder):
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ CASES = {
     "dataset truncated": (
         "pretrain",
         {},
-        truncate("data/dataset/*array_record*"),
+        truncate("data/dataset/*array_record*", 0.4),
         "data/dataset is truncated or damaged",
     ),
     "dataset rows": (
@@ -272,7 +272,7 @@ CASES = {
         "regenerate",
         {},
         begun_with(seed=5),
-        "new.parts holds parts made with another; seed; delete new.parts",
+        "new.parts holds parts made with another; seed; restore them, or delete",
     ),
     "regenerate: vocabulary": (
         "regenerate",
@@ -562,3 +562,91 @@ def test_batch_over_devices():
     check_batch(8, 2, mesh)
     with pytest.raises(SpecaufError, match="(?s)batch_size 12 in 2 part.* over 4 devices.*multiple of 8"):
         check_batch(12, 2, mesh)
+
+
+# ---------------------------------------------------------------------------------------------
+# A full disk
+
+
+@contextmanager
+def room_for(size: int):
+    """Files of more bytes cannot be written, by any library, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        ("prepare", {}),
+        ("export", {}),
+        ("export", {"out": "drafter"}),
+        ("report", {}),
+        ("report", {"out": "prompts.jsonl"}),
+    ],
+)
+def test_disk_full(here, capsys, command, changes):
+    before = contents(here)
+    with room_for(2000):
+        said = refused(capsys, arguments(command, **changes))
+    assert "space" in said and "to do" in said
+    assert contents(here) == before
+
+
+def test_disk_full_at_the_end_of_a_write(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a.json").write_text("old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(SpecaufError, match="(?s)a.json cannot be written: No space left.*free space"):
+        files.write_text(tmp_path / "a.json", "new")
+    assert contents(tmp_path) == {"a.json": hashlib.sha256(b"old").hexdigest()}
+
+
+def test_disk_full_within_a_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").write_text("old")
+    before = contents(tmp_path)
+    with pytest.raises(SpecaufError, match="model cannot be written"), files.replace_folder(tmp_path / "model") as new:
+        (new / "a").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert contents(tmp_path) == before
+    with files.replace_folder(tmp_path / "model") as new:
+        (new / "a").write_text("new")
+    assert contents(tmp_path) == {"model": "folder", "model/a": hashlib.sha256(b"new").hexdigest()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What shows only at work
+
+
+def test_target_that_is_not_finite(here, capsys):
+    remove("run/checkpoints/2")()
+    edit_tensors("target", spoil)()
+    before = contents(here / "run" / "checkpoints"), contents(here / "run" / "drafter")
+    said = refused(capsys, arguments("train", out="run"))
+    assert "step 2" in said and "not finite: features" in said and "the last checkpoint, which is untouched" in said
+    assert (contents(here / "run" / "checkpoints"), contents(here / "run" / "drafter")) == before
+
+
+def test_diverging_pretraining(here, capsys):
+    said = refused(capsys, arguments("pretrain", train__learning_rate=1e30, train__steps=3, train__checkpoint_every=1))
+    assert "step 2" in said and "not finite" in said and "--train.learning-rate" in said
+    assert [path.name for path in Path("new/checkpoints").iterdir() if path.name.isdigit()] == ["1"]
+    assert not Path("new/target").exists()
+
+
+def test_damaged_part_of_a_regeneration(here, capsys):
+    from specauf_jax.commands import regenerate
+
+    truncated = here / "new.parts" / "0.npz"
+    truncated.parent.mkdir()
+    regenerate._save(truncated, [])
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    with pytest.raises(SpecaufError, match="(?s)0.npz cannot be read.*delete"):
+        regenerate._load(truncated)

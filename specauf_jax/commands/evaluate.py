@@ -17,7 +17,7 @@ from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
-from specauf_jax.files import existing_folder, write_text
+from specauf_jax.files import existing_folder, read_json, write_text
 
 
 @dataclasses.dataclass
@@ -31,7 +31,8 @@ class Timed:
 
 def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
-    sets = {name: read_prompts(path) for name, path in map(_named, config.prompts)}
+    sets = _read_sets(config.prompts)
+    origin = _origin(config.drafter)
     if config.max_prompts:
         sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
     with float32_precision(config.dtype):
@@ -43,7 +44,7 @@ def evaluate(config: Evaluate, console: Console) -> dict:
             console.print(f"{name}: {_line(_part(measured[name], models))}", highlight=False)
     parts = {name: _part(set_, models) for name, set_ in measured.items()}
     overall = _part(_joined(list(measured.values())), models)
-    results = {"overall": overall, "sets": parts, "meta": _meta(config, models)}
+    results = {"overall": overall, "sets": parts, "meta": _meta(config, models, origin)}
     write_text(config.out, json.dumps(results, indent=2) + "\n")
     _show(results, console)
     return results
@@ -149,9 +150,13 @@ def _joined(measured: list[Measured]) -> Measured:
     return Measured(repeats("speculative"), repeats("autoregressive"), measured[0].greedy)
 
 
-def _meta(config: Evaluate, models: Models) -> dict:
-    provenance = existing_folder(config.drafter, "a drafter") / "specauf.json"
-    origin = json.loads(provenance.read_text()) if provenance.is_file() else {}
+def _origin(drafter: str) -> dict:
+    """What a drafter of ours says of its training; nothing for those of others."""
+    provenance = existing_folder(drafter, "a drafter") / "specauf.json"
+    return read_json(provenance, "a drafter's origin") if provenance.is_file() else {}
+
+
+def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
     return describe_environment() | {
         "dtype": config.dtype,
         "temperature": config.temperature,
@@ -168,11 +173,16 @@ def _meta(config: Evaluate, models: Models) -> dict:
     }
 
 
-def _named(argument: str) -> tuple[str, str]:
-    name, equals, path = argument.partition("=")
-    if not (name and equals and path):
-        raise SpecaufError(f"--prompts {argument}", "NAME=FILE.jsonl", "give the set a name")
-    return name, path
+def _read_sets(arguments: tuple[str, ...]) -> dict[str, list[Prompt]]:
+    sets: dict[str, list[Prompt]] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path):
+            raise SpecaufError(f"--prompts {argument}", "NAME=FILE.jsonl", "give the set a name")
+        if name in sets:
+            raise SpecaufError(f"--prompts names {name} twice", "a name for each set", "give them different names")
+        sets[name] = read_prompts(path)
+    return sets
 
 
 def _line(part: dict) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -29,7 +31,7 @@ _BATCHES_PER_PART = 2  # finished work is saved this often
 def regenerate(config: Regenerate, console: Console) -> dict:
     """Write `config.out`; returns its manifest. A killed run goes on where it stopped."""
     check_absent(config.out)
-    data, parts = Path(config.data), Path(f"{config.out}.parts")
+    data, parts = Path(config.data), Path(f"{os.path.abspath(config.out)}.parts")
     params, target = load_target(config.target, config.dtype)
     manifest = read_data(data, target)
     mesh = make_mesh(config.mesh)
@@ -138,9 +140,14 @@ def _save(path: Path, documents: list[Document]) -> None:
 
 
 def _load(path: Path) -> list[Document]:
-    with np.load(path) as arrays:
-        ends = np.cumsum(arrays["lengths"])[:-1]
-        tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
+    try:
+        with np.load(path) as arrays:
+            ends = np.cumsum(arrays["lengths"])[:-1]
+            tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise SpecaufError(
+            f"{path} cannot be read: {error}", "a whole part", f"delete {path}, then run the command again"
+        ) from error
     return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if len(t)]
 
 

@@ -6,6 +6,7 @@ becomes the number after `layers.`.
 """
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +34,7 @@ def load_target(folder, dtype=jnp.float32) -> tuple[dict, Target]:
     Raises:
       SpecaufError: naming the file, tensor or key that does not fit.
     """
-    folder = existing_folder(folder, "specauf pretrain, or a Hugging Face checkpoint")
-    config = target_config(folder)
+    folder, config = Path(folder), target_config(folder)
     # lm_head stands outside the body, which Hugging Face prefixes with "model.".
     return _read(
         folder, target_shapes(config), lambda name: name if name.startswith("lm_head") else f"model.{name}", dtype
@@ -43,7 +43,7 @@ def load_target(folder, dtype=jnp.float32) -> tuple[dict, Target]:
 
 def target_config(folder) -> Target:
     """Architecture of the checkpoint in `folder`, from its config.json alone."""
-    values, where = _read_config(folder)
+    values, where = _read_config(folder, "a target, of `specauf pretrain` or from Hugging Face")
     _expect(values, where, "architectures", [TARGET_ARCHITECTURE])
     _refuse(values, where, "use_sliding_window", "attention_bias")
     return Target(**_shared_fields(values, where), tie_word_embeddings=bool(values.get("tie_word_embeddings", False)))
@@ -66,17 +66,16 @@ def load_drafter(folder, dtype=jnp.float32) -> tuple[dict, Drafter]:
     Raises:
       SpecaufError: naming the file, tensor or key that does not fit.
     """
-    folder = existing_folder(folder, "specauf train or specauf export")
-    config = drafter_config(folder)
+    folder, config = Path(folder), drafter_config(folder)
     return _read(folder, drafter_shapes(config), lambda name: name, dtype), config
 
 
 def drafter_config(folder) -> Drafter:
     """Architecture of the drafter in `folder`, from its config.json alone."""
-    values, where = _read_config(folder)
+    values, where = _read_config(folder, "a drafter, of `specauf train` or `specauf export`")
     _expect(values, where, "architectures", [DRAFTER_ARCHITECTURE])
     _refuse(values, where, "use_sliding_window", "attention_bias")
-    dflash = values.get("dflash_config") or {}
+    dflash = _object(values, where, "dflash_config")
     if dflash.get("projector_type", "dflash") != "dflash":
         raise SpecaufError(
             f"{where}: projector_type {dflash['projector_type']!r}",
@@ -88,11 +87,15 @@ def drafter_config(folder) -> Drafter:
             raise SpecaufError(
                 f"{where}: dflash_config has no {key!r}", "an explicit value", f"add dflash_config.{key}"
             )
+    taps = dflash["target_layer_ids"]
+    if not isinstance(taps, list) or not all(type(i) is int for i in taps):
+        raise SpecaufError(f"{where}: target_layer_ids is {taps!r}", "a list of layers", "correct the value")
+    block_size = dflash.get("block_size", values.get("block_size")) or _missing(where, "block_size")
     return Drafter(
         **_shared_fields(values, where),
-        block_size=dflash.get("block_size", values.get("block_size")) or _missing(where, "block_size"),
-        mask_token_id=dflash["mask_token_id"],
-        target_layer_ids=tuple(dflash["target_layer_ids"]),
+        block_size=_number(block_size, where, "block_size"),
+        mask_token_id=_number(dflash["mask_token_id"], where, "mask_token_id"),
+        target_layer_ids=tuple(taps),
         num_target_layers=values.get("num_target_layers"),
     )
 
@@ -141,9 +144,7 @@ _SHARED = (
 def _shared_fields(values: dict, where: str) -> dict:
     fields = {name: values[name] if name in values else _missing(where, name) for name in _SHARED}
     for name, value in fields.items():
-        wanted = (int, float) if name == "rms_norm_eps" else int
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise SpecaufError(f"{where}: {name} is {value!r}", "a number", "correct the value")
+        _number(value, where, name, (int, float) if name == "rms_norm_eps" else int)
     if values.get("hidden_act", "silu") != "silu":
         raise SpecaufError(
             f"{where}: hidden_act is {values['hidden_act']!r}", "'silu'", "use a model with SwiGLU layers"
@@ -153,14 +154,29 @@ def _shared_fields(values: dict, where: str) -> dict:
 
 def _rope_theta(values: dict, where: str) -> float:
     """From `rope_parameters` (new) or `rope_theta` (old); there is no default, and no scaling yet."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = _object(values, where, "rope_parameters") or _object(values, where, "rope_scaling")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise SpecaufError(
             f"{where}: RoPE of type {kind!r}", "'default' (no scaling)", "use a model without RoPE scaling"
         )
     theta = rope.get("rope_theta", values.get("rope_theta"))
-    return float(theta) if theta is not None else _missing(where, "rope_theta (or rope_parameters.rope_theta)")
+    if theta is None:
+        _missing(where, "rope_theta (or rope_parameters.rope_theta)")
+    return float(_number(theta, where, "rope_theta", (int, float)))
+
+
+def _number(value, where: str, name: str, kind=int):
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise SpecaufError(f"{where}: {name} is {value!r}", "a number", "correct the value")
+    return value
+
+
+def _object(values: dict, where: str, name: str) -> dict:
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise SpecaufError(f"{where}: {name} is {found!r}", "an object of settings", "correct the value")
+    return found
 
 
 def _shared_json(config: Target | Drafter) -> dict:
@@ -182,8 +198,8 @@ def _shared_json(config: Target | Drafter) -> dict:
     }
 
 
-def _read_config(folder) -> tuple[dict, str]:
-    path = existing_folder(folder, "a model folder") / "config.json"
+def _read_config(folder, what: str) -> tuple[dict, str]:
+    path = existing_folder(folder, what) / "config.json"
     return read_json(path, "a model's configuration"), str(path)
 
 
@@ -257,7 +273,7 @@ def _tensor_files(folder) -> dict:
         shards = [single]
     elif index.exists():
         weight_map = read_json(index, "an index of shards").get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise SpecaufError(f"{index} has no weight_map", "tensor names and their files", "restore the file")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
     else:
@@ -301,9 +317,26 @@ def _get(files: dict, name: str) -> np.ndarray:
     return files[name].get_tensor(name)
 
 
+def _check_replaceable(folder: Path, architectures: list[str]) -> None:
+    """Only a model of the same kind, or an empty folder, gives way to a new one."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if not (config.is_file() and read_json(config, "a model").get("architectures") == architectures):
+        raise SpecaufError(
+            f"{folder} already holds something else than a {architectures[0]}",
+            "a folder that does not exist yet, or one to replace",
+            "choose another --out",
+        )
+
+
 def _write(folder, tensors: dict, json_files: dict[str, dict]) -> None:
     """All files beside, then one rename, so that a reader sees the old folder or the new one."""
+    _check_replaceable(Path(folder), json_files["config.json"]["architectures"])
     with replace_folder(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            raise OSError(str(error)) from error
         for name, values in json_files.items():
             (new / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,117 @@
+"""Killed and interrupted work goes on to the same result, bit for bit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from specauf_jax import config as c
+from specauf_jax.commands import regenerate as regenerate_module
+from specauf_jax.commands.regenerate import regenerate
+from specauf_jax.commands.train import train
+from specauf_jax.data.dataset import open_dataset
+from specauf_jax.data.prepare import prepare
+from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.models.weights import save_target
+from specauf_jax.training.checkpoint import Checkpoints
+
+QUIET = Console(quiet=True)
+KILL = Path(__file__).parents[1] / "launch/kill_and_resume.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    lines = [f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200)]
+    (root / "text.txt").write_text("".join(lines))
+    prepare(
+        c.Prepare(input=(str(root / "text.txt"),), out=str(root / "data"), vocab_size=300, sequence_length=64), QUIET
+    )
+    target = tiny.target_config(vocab_size=300)
+    save_target(tiny.target_params(target), target, root / "target")
+    copy_tokenizer(root / "data/tokenizer", root / "target")
+    return root
+
+
+def test_training_killed_at_random_moments_ends_with_the_same_bits(world):
+    settings = ["--drafter.block-size", "4", "--drafter.target-layer-ids", "1", "--train.num-anchors", "8"]
+    command = [sys.executable, str(KILL), "--target", str(world / "target"), "--data", str(world / "data"),
+               "--out", str(world / "kill"), "--kills", "3", "--steps", "400", "--checkpoint-every", "10",
+               "--", *settings]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit-identical" in done.stdout and done.stdout.count("kill ") == 3
+
+
+def settings(world, out, **changes) -> c.Train:
+    optimisation = {"steps": 12, "batch_size": 2, "num_anchors": 4, "checkpoint_every": 2, "learning_rate": 1e-2}
+    return c.Train(
+        target=str(world / "target"),
+        data=str(world / "data"),
+        out=str(out),
+        drafter=c.Drafter(block_size=4, num_hidden_layers=1, target_layer_ids=(1,)),
+        train=c.TrainOptimisation(**(optimisation | changes)),
+    )
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(world, tmp_path, monkeypatch):
+    scores = iter([1.0, 9.0, 2.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr("specauf_jax.training.loop.MetricsLog.score", lambda self, name: next(scores))
+    train(settings(world, tmp_path / "run"), QUIET)
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep_last=None)
+    assert checkpoints.steps() == [4, 10, 12]
+    assert (checkpoints.latest(), checkpoints.best()) == (12, 4)
+    checkpoints.close()
+
+
+def test_metrics_of_lost_steps_are_written_once(world, tmp_path):
+    """A run that stopped between checkpoints logs every step again, not twice."""
+    run = tmp_path / "run"
+    train(settings(world, run, log_every=1), QUIET)
+    whole = (run / "metrics.jsonl").read_text().splitlines()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "loss": 1.0}\n{"step": 14, "lo')  # what a kill leaves
+    train(settings(world, run, log_every=1), QUIET)
+    assert (run / "metrics.jsonl").read_text().splitlines() == whole
+
+
+def test_an_interrupted_regeneration_goes_on_where_it_stopped(world, tmp_path, monkeypatch):
+    def config(out):
+        sampling = c.Sampling(temperature=1.0)
+        return c.Regenerate(
+            data=str(world / "data"),
+            target=str(world / "target"),
+            out=str(tmp_path / out),
+            prompt_length=8,
+            max_new_tokens=6,
+            batch_size=4,
+            sampling=sampling,
+        )
+
+    regenerate(config("whole"), QUIET)
+    save, saved = regenerate_module._save, []
+
+    def interrupted(path, documents):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        save(path, documents)
+
+    monkeypatch.setattr(regenerate_module, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        regenerate(config("parts"), QUIET)
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(
+        regenerate_module, "_save", lambda path, documents: (saved.append(path.name), save(path, documents))
+    )
+    regenerate(config("parts"), QUIET)
+    assert len(saved) == len(set(saved)) > 3  # nothing was generated twice
+    assert not (tmp_path / "parts.parts").exists()
+    one, other = open_dataset(tmp_path / "whole"), open_dataset(tmp_path / "parts")
+    assert len(one) == len(other)
+    for i in range(len(one)):
+        assert all(np.array_equal(one[i][name], other[i][name]) for name in one[i])
