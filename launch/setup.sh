@@ -4,7 +4,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 find_python() {
   local candidate
-  for candidate in python3.13 python3.12 python3.11 python3 python; do
+  for candidate in python3 python3.11 python3.12 python3.13 python; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$candidate"
       return

@@ -187,16 +187,8 @@ class Optimisation:
     """Newest checkpoints to keep, beside the best one."""
 
     def __post_init__(self):
-        _positive(
-            self,
-            "batch_size",
-            "accumulation",
-            "learning_rate",
-            "clip_norm",
-            "log_every",
-            "checkpoint_every",
-            "keep_last",
-        )
+        _positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
+        _positive(self, "learning_rate", "clip_norm")
         _not_negative(self, "weight_decay")
         _seed(self)
         if self.steps < 0:
@@ -539,6 +531,8 @@ def from_dict(cls, values: dict, where: str):
       values: as read from JSON.
       where: the file's name, for messages.
     """
+    if not isinstance(values, dict):
+        raise SpecaufError(f"{where} is {values!r}", f"the fields of {cls.__name__}", "correct the value")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:

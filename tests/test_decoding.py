@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -374,3 +378,29 @@ def test_training_logits_equal_decoding_logits(models):
         slots = anchors[:, i : i + 1] + jnp.arange(K)
         served = propose(drafter_params, target_params, state, anchor, slots, state.keys, config=config).logits
         np.testing.assert_allclose(served, trained[:, i], rtol=1e-5, atol=1e-5 * float(jnp.abs(served).max()))
+
+
+EIGHT_DEVICES = """
+import jax
+from test_decoding import DRAFTER, TARGET, decoding, generate, init_drafter, init_target, prompts, sharpened
+from specauf_jax.config import Mesh, Sampling
+from specauf_jax.sharding import make_mesh, parameter_sharding
+
+models = sharpened(init_drafter(DRAFTER, jax.random.key(1))), sharpened(init_target(TARGET, jax.random.key(0)))
+asked = prompts(10)
+for sampling in (Sampling(), Sampling(temperature=0.8, top_k=6)):
+    common = dict(config=decoding(stop_tokens=(3,)), max_new_tokens=12, sampling=sampling, batch_size=8)
+    expected = generate(*models, asked, **common)
+    mesh = make_mesh(Mesh(replica=2, fsdp=4))
+    spread = jax.device_put(models, parameter_sharding(models, mesh))
+    assert len(jax.tree.leaves(spread)[0].sharding.device_set) == 8
+    assert generate(*spread, asked, mesh=mesh, **common) == expected
+print("same")
+"""
+
+
+def test_eight_devices_decode_what_one_does():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "same", done.stderr[-3000:]

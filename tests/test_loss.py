@@ -32,27 +32,27 @@ def features_of(target_params, batch):
 
 
 def with_features(batch):
-    return batch.replace(features=jax.jit(features_of)(TARGET_PARAMS, batch))
+    return batch.replace(features=tiny.jit(features_of)(TARGET_PARAMS, batch))
 
 
 def blocks_at(batch, anchors, keep):
     return make_blocks(batch, anchors, keep, block_size=DRAFTER.block_size, mask_token_id=DRAFTER.mask_token_id)
 
 
-@jax.jit
+@tiny.jit
 def slot_logits(batch, anchors, keep):
     """From tokens to the logits of every slot, `[B, A, K, V]`, as in training."""
     batch = batch.replace(features=features_of(TARGET_PARAMS, batch))
     return block_hidden(PARAMS, HEAD, batch, blocks_at(batch, anchors, keep), config=AUF) @ HEAD.lm_head
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(tiny.jit, static_argnames="config")
 def sums_and_grads(params, batch, anchors, keep, config=AUF):
     grads, aux = jax.grad(loss_sums, has_aux=True)(params, HEAD, batch, anchors, keep, config=config)
     return aux, grads
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(tiny.jit, static_argnames="config")
 def loss_and_grads(params, batch, rng, config=AUF):
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, HEAD, batch, rng, config=config)
     return loss, aux, grads
@@ -116,23 +116,21 @@ def test_gradients_with_respect_to_features_reach_exactly_the_context_of_each_bl
             PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER, anchor_chunk=2
         )
 
-    @jax.jit
-    def reached():
-        logits, pull = jax.vjp(lambda features: hidden(features) @ HEAD.lm_head, batch.features)
-        A = anchors.shape[1]
+    @tiny.jit
+    def reached(features):
+        logits, pull = jax.vjp(lambda features: hidden(features) @ HEAD.lm_head, features)
         weights = jax.random.normal(jax.random.key(0), logits.shape)
-        one_block = jnp.eye(A)[:, None, :, None, None] * weights
+        one_block = jnp.eye(anchors.shape[1])[:, None, :, None, None] * weights
         grads = jax.vmap(lambda cotangent: pull(cotangent)[0])(one_block)  # [A, B, S, L·D]
-        return jnp.moveaxis(grads, 0, 1), jnp.moveaxis((grads != 0).any(-1), 0, 1)
+        return logits, jnp.moveaxis(grads, 0, 1)
 
-    grads, touched = reached()
+    logits, grads = map(np.asarray, reached(batch.features))
     index = np.arange(batch.tokens.shape[1])
     expected = own_document(batch, anchors) & (index < np.asarray(anchors)[..., None]) & np.asarray(keep)[..., None]
-    np.testing.assert_array_equal(touched, expected)
-    assert jnp.isfinite(grads).all()
-    assert not expected[:, 0].any() and expected.sum() > 100  # the anchors at 0 see no context
-    whole = block_hidden(PARAMS, HEAD, batch, blocks, config=AUF)
-    assert tiny.largest_difference(jax.jit(hidden)(batch.features), whole) < 1e-6  # what training runs
+    np.testing.assert_array_equal((grads != 0).any(-1), expected)
+    assert np.isfinite(grads).all()
+    assert not expected[:, 0].any() and expected.sum() > 90  # the anchors at 0 see no context
+    assert tiny.largest_difference(logits, slot_logits(batch, anchors, keep)) < 1e-6  # what training runs
 
 
 def test_blocks_that_are_not_kept_have_no_loss_and_gradients_of_zero():
@@ -142,12 +140,12 @@ def test_blocks_that_are_not_kept_have_no_loss_and_gradients_of_zero():
     assert all(not g.any() for g in jax.tree.leaves(grads))  # nan would count as any
 
 
-def test_fillers_of_a_row_do_not_change_its_loss():
+def test_fillers_do_not_change_the_loss_wherever_they_stand():
     batch, anchors, keep = masked_batch()
-    batch = with_features(batch)
-    few = sums_and_grads(PARAMS, batch, anchors[:, :6], keep[:, :6])
-    more = sums_and_grads(PARAMS, batch, anchors, keep.at[:, 6:].set(False))
-    assert few[0].numerator > 0 and tiny.largest_difference(more, few) < 1e-6
+    batch, keep = with_features(batch), keep.at[:, 5:].set(False)
+    here = sums_and_grads(PARAMS, batch, anchors, keep)
+    there = sums_and_grads(PARAMS, batch, anchors.at[:, 5:].set(0), keep)
+    assert here[0].numerator > 0 and tiny.same_bits(here, there)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,7 +182,7 @@ def test_the_loss_equals_plain_loops_over_the_logits():
     aux, _ = sums_and_grads(PARAMS, with_features(batch), anchors, keep)
     for name, expected in count.items():
         np.testing.assert_allclose(aux[name], expected, rtol=1e-5, err_msg=name)
-    assert count["support"] > count["blocks"] and count["emitted"] > count["blocks"]  # some drafts are right
+    assert count["support"] > count["support_correct"] > 1 and count["emitted"] > count["blocks"]  # some are right
     measures = aux.measures()
     np.testing.assert_allclose(measures["loss"], count["numerator"] / count["denominator"], rtol=1e-5)
     np.testing.assert_allclose(measures["tau"], count["emitted"] / count["blocks"], rtol=1e-6)
@@ -196,7 +194,7 @@ def test_the_loss_equals_plain_loops_over_the_logits():
 def test_rows_without_anchors_add_exactly_nothing():
     """A row of padding, and a row without two supervised tokens in succession."""
     rng = jax.random.key(0)
-    batch = tiny.random_batch([[24], [], [24]], seed=2)
+    batch = tiny.random_batch([[8, 11], [], [24]], seed=2)
     batch = batch.replace(loss_mask=batch.loss_mask.at[2].set(jnp.arange(24) % 2 == 0))
     batch = with_features(batch)
     loss, aux, grads = loss_and_grads(PARAMS, batch, rng)
@@ -229,7 +227,7 @@ def test_no_gradient_reaches_the_target():
         features = features_of(target_params, batch)
         return loss_fn(PARAMS, target_head(target_params), batch.replace(features=features), rng, config=AUF)[0]
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(TARGET_PARAMS)
+    value, grads = tiny.jit(jax.value_and_grad(loss))(TARGET_PARAMS)
     assert value > 0 and all(not g.any() for g in jax.tree.leaves(grads))
 
 
@@ -239,19 +237,19 @@ def test_no_gradient_reaches_the_target():
 
 def packed_and_unpacked():
     """Documents of 10 and 12 tokens in one row, and the same in rows of their own."""
-    packed = tiny.random_batch([[10, 12]], seed=4)
-    apart = []
-    for start, end in ((0, 10), (10, 22)):
-        pad = [(0, 0), (0, 24 - (end - start))]
-        apart.append(jax.tree.map(lambda x, s=start, e=end, pad=pad: jnp.pad(x[:, s:e], pad), packed))
-    unpacked = jax.tree.map(lambda *rows: jnp.concatenate(rows), *apart)
+    packed = tiny.random_batch([[10, 12], []], seed=15)
+
+    def apart(x):
+        return jnp.zeros_like(x).at[0, :10].set(x[0, :10]).at[1, :12].set(x[0, 10:22])
+
+    unpacked = jax.tree.map(apart, packed)
     return packed, unpacked.replace(document_ids=jnp.minimum(unpacked.document_ids, 1))
 
 
-def test_packing_does_not_change_the_targets_features():
+def test_packing_does_not_change_the_targets_hidden_states_and_features():
     packed, unpacked = packed_and_unpacked()
 
-    @jax.jit
+    @tiny.jit
     def run(batch):
         hidden = target_hidden(TARGET_PARAMS, batch.tokens, batch.positions, batch.document_ids, config=TARGET)
         return features_of(TARGET_PARAMS, batch), hidden
@@ -261,16 +259,19 @@ def test_packing_does_not_change_the_targets_features():
     assert tiny.largest_difference(together, apart) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["auf", "decay"])
-def test_packing_does_not_change_the_drafters_loss_and_gradients(name):
-    config = dataclasses.replace(AUF, objective=Objective(name))
+def test_packing_does_not_change_the_drafters_loss_and_gradients():
     packed, unpacked = map(with_features, packed_and_unpacked())
-    first, second = jnp.array([0, 3, 7]), jnp.array([0, 1, 6])
+    first, second = [0, 3, 7], [0, 1, 6]
     together = sums_and_grads(
-        PARAMS, packed, jnp.concatenate([first, 10 + second])[None], jnp.full((1, 6), True), config
+        PARAMS,
+        packed,
+        jnp.array([first + [10 + a for a in second] + [0, 0], [0] * 8]),
+        jnp.array([[True] * 6 + [False] * 2, [False] * 8]),
     )
-    apart = sums_and_grads(PARAMS, unpacked, jnp.stack([first, second]), jnp.full((2, 3), True), config)
-    assert together[0].blocks == 6 and together[0].numerator > 0
+    apart = sums_and_grads(
+        PARAMS, unpacked, jnp.array([first + [0] * 5, second + [0] * 5]), jnp.array([[True] * 3 + [False] * 5] * 2)
+    )
+    assert together[0].blocks == 6 and together[0].support > 6
     assert tiny.largest_difference(together, apart) < 1e-6
 
 
@@ -279,27 +280,25 @@ def test_packing_does_not_change_the_drafters_loss_and_gradients(name):
 
 
 def test_vmap_over_seeds_equals_a_loop():
-    batch = with_features(tiny.random_batch([[8, 11], [24]], seed=1))
+    batch = with_features(tiny.random_batch([[8, 11], [24], []], seed=1))
     params = [tiny.drafter_params(seed=seed) for seed in (5, 6, 7)]
     rngs = jax.random.split(jax.random.key(0), 3)
 
     def run(params, rng):
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, HEAD, batch, rng, config=AUF)
-        return loss, grads
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, HEAD, batch, rng, config=AUF)
+        return loss, aux, grads
 
-    together = jax.jit(jax.vmap(run))(jax.tree.map(lambda *x: jnp.stack(x), *params), rngs)
-    one = jax.jit(run)
-    apart = jax.tree.map(lambda *x: jnp.stack(x), *(one(p, rng) for p, rng in zip(params, rngs, strict=True)))
+    together = tiny.jit(jax.vmap(run))(jax.tree.map(lambda *x: jnp.stack(x), *params), rngs)
+    apart = [loss_and_grads(p, batch, rng) for p, rng in zip(params, rngs, strict=True)]
+    apart = jax.tree.map(lambda *x: jnp.stack(x), *apart)
     assert tiny.largest_difference(together, apart) < 1e-6
     assert len(set(apart[0].tolist())) == 3
 
 
-@pytest.mark.parametrize("name", ["full", "auf"])
-def test_bfloat16_computes_nearly_the_same_loss(name):
-    config = dataclasses.replace(AUF, objective=Objective(name))
-    batch = with_features(tiny.random_batch([[8, 11], [24]], seed=1))
+def test_bfloat16_computes_nearly_the_same_loss():
+    batch = with_features(tiny.random_batch([[8, 11], [24], []], seed=1))
     rng = jax.random.key(0)
-    exact, _, _ = loss_and_grads(PARAMS, batch, rng, config)
-    loss, _, grads = loss_and_grads(PARAMS, batch, rng, dataclasses.replace(config, dtype="bfloat16"))
+    exact, _, _ = loss_and_grads(PARAMS, batch, rng)
+    loss, _, grads = loss_and_grads(PARAMS, batch, rng, dataclasses.replace(AUF, dtype="bfloat16"))
     assert loss.dtype == jnp.float32 and abs(loss / exact - 1) < 0.05 and loss != exact
     assert all(g.dtype == jnp.float32 and jnp.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from specauf_jax import objectives
 from specauf_jax.config import Objective
@@ -119,7 +120,7 @@ def random_blocks(rng, K, B=2, A=4, V=11):
     return logits, labels, valid
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "K"))
+@functools.partial(tiny.jit, static_argnames=("objective", "K"))
 def sums_of_logits(logits, labels, valid, objective, K):
     ce, rank = cross_entropy_and_rank(logits, labels)
     return objective_sums(objective, ce, rank, valid, block_size=K)
@@ -252,7 +253,8 @@ def test_rank_zero_equals_numpys_argmax_of_the_logits_as_given(dtype):
     logits = jnp.asarray(rng.normal(size=(1000, 60)), dtype)
     rounded = np.asarray(logits.astype(jnp.float32))
     labels = np.where(rng.random(1000) < 0.5, rounded.argmax(-1), rounded.argsort(-1)[:, -2])
-    _, rank = cross_entropy_and_rank(logits, jnp.asarray(labels))
+    ce, rank = cross_entropy_and_rank(logits, jnp.asarray(labels))
+    assert ce.dtype == jnp.float32
     np.testing.assert_array_equal(rank == 0, rounded.argmax(-1) == labels)
     ties = (rounded == rounded.max(-1, keepdims=True)).sum(-1) > 1
     assert 300 < (rank == 0).sum() < 700
@@ -271,7 +273,7 @@ def loss_of_logits(logits, labels, valid, objective, weights=None):
     return numerator / sums.denominator, sums.weights
 
 
-gradient_and_weights = jax.jit(jax.grad(loss_of_logits, has_aux=True), static_argnums=3)
+gradient_and_weights = tiny.jit(jax.grad(loss_of_logits, has_aux=True), static_argnums=3)
 
 
 def test_auf_trains_every_slot_up_to_the_first_failure_and_nothing_after():
@@ -292,7 +294,7 @@ def test_no_gradient_passes_through_the_weights(objective):
         ce, rank = cross_entropy_and_rank(logits, labels)
         return slot_weights(objective, ce, rank, valid, 8).sum()
 
-    assert not jax.jit(jax.grad(total_weight))(logits).any()
+    assert not tiny.jit(jax.grad(total_weight))(logits).any()
     grads, weights = gradient_and_weights(logits, labels, valid, objective)
     held, _ = gradient_and_weights(logits, labels, valid, objective, weights)
     assert np.asarray(grads).any()

@@ -12,7 +12,7 @@ from specauf_jax.files import existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.weights import save_drafter
 from specauf_jax.training.checkpoint import Checkpoints
-from specauf_jax.training.step import init_state, make_optimizer
+from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
 
 def export(config: Export, console: Console) -> None:
@@ -28,7 +28,6 @@ def export(config: Export, console: Console) -> None:
     record.pop("environment", None)
     drafter = from_dict(Drafter, record["drafter"], str(run / "config.json"))
     optimizer = make_optimizer(from_dict(TrainOptimisation, record["train"], str(run / "config.json")))
-    like = jax.jit(lambda: init_state(init_drafter(drafter, jax.random.key(0)), optimizer))()
     checkpoints = Checkpoints(run / "checkpoints", keep_last=None)
     try:
         step = {"last": checkpoints.latest, "best": checkpoints.best}.get(config.step, lambda: config.step)()
@@ -38,8 +37,15 @@ def export(config: Export, console: Console) -> None:
                 f"one of {checkpoints.steps()}",
                 "pass --step last, best or one of these",
             )
-        state, _ = checkpoints.restore(step, like, record)
+        state, _ = checkpoints.restore(step, _abstract_state(drafter, optimizer), record)
     finally:
         checkpoints.close()
     save_drafter(state.params, drafter, Path(config.out), provenance=provenance(record, step))
     console.print(f"step {step} of {run} written to {config.out}", highlight=False)
+
+
+def _abstract_state(drafter: Drafter, optimizer) -> TrainState:
+    """Shapes of a training state, for one device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(lambda: init_state(init_drafter(drafter, jax.random.key(0)), optimizer))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)

@@ -42,7 +42,6 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     params = jax.device_put(params, parameter_sharding(params, mesh))
     stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
     decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
-    _begin(parts, config)
 
     def respond(prompts, seed):
         return generate(
@@ -58,6 +57,13 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         )
 
     documents = _chosen(data, config.documents)
+    if not any(_pieces(document, config.prompt_length) for document in documents):
+        raise SpecaufError(
+            f"none of {len(documents)} documents has anything to answer",
+            f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
+            "lower --prompt-length",
+        )
+    _begin(parts, config)
     size = config.batch_size * _BATCHES_PER_PART
     chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
     with float32_precision(config.dtype):
@@ -153,12 +159,6 @@ def _load(path: Path) -> list[Document]:
 
 def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], asked: int) -> dict:
     documents = [document for part in parts for document in part]
-    if not documents:
-        raise SpecaufError(
-            f"none of {asked} documents has anything to answer",
-            f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
-            "lower --prompt-length",
-        )
     with fresh_folder(config.out) as folder:
         tokens, supervised = (sum(int(getattr(d, name).size) for d in documents) for name in ("tokens", "loss_mask"))
         supervised = sum(int(d.loss_mask.sum()) for d in documents)
