@@ -107,16 +107,13 @@ def fresh_folder(folder) -> Iterator[Path]:
     """
     folder = Path(os.path.abspath(folder))  # "." has no sibling of its own name
     check_absent(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise SpecaufError(f"{folder.parent} cannot be written ({error.strerror})", "a writable folder",
-                           "choose another --out") from error  # fmt: skip
-    try:
         yield partial
         check_absent(folder)
         partial.replace(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -39,7 +39,6 @@ def pretrain(config: Pretrain, console: Console) -> None:
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
             step=step,
-            state=jax.jit(initialise, out_shardings=sharding)(),
             loader=make_loader(
                 data,
                 train.batch_size,
@@ -47,6 +46,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
                 shard_index=jax.process_index(),
                 shard_count=jax.process_count(),
             ),
+            state=jax.jit(initialise, out_shardings=sharding)(),
             batch_sharding=rows,
             score="-loss",
             shown=("loss", "accuracy"),

@@ -77,7 +77,6 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         config=record,
         environment=environment,
         step=lambda state, batch: step(state, target_params, batch),
-        state=jax.jit(initialise, out_shardings=sharding)(),
         loader=make_loader(
             config.data,
             settings.batch_size,
@@ -85,6 +84,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         ),
+        state=jax.jit(initialise, out_shardings=sharding)(),
         batch_sharding=rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),

@@ -4,6 +4,7 @@ No TensorFlow: rows go through TFDS's own feature encoding into an ArrayRecord f
 metadata is written beside it, so that `tfds.builder_from_directory(...).as_data_source()` reads it.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
@@ -37,14 +38,25 @@ def write_dataset(rows: Iterable[dict], folder, sequence_length: int) -> int:
         try:
             for row in rows:
                 record = features.serialize_example(row)
-                writer.write(record)
+                with _disk_errors():
+                    writer.write(record)
                 count, size = count + 1, size + len(record)
         finally:
-            writer.close()
+            with _disk_errors():
+                writer.close()
         if not count:
             raise SpecaufError("the source gave no rows", "at least one document", "check the input")
         _write_metadata(partial, features, count, size)
     return count
+
+
+@contextlib.contextmanager
+def _disk_errors():
+    """ArrayRecord tells of a full disk with a RuntimeError, as of everything."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _features(sequence_length: int):
@@ -83,11 +95,16 @@ class PackedRows:
 
     def __getitem__(self, index) -> dict:
         try:
-            return self._source[index]
-        except RuntimeError as error:  # what ArrayRecord raises for every damaged file
-            reason = str(error).splitlines()[0]
-            raise SpecaufError(f"{self._folder / 'dataset'} is truncated or damaged: {reason}",
-                               "the file as it was written", f"copy it again, or {REPREPARE}") from error  # fmt: skip
+            row = self._source[index]
+        except RuntimeError as error:  # what ArrayRecord raises for nearly every damaged file
+            raise self._damaged(str(error).splitlines()[0]) from error
+        if any(value is None for value in row.values()):  # what it gives where a file ends between two blocks
+            raise self._damaged(f"row {index} is missing")
+        return row
+
+    def _damaged(self, reason: str) -> SpecaufError:
+        return SpecaufError(f"{self._folder / 'dataset'} is truncated or damaged: {reason}",
+                            "the file as it was written", f"copy it again, or {REPREPARE}")  # fmt: skip
 
 
 def open_dataset(folder) -> PackedRows:

@@ -26,6 +26,7 @@ class Counts:
     example: Document | None = None
 
     def add(self, document: Document) -> None:
+        """Count a document; the first is kept as the example."""
         self.documents += 1
         self.tokens += len(document.tokens)
         self.supervised += int(document.loss_mask.sum())

@@ -37,11 +37,13 @@ class BadRecords:
         self.limit, self.console, self.found = limit, console, []
 
     def add(self, bad: BadRecord) -> None:
+        """Note a bad record, and print it if it is tolerated."""
         self.found.append(bad)
         if len(self.found) <= self.limit:
             self.console.print(f"bad record: {bad.where}: {bad.reason}", style="yellow", markup=False, highlight=False)
 
     def keep_good(self, records: Iterable[Record | BadRecord]) -> Iterator[Record]:
+        """The good records; the others are noted."""
         for record in records:
             if isinstance(record, BadRecord):
                 self.add(record)

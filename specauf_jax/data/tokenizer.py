@@ -59,7 +59,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder) -> None:
     tokenizer.train_from_iterator(texts, trainer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
