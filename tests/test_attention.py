@@ -102,7 +102,7 @@ def grads_and_value(f, *arrays):
         first = jax.tree.leaves(result)[0]
         return (first * np.random.default_rng(2).normal(size=first.shape)).sum(), result
 
-    return tiny.jit(jax.grad(projected, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
+    return jax.jit(jax.grad(projected, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
 
 
 def test_attend_in_chunks_equals_attend_at_once(monkeypatch):

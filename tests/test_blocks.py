@@ -6,7 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
+from specauf_jax.training import blocks as under_test
+from specauf_jax.training.blocks import Batch
+
+eligible_anchors = jax.jit(under_test.eligible_anchors)
+sample_anchors = jax.jit(under_test.sample_anchors, static_argnums=2)
+make_blocks = jax.jit(under_test.make_blocks, static_argnames=("block_size", "mask_token_id"))
 
 
 def test_anchors_need_two_supervised_tokens_in_succession_by_hand():
@@ -47,7 +52,7 @@ def test_every_set_of_anchors_is_equally_likely():
     eligible = np.zeros((1, 14), bool)
     eligible[0, [0, 2, 3, 4, 7, 8, 11, 12]] = True
     draws = 14_000
-    anchors, keep = jax.jit(jax.vmap(lambda key: sample_anchors(key, jnp.asarray(eligible), 3)))(
+    anchors, keep = jax.jit(jax.vmap(lambda key: under_test.sample_anchors(key, eligible, 3)))(
         jax.random.split(jax.random.key(0), draws)
     )
     assert keep.all()

@@ -17,6 +17,7 @@ from specauf_jax.training.loss import LossConfig, block_hidden, loss_fn, loss_su
 TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
 TARGET_PARAMS, PARAMS = tiny.target_params(), tiny.drafter_params()
 HEAD = target_head(TARGET_PARAMS)
+EVERY_OTHER = jnp.arange(24) % 2 == 1  # a loss mask without an eligible anchor
 AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, anchor_chunk=2)
 
 
@@ -32,27 +33,27 @@ def features_of(target_params, batch):
 
 
 def with_features(batch):
-    return batch.replace(features=tiny.jit(features_of)(TARGET_PARAMS, batch))
+    return batch.replace(features=jax.jit(features_of)(TARGET_PARAMS, batch))
 
 
 def blocks_at(batch, anchors, keep):
     return make_blocks(batch, anchors, keep, block_size=DRAFTER.block_size, mask_token_id=DRAFTER.mask_token_id)
 
 
-@tiny.jit
+@jax.jit
 def slot_logits(batch, anchors, keep):
     """From tokens to the logits of every slot, `[B, A, K, V]`, as in training."""
     batch = batch.replace(features=features_of(TARGET_PARAMS, batch))
     return block_hidden(PARAMS, HEAD, batch, blocks_at(batch, anchors, keep), config=AUF) @ HEAD.lm_head
 
 
-@functools.partial(tiny.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def sums_and_grads(params, batch, anchors, keep, config=AUF):
     grads, aux = jax.grad(loss_sums, has_aux=True)(params, HEAD, batch, anchors, keep, config=config)
     return aux, grads
 
 
-@functools.partial(tiny.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def loss_and_grads(params, batch, rng, config=AUF):
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, HEAD, batch, rng, config=config)
     return loss, aux, grads
@@ -116,7 +117,7 @@ def test_gradients_with_respect_to_features_reach_exactly_the_context_of_each_bl
             PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER, anchor_chunk=2
         )
 
-    @tiny.jit
+    @jax.jit
     def reached(features):
         logits, pull = jax.vjp(lambda features: hidden(features) @ HEAD.lm_head, features)
         weights = jax.random.normal(jax.random.key(0), logits.shape)
@@ -195,7 +196,7 @@ def test_rows_without_anchors_add_exactly_nothing():
     """A row of padding, and a row without two supervised tokens in succession."""
     rng = jax.random.key(0)
     batch = tiny.random_batch([[8, 11], [], [24]], seed=2)
-    batch = batch.replace(loss_mask=batch.loss_mask.at[2].set(jnp.arange(24) % 2 == 0))
+    batch = batch.replace(loss_mask=batch.loss_mask.at[2].set(EVERY_OTHER))
     batch = with_features(batch)
     loss, aux, grads = loss_and_grads(PARAMS, batch, rng)
     assert aux.blocks == 5 and jnp.isfinite(loss) and loss > 0
@@ -208,7 +209,8 @@ def test_rows_without_anchors_add_exactly_nothing():
 @pytest.mark.parametrize("name", ["auf", "dpace"])
 def test_a_batch_without_any_anchor_has_a_loss_and_gradients_of_exactly_zero(name):
     config = dataclasses.replace(AUF, objective=Objective(name))
-    batch = with_features(tiny.random_batch([[], [24], [1, 1]], seed=3, supervised=0.0))
+    batch = tiny.random_batch([[], [24], [1, 1]], seed=3, supervised=1.0)
+    batch = with_features(batch.replace(loss_mask=batch.loss_mask.at[1].set(EVERY_OTHER)))
     loss, aux, grads = loss_and_grads(PARAMS, batch, jax.random.key(0), config)
     assert loss == 0 and all(not g.any() for g in jax.tree.leaves(grads))
     assert all(value == 0 for value in aux.measures().values())
@@ -227,7 +229,7 @@ def test_no_gradient_reaches_the_target():
         features = features_of(target_params, batch)
         return loss_fn(PARAMS, target_head(target_params), batch.replace(features=features), rng, config=AUF)[0]
 
-    value, grads = tiny.jit(jax.value_and_grad(loss))(TARGET_PARAMS)
+    value, grads = jax.jit(jax.value_and_grad(loss))(TARGET_PARAMS)
     assert value > 0 and all(not g.any() for g in jax.tree.leaves(grads))
 
 
@@ -249,7 +251,7 @@ def packed_and_unpacked():
 def test_packing_does_not_change_the_targets_hidden_states_and_features():
     packed, unpacked = packed_and_unpacked()
 
-    @tiny.jit
+    @jax.jit
     def run(batch):
         hidden = target_hidden(TARGET_PARAMS, batch.tokens, batch.positions, batch.document_ids, config=TARGET)
         return features_of(TARGET_PARAMS, batch), hidden
@@ -288,7 +290,7 @@ def test_vmap_over_seeds_equals_a_loop():
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, HEAD, batch, rng, config=AUF)
         return loss, aux, grads
 
-    together = tiny.jit(jax.vmap(run))(jax.tree.map(lambda *x: jnp.stack(x), *params), rngs)
+    together = jax.jit(jax.vmap(run))(jax.tree.map(lambda *x: jnp.stack(x), *params), rngs)
     apart = [loss_and_grads(p, batch, rng) for p, rng in zip(params, rngs, strict=True)]
     apart = jax.tree.map(lambda *x: jnp.stack(x), *apart)
     assert tiny.largest_difference(together, apart) < 1e-6

@@ -37,14 +37,14 @@ ROWS = [[24], [8, 11], [], [3, 2], [20], [5, 5, 5], [1, 1, 1], [24]]
 
 @functools.cache
 def train_step(accumulation=1):
-    return tiny.jit(make_train_step(AUF, TARGET, OPTIMIZER, accumulation=accumulation, seed=SEED))
+    return jax.jit(make_train_step(AUF, TARGET, OPTIMIZER, accumulation=accumulation, seed=SEED))
 
 
 def start(params=PARAMS):
     return init_state(params, OPTIMIZER)
 
 
-@tiny.jit
+@jax.jit
 def with_features(batch):
     features = target_features(
         TARGET_PARAMS, batch.tokens, batch.positions, batch.document_ids, config=TARGET, layer_ids=(0, 1)
@@ -61,7 +61,7 @@ def test_a_step_is_the_gradient_of_the_loss_through_the_optimizer():
     new, metrics = train_step()(state, TARGET_PARAMS, batch)
     rng = jax.random.fold_in(jax.random.key(SEED), 0)
 
-    @tiny.jit
+    @jax.jit
     def by_hand(params, batch):
         grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, aux), grads = grad(params, target_head(TARGET_PARAMS), batch, rng, config=AUF)
@@ -93,7 +93,7 @@ def test_the_denominator_is_one_for_all_parts():
     rng = jax.random.fold_in(jax.random.key(SEED), 0)
     drawn = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), AUF.num_anchors)
 
-    @tiny.jit
+    @jax.jit
     def sums(batch, anchors, keep):
         _, aux = loss_sums(PARAMS, target_head(TARGET_PARAMS), batch, anchors, keep, config=AUF)
         return aux.numerator, aux.denominator
@@ -131,7 +131,7 @@ def test_every_step_draws_its_own_anchors_by_seed_and_step():
     batch = tiny.random_batch(ROWS)
     given = with_features(batch)
 
-    @tiny.jit
+    @jax.jit
     def loss_at(rng):
         return loss_fn(PARAMS, target_head(TARGET_PARAMS), given, rng, config=AUF)[0]
 
@@ -214,13 +214,13 @@ def test_gradients_are_clipped_to_the_global_norm():
 
 @functools.cache
 def pretrain_step(accumulation=1):
-    return tiny.jit(make_pretrain_step(TARGET, OPTIMIZER, accumulation=accumulation, dtype="float32", chunk=5))
+    return jax.jit(make_pretrain_step(TARGET, OPTIMIZER, accumulation=accumulation, dtype="float32", chunk=5))
 
 
 def test_pretraining_loss_equals_plain_loops_over_next_tokens_of_one_document():
     batch = tiny.random_batch(ROWS)
 
-    @tiny.jit
+    @jax.jit
     def logits_of(batch):
         hidden = target_hidden(TARGET_PARAMS, batch.tokens, batch.positions, batch.document_ids, config=TARGET)
         return hidden @ target_head(TARGET_PARAMS).lm_head
@@ -270,12 +270,12 @@ MESHES = {
 def three_steps(mesh, accumulation):
     """Losses and last parameters of three steps, set up as `specauf train` does, and shards of q_proj."""
     target = tiny.target_config(vocab_size=18)  # a vocabulary that two devices can share
-    drafter = tiny.drafter_config(target)
+    drafter = tiny.drafter_config(target, num_hidden_layers=1)
     config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=4, anchor_chunk=2)
     target_params, state = tiny.target_params(target), start(tiny.drafter_params(drafter))
     target_sharding, sharding = parameter_sharding(target_params, mesh), parameter_sharding(state, mesh)
     rows = batch_sharding(mesh)
-    step = tiny.jit(
+    step = jax.jit(
         make_train_step(config, target, OPTIMIZER, accumulation=accumulation),
         in_shardings=(sharding, target_sharding, rows),
         out_shardings=(sharding, replicated(mesh)),
@@ -311,7 +311,11 @@ def test_eight_devices_compute_what_one_does():
     child = subprocess.run(
         [sys.executable, "-c", "import test_step; test_step.compare_meshes()"],
         cwd=Path(__file__).parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        },
         capture_output=True,
         text=True,
     )

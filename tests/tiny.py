@@ -10,14 +10,7 @@ from specauf_jax.models.target import target_shapes
 from specauf_jax.training.blocks import Batch
 
 MASK_TOKEN = 16
-# What is compiled here runs for microseconds: on CPU this makes compilation some seven times faster.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 _FREQUENT = slice(1, 5)  # tokens that text and models both prefer, so that some drafts are right
-
-
-def jit(f, **options):
-    """`jax.jit` that spends little on optimisation; for outermost functions."""
-    return jax.jit(f, compiler_options=_QUICK if jax.default_backend() == "cpu" else None, **options)
 
 
 def target_config(**changes) -> Target:

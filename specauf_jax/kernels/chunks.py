@@ -33,5 +33,7 @@ def map_chunks(f, size: int, *arrays):
         y = jnp.moveaxis(y, 0, 1)
         return y.reshape(y.shape[0], count * size, *y.shape[3:])[:, :length]
 
-    result = lax.map(jax.checkpoint(lambda chunk: f(*chunk)), tuple(map(split, arrays)))
+    # The barrier keeps autodiff from computing what depends on indices alone (masks) for all chunks ahead.
+    one = jax.checkpoint(lambda chunk: f(*lax.optimization_barrier(chunk)))
+    result = lax.map(one, tuple(map(split, arrays)))
     return jax.tree.map(join, result)
