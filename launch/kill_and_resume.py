@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, help="folder for both runs; deleted first")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--checkpoint-every", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("extra", nargs="*", help="further settings of specauf train, after --")
@@ -40,7 +40,7 @@ def main() -> int:
     for number in range(1, arguments.kills + 1):
         process = start(arguments, out / "killed")
         try:
-            process.wait(draw.uniform(0.2, 1.0) * whole / 2)
+            process.wait(draw.uniform(0.2, 0.8) * whole)
             print(f"kill {number}: came too late, the run was complete", flush=True)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)

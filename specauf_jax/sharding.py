@@ -81,6 +81,11 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def placed(shapes, sharding):
+    """Shapes with their shardings, in place of arrays: what a restore needs to know."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Rows (the leading axis) over all batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH))

@@ -11,6 +11,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.weights import save_drafter
+from specauf_jax.sharding import placed
 from specauf_jax.training.checkpoint import Checkpoints
 from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
@@ -48,4 +49,4 @@ def _abstract_state(drafter: Drafter, optimizer) -> TrainState:
     """Shapes of a training state, for one device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(init_drafter(drafter, jax.random.key(0)), optimizer))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    return placed(shapes, jax.tree.map(lambda _: device, shapes))

@@ -12,7 +12,7 @@ from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.models.target import init_target
 from specauf_jax.models.weights import save_target
-from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, replicated
+from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
 
@@ -29,7 +29,8 @@ def pretrain(config: Pretrain, console: Console) -> None:
     def initialise():
         return init_state(init_target(config.target, jax.random.key(train.seed)), optimizer)
 
-    sharding, rows = parameter_sharding(jax.eval_shape(initialise), mesh), batch_sharding(mesh)
+    shapes = jax.eval_shape(initialise)
+    sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
     step = make_pretrain_step(config.target, optimizer, accumulation=train.accumulation, dtype=train.dtype)
     step = jax.jit(step, in_shardings=(sharding, rows), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
     with float32_precision(train.dtype):
@@ -46,7 +47,8 @@ def pretrain(config: Pretrain, console: Console) -> None:
                 shard_index=jax.process_index(),
                 shard_count=jax.process_count(),
             ),
-            state=jax.jit(initialise, out_shardings=sharding)(),
+            initialise=jax.jit(initialise, out_shardings=sharding),
+            like=placed(shapes, sharding),
             batch_sharding=rows,
             score="-loss",
             shown=("loss", "accuracy"),

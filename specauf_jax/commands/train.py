@@ -20,7 +20,7 @@ from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import load_target, save_drafter, target_config
-from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, replicated
+from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import eligible_anchors
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
@@ -64,7 +64,8 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
     def initialise():
         return init_state(init_drafter(drafter, jax.random.key(settings.seed)), optimizer)
 
-    sharding, rows = parameter_sharding(jax.eval_shape(initialise), mesh), batch_sharding(mesh)
+    shapes = jax.eval_shape(initialise)
+    sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
     step = jax.jit(
         make_train_step(loss, target, optimizer, accumulation=settings.accumulation, seed=settings.seed),
         in_shardings=(sharding, target_sharding, rows),
@@ -84,7 +85,8 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         ),
-        state=jax.jit(initialise, out_shardings=sharding)(),
+        initialise=jax.jit(initialise, out_shardings=sharding),
+        like=placed(shapes, sharding),
         batch_sharding=rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),

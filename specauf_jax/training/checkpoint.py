@@ -1,6 +1,5 @@
 """Checkpoints of everything that a run needs to go on bit for bit: state, data iterator, config."""
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -63,16 +62,14 @@ class Checkpoints:
 
         Args:
           step: as from `latest`.
-          like: a state of the wanted shapes and shardings.
+          like: the state's shapes and shardings (`specauf_jax.sharding.placed`).
           config: of the run that goes on.
 
         Raises:
           SpecaufError: the checkpoint is another run's, or damaged.
         """
         self._check_config(self.read_config(step), config)
-        return self._read(
-            step, state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), iterator=ocp.args.JsonRestore()
-        )
+        return self._read(step, state=ocp.args.StandardRestore(like), iterator=ocp.args.JsonRestore())
 
     def read_config(self, step: int) -> dict:
         """The config that the step was saved with."""
@@ -112,10 +109,6 @@ class Checkpoints:
 
 def _score(metrics: dict) -> float:
     return metrics["score"]
-
-
-def _abstract(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

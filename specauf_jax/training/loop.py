@@ -30,7 +30,8 @@ class Run:
     config: dict  # stored with every checkpoint, and compared on resume
     environment: dict
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
-    state: TrainState  # before the first step
+    initialise: Callable[[], TrainState]  # jitted; not called where a checkpoint is restored
+    like: TrainState  # shapes and shardings
     loader: Iterator[dict]  # with get_state and set_state
     batch_sharding: Any
     score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
@@ -80,8 +81,8 @@ def put_batch(arrays: dict, sharding) -> Batch:
 def _resume(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
     step = checkpoints.latest()
     if step is None:
-        return run.state, 0
-    state, iterator = checkpoints.restore(step, run.state, run.config)
+        return run.initialise(), 0
+    state, iterator = checkpoints.restore(step, run.like, run.config)
     run.loader.set_state(iterator)
     console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
     return state, step
