@@ -2,11 +2,12 @@
 
     python launch/kill_and_resume.py --target runs/quickstart/target --data runs/quickstart/data --out runs/kill
 
-SIGKILL comes a random time after the process starts: while it imports, compiles, trains or writes a checkpoint. The
-final weights must be the same to the last bit; exits with 1 if they are not.
+SIGKILL comes up to a second after a random step, one in each of equal parts of the run: while it trains, writes a
+checkpoint or a line of metrics. The final weights must be the same to the last bit; exits with 1 if they are not.
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -31,21 +32,20 @@ def main() -> int:
     arguments = parser.parse_args()
     out = Path(arguments.out)
     shutil.rmtree(out, ignore_errors=True)
-    begin = time.monotonic()
     if start(arguments, out / "alone").wait():
         return 1
-    whole = time.monotonic() - begin
-    print(f"left alone: {whole:.1f} s", flush=True)
+    print("left alone: complete", flush=True)
     draw = random.Random(arguments.seed)
     for number in range(1, arguments.kills + 1):
+        moment = arguments.steps * draw.uniform(number - 1, number) / arguments.kills
         process = start(arguments, out / "killed")
-        try:
-            process.wait(draw.uniform(0.2, 0.8) * whole)
-            print(f"kill {number}: came too late, the run was complete", flush=True)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            print(f"kill {number}: newest whole checkpoint {newest(out / 'killed')}", flush=True)
+        while process.poll() is None and logged(out / "killed") < moment:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+        late = process.wait() == 0
+        print(f"kill {number}: {'came too late, ' if late else ''}logged to step {logged(out / 'killed')}, "
+              f"newest whole checkpoint {newest(out / 'killed')}", flush=True)  # fmt: skip
     if start(arguments, out / "killed").wait():
         return 1
     same = weights(out / "alone") == weights(out / "killed")
@@ -59,6 +59,13 @@ def start(arguments: argparse.Namespace, out: Path) -> subprocess.Popen:
                "--train.steps", str(arguments.steps), "--train.checkpoint-every", str(arguments.checkpoint_every),
                "--train.decode-every", "0", *arguments.extra]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def logged(run: Path) -> int:
+    """The newest step in the metrics of a run that may be writing them; 0 before the first."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what no newline ends is being written
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def newest(run: Path) -> int | None:
