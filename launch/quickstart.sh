@@ -51,13 +51,15 @@ say "3/6 labels: $documents continuations by the target itself"
 say "4/6 drafters: decay and auf side by side, $drafter_steps steps each"
 train() {
   specauf train --config configs/tiny_cpu.py --target "$out/target" --data "$out/data" --out "$out/train_$1" \
-    --objective.name "$1" --train.steps "$drafter_steps" 2>&1 | sed -u "s/^/[$1] /"
-  specauf export --run "$out/train_$1" --out "$out/drafter_$1"
+    --objective.name "$1" --train.steps "$drafter_steps"
 }
-train decay &
+train decay > >(sed -u "s/^/[decay] /") 2>&1 &
 decay=$!
-train auf
+trap 'pkill -P "$decay" 2>/dev/null; kill "$decay" 2>/dev/null' EXIT  # whatever ends this script ends both runs
+train auf 2>&1 | sed -u "s/^/[auf] /"
 wait "$decay"
+trap - EXIT
+for name in decay auf; do specauf export --run "$out/train_$name" --out "$out/drafter_$name"; done
 
 say "5/6 evaluation: $prompts prompts of each held-out domain"
 for name in decay auf; do

@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[400, 800, 2500, 5000])
     parser.add_argument("--learning-rate", type=float, default=None, help="instead of the recipe's")
-    parser.add_argument("--workers", type=int, default=2, help="runs at one time, one core each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at one time, about one core each")
     return parser.parse_args()
 
 
@@ -68,7 +68,6 @@ def run(arguments: argparse.Namespace, out: Path, steps: int, seed: int, name: s
 
 def specauf(*arguments: str) -> None:
     command = [sys.executable, "-m", "specauf_jax", *arguments]
-    # One core a run: two runs side by side share the machine better than one run's threads do.
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

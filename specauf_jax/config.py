@@ -7,7 +7,6 @@ Letters (B S A K D H G E L F V) as in the README.
 
 import dataclasses
 import difflib
-import json
 import math
 import typing
 from dataclasses import dataclass
@@ -516,11 +515,6 @@ def decay_gamma(objective: Objective, block_size: int) -> float:
 
 # ---------------------------------------------------------------------------------------------
 # (De)serialisation
-
-
-def to_json(config) -> str:
-    """A dataclass tree as JSON text, with sorted keys."""
-    return json.dumps(dataclasses.asdict(config), indent=2, sort_keys=True) + "\n"
 
 
 def from_dict(cls, values: dict, where: str):

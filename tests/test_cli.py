@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from specauf_jax import cli, config
-from specauf_jax.config import Drafter, Objective, Train, TrainOptimisation, from_dict, to_json
+from specauf_jax.config import Drafter, Objective, Train, TrainOptimisation, from_dict
 from specauf_jax.errors import SpecaufError
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_settings_round_trip():
         train=TrainOptimisation(decode_files=("x.jsonl", "y.jsonl"), learning_rate=1.0),
         mesh=config.Mesh(tensor=2),
     )
-    assert from_dict(Train, json.loads(to_json(settings)), "file") == settings
+    assert from_dict(Train, json.loads(json.dumps(dataclasses.asdict(settings))), "file") == settings
     assert hash(settings) == hash(from_dict(Train, dataclasses.asdict(settings), "file"))
 
 

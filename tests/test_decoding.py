@@ -143,6 +143,18 @@ def test_an_empty_prompt_is_refused(models):
         generate(*models, [[1], []], config=decoding(), max_new_tokens=2)
 
 
+def test_no_prompts_give_no_results(models):
+    assert generate(*models, [], config=decoding(), max_new_tokens=2) == []
+
+
+def test_draws_follow_the_given_indices(models):
+    asked, sampling = prompts(3, seed=8), c.Sampling(temperature=1.0)
+    common = dict(config=decoding(), max_new_tokens=8, sampling=sampling, batch_size=3)
+    whole = generate(*models, asked, **common)
+    assert generate(*models, asked[1:], indices=[1, 2], **common) == whole[1:]
+    assert generate(*models, asked[1:], **common) != whole[1:]
+
+
 def test_one_compilation_per_shape(models):
     count = {"traces": 0}
 

@@ -56,3 +56,5 @@ def test_acceptance_measures_of_two_prompts():
         "tokens": 6,
         "prompts": 2,
     }
+    turns = acceptance_measures(generations, block_size=4, prompts=[5, 5])
+    assert (turns["tau_macro"], turns["prompts"]) == (pytest.approx(7 / 3), 1)

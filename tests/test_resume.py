@@ -59,8 +59,8 @@ def settings(world, out, **changes) -> c.Train:
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(world, tmp_path, monkeypatch):
-    scores = iter([1.0, 9.0, 2.0, 3.0, 4.0, 5.0])
-    monkeypatch.setattr("specauf_jax.training.loop.MetricsLog.score", lambda self, name: next(scores))
+    scores = iter([1.0, 9.0, None, 3.0, 4.0, 5.0])
+    monkeypatch.setattr("specauf_jax.training.loop.MetricsLog.score", lambda self, name, step: next(scores))
     train(settings(world, tmp_path / "run"), QUIET)
     checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep_last=None)
     assert checkpoints.steps() == [4, 10, 12]

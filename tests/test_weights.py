@@ -62,6 +62,14 @@ def test_target_round_trip(tmp_path, tied):
     assert ("lm_head" in loaded) == (not tied)
 
 
+def test_a_tied_head_written_twice_is_one_head(tmp_path):
+    config = tiny.target_config(tie_word_embeddings=True)
+    save_target(tiny.target_params(config), config, tmp_path / "target")
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "target/model.safetensors")
+    assert tiny.same_bits(load_target(tmp_path / "target")[0], tiny.target_params(config))
+
+
 def test_target_names(tmp_path):
     save_target(tiny.target_params(), TARGET, tmp_path / "target", eos_token_id=2)
     layers = {f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in LAYER.items()}

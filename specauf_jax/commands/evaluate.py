@@ -56,6 +56,7 @@ class Measured:
 
     speculative: list[Timed]
     autoregressive: list[Timed]
+    prompts: list  # of each generation: which prompt it is a turn of
     greedy: bool
 
 
@@ -67,10 +68,12 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
 
     # The first pass compiles, and answers turn by turn; its requests are then timed all at once.
     requests: list[list[int]] = []
+    owners: list[int] = []
 
-    def first_pass(batch):
+    def first_pass(batch, indices):
         models.check_room(batch, config.max_new_tokens)
         requests.extend(batch)
+        owners.extend(indices)
         return timed(batch, models.speculative).generations
 
     answer(models.tokenizer, prompts, first_pass)
@@ -81,7 +84,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
         (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
     ]
     speculative, autoregressive = zip(*passes, strict=True)
-    return Measured(list(speculative), list(autoregressive), greedy=config.temperature == 0)
+    return Measured(list(speculative), list(autoregressive), owners, greedy=config.temperature == 0)
 
 
 def _timed_pass(models: Models, requests, decoding: Decoding, sampling: Sampling, config: Evaluate) -> Timed:
@@ -115,7 +118,7 @@ def _part(measured: Measured, models: Models) -> dict:
     """One set's entry of the results file."""
     speculative, autoregressive = measured.speculative[-1].generations, measured.autoregressive[-1].generations
     different = [i for i, (a, b) in enumerate(zip(speculative, autoregressive, strict=True)) if a.tokens != b.tokens]
-    part = acceptance_measures(speculative, models.speculative.block_size)
+    part = acceptance_measures(speculative, models.speculative.block_size, measured.prompts)
     if measured.greedy:
         part |= {"exact": not different, "compared": len(speculative), "mismatches": len(different)}
     else:  # draws differ between the methods; only their distributions agree
@@ -147,7 +150,8 @@ def _joined(measured: list[Measured]) -> Measured:
     def repeats(which: str) -> list[Timed]:
         return [join(passes) for passes in zip(*(getattr(m, which) for m in measured), strict=True)]
 
-    return Measured(repeats("speculative"), repeats("autoregressive"), measured[0].greedy)
+    prompts = [(number, prompt) for number, m in enumerate(measured) for prompt in m.prompts]
+    return Measured(repeats("speculative"), repeats("autoregressive"), prompts, measured[0].greedy)
 
 
 def _origin(drafter: str) -> dict:

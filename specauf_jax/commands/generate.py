@@ -36,7 +36,7 @@ def generate(config: Generate, console: Console) -> None:
 
 
 def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
-    def run(requests):
+    def run(requests, indices):
         models.check_room(requests, config.max_new_tokens)
         return generate_tokens(
             models.drafter_params,
@@ -47,6 +47,7 @@ def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling
             sampling=sampling,
             seed=config.seed,
             batch_size=config.batch_size,
+            indices=indices,
             track=lambda batches: track(batches, "generating", console=console, disable=not console.is_terminal),
         )
 
@@ -84,13 +85,14 @@ def _row(tokenizer, turns: list[Generation]) -> dict:
 def _stream_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
     """One prompt after another; green is what the drafter contributed."""
 
-    def run(requests):
-        models.check_room(requests, config.max_new_tokens)
-        return [
-            _stream_one(models, request, index, config, sampling, console) for index, request in enumerate(requests)
-        ]
+    accepted = []
+    for index, prompt in enumerate(prompts):
 
-    accepted = [g.accepted for prompt in prompts for g in answer(models.tokenizer, [prompt], run)[0]]
+        def run(requests, _, index=index):
+            models.check_room(requests, config.max_new_tokens)
+            return [_stream_one(models, request, index, config, sampling, console) for request in requests]
+
+        accepted += [g.accepted for g in answer(models.tokenizer, [prompt], run)[0]]
     console.print(
         f"[dim]{len(prompts)} prompts, {sum(map(len, accepted))} rounds, tau {tau_micro(accepted):.3f}[/dim]",
         highlight=False,
@@ -111,17 +113,15 @@ def _stream_one(models: Models, request, index: int, config: Generate, sampling:
         seed=config.seed,
         index=index,
     )
+    shown = ""
     for new, accepted in rounds:
         own = len(new) > accepted  # a stop may have cut off the target's own token
-        console.print(_grown(models.tokenizer, tokens, new[: len(new) - own], "green"), end="", soft_wrap=True)
-        tokens += new[: len(new) - own]
-        console.print(_grown(models.tokenizer, tokens, new[len(new) - own :], ""), end="", soft_wrap=True)
-        tokens += new[len(new) - own :]
+        for part, style in ((new[: len(new) - own], "green"), (new[len(new) - own :], "")):
+            tokens += part
+            # A character may span tokens: what ends in half of one waits for the rest.
+            text = models.tokenizer.decode(tokens).rstrip("\ufffd")
+            console.print(Text(text[len(shown) :], style=style), end="")
+            shown = text
         history.append(accepted)
     console.print(f"\n[dim]── {len(tokens)} tokens in {len(history)} rounds[/dim]\n", highlight=False)
     return Generation(prompt=list(request), tokens=tokens, accepted=history)
-
-
-def _grown(tokenizer, before: list[int], new: list[int], style: str) -> Text:
-    """The text that `new` tokens add: decoded together, as a character may span tokens."""
-    return Text(tokenizer.decode(before + new)[len(tokenizer.decode(before)) :], style=style)

@@ -69,12 +69,16 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     with float32_precision(config.dtype):
         for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
             if not (parts / f"{number}.npz").exists():
-                _save(parts / f"{number}.npz", _rewrite(chunk, respond, config, manifest["sequence_length"], number))
-    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))], len(documents))
+                _save(
+                    parts / f"{number}.npz",
+                    _rewrite(chunk, respond, stops, config, manifest["sequence_length"], number),
+                )
+    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))])
     shutil.rmtree(parts)
+    dropped = len(documents) - written["documents"]
     console.print(
-        f"{written['documents']} documents, {written['supervised_tokens']} supervised tokens of the target's "
-        f"own written to {config.out}",
+        f"{written['documents']} documents ({dropped} more had nothing to answer, or no room), "
+        f"{written['supervised_tokens']} supervised tokens of the target's own written to {config.out}",
         highlight=False,
     )
     return written
@@ -89,13 +93,17 @@ def _chosen(data: Path, count: int) -> list[Document]:
     return [documents[i] for i in np.linspace(0, len(documents) - 1, count).astype(int)]
 
 
-def _rewrite(documents: list[Document], respond, config: Regenerate, length: int, part: int) -> list[Document]:
-    """Replace every supervised run of tokens, in order; each answer sees the answers before it."""
+def _rewrite(documents, respond, stops, config: Regenerate, length: int, part: int) -> list[Document]:
+    """Replace every supervised run of tokens, in order; each answer sees the answers before it.
+
+    A conversation ends before a turn that does not fit the row, and after an answer that did not end by itself.
+    """
     pieces = [_pieces(document, config.prompt_length) for document in documents]
     tokens = [np.zeros(0, np.int32) for _ in documents]
     masks = [np.zeros(0, bool) for _ in documents]
+    open_ = range(len(documents))
     for turn in range(max(len(kept) for kept in pieces)):
-        asked = [i for i, kept in enumerate(pieces) if turn < len(kept) and len(tokens[i]) + len(kept[turn]) < length]
+        asked = [i for i in open_ if turn < len(pieces[i]) and len(tokens[i]) + len(pieces[i][turn]) < length]
         for i in asked:
             tokens[i] = np.concatenate([tokens[i], pieces[i][turn]])
             masks[i] = np.concatenate([masks[i], np.zeros(len(pieces[i][turn]), bool)])
@@ -105,6 +113,7 @@ def _rewrite(documents: list[Document], respond, config: Regenerate, length: int
             new = np.asarray(answer.tokens, np.int32)[: length - len(tokens[i])]
             tokens[i] = np.concatenate([tokens[i], new])
             masks[i] = np.concatenate([masks[i], np.ones(len(new), bool)])
+        open_ = [i for i in asked if tokens[i][-1] in stops]
     return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if m.any()]
 
 
@@ -112,10 +121,13 @@ def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
     """What is kept before each answer: the unsupervised runs, or a text's first `prompt_length` tokens."""
     if document.loss_mask.all():
         return [document.tokens[:prompt_length]] if len(document.tokens) > prompt_length else []
-    edges = np.flatnonzero(np.diff(document.loss_mask.astype(int), prepend=0))
-    begins, ends = edges[::2], edges[1::2]
-    previous = np.concatenate([[0], ends])[: len(begins)]
-    return [document.tokens[a:b] for a, b in zip(previous, begins, strict=True) if b > 0]
+    edges = np.flatnonzero(np.diff(document.loss_mask.astype(int), prepend=0, append=0))
+    kept, start = [], 0
+    for begin, end in edges.reshape(-1, 2):
+        if begin > 0:  # what opens a document has no prompt: it stays
+            kept.append(document.tokens[start:begin])
+            start = end
+    return kept
 
 
 def _begin(parts: Path, config: Regenerate) -> None:
@@ -157,10 +169,10 @@ def _load(path: Path) -> list[Document]:
     return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if len(t)]
 
 
-def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], asked: int) -> dict:
+def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]]) -> dict:
     documents = [document for part in parts for document in part]
     with fresh_folder(config.out) as folder:
-        tokens, supervised = (sum(int(getattr(d, name).size) for d in documents) for name in ("tokens", "loss_mask"))
+        tokens = sum(len(d.tokens) for d in documents)
         supervised = sum(int(d.loss_mask.sum()) for d in documents)
         rows = write_dataset(pack(documents, manifest["sequence_length"]), folder, manifest["sequence_length"])
         copy_tokenizer(Path(config.data) / "tokenizer", folder / "tokenizer")
@@ -173,7 +185,7 @@ def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], a
             "tokens": tokens,
             "supervised_tokens": supervised,
             "supervised_share": supervised / tokens,
-            "truncated_documents": asked - len(documents),
+            "truncated_documents": 0,
             "source": f"answers of {config.target} to {manifest['source']}",
         }
         write_manifest(folder, manifest)

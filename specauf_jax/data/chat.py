@@ -11,6 +11,11 @@ import numpy as np
 from specauf_jax.data.packing import Document
 from specauf_jax.errors import SpecaufError
 
+
+class RefusedConversation(SpecaufError):
+    """The chat template cannot render this conversation, or not so that the answers can be found."""
+
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -46,7 +51,7 @@ def _turn_span(tokenizer, messages: list[dict], index: int, full: str, where: st
     before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
     upto = _render(tokenizer, messages[: index + 1], where)
     if not (full.startswith(upto) and upto.startswith(before)):
-        raise SpecaufError(f"{where}: the chat template renders message {index + 1} differently when more follow",
+        raise RefusedConversation(f"{where}: the template renders message {index + 1} differently when more follow",
                            "a template that only appends, or one with {% generation %} marks",
                            "mark the assistant's text in chat_template with {% generation %} ... {% endgeneration %}, "
                            "or cut the conversation after its first answer")  # fmt: skip
@@ -96,7 +101,7 @@ def _apply(tokenizer, messages: list[dict], where: str, **settings):
     except ImportError:
         raise  # jinja2 is missing: not the record's fault
     except Exception as error:  # a template may raise anything, jinja2's TemplateError first of all
-        raise SpecaufError(f"{where}: the chat template refuses this conversation: {error}",
+        raise RefusedConversation(f"{where}: the chat template refuses this conversation: {error}",
                            "roles and an order that the template knows", "correct the record") from error  # fmt: skip
 
 

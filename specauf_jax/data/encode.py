@@ -56,7 +56,11 @@ def _windows(document: Document, length: int) -> Iterator[Document]:
 
 def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
     """The record's one document, or none when it is unusable."""
-    document = chat.encode_conversation(tokenizer, record.messages, record.where)
+    try:
+        document = chat.encode_conversation(tokenizer, record.messages, record.where)
+    except chat.RefusedConversation as error:
+        bad.add(BadRecord(record.where, f"{error.found.removeprefix(f'{record.where}: ')} (to do: {error.remedy})"))
+        return []
     if not len(document.tokens):
         bad.add(BadRecord(record.where, "the chat template renders it as nothing"))
         return []

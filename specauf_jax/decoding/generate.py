@@ -44,6 +44,7 @@ def generate(
     batch_size: int = 16,
     mesh=None,
     track: Callable[[list], Iterable] = iter,
+    indices: Sequence[int] | None = None,
 ) -> list[Generation]:
     """Continue every prompt, `batch_size` at a time.
 
@@ -60,12 +61,15 @@ def generate(
       batch_size: rows on the device at one time; a multiple of the mesh's batch shards.
       mesh: to spread rows over; None for one device.
       track: wraps the list of batches, for a progress bar.
+      indices: what fixes each prompt's draws beside `seed`; None for its place in `prompts`.
 
     Returns:
       One Generation per prompt, in order.
     """
     results: list[Generation | None] = [None] * len(prompts)
     for batch in track(prompt_batches(prompts, batch_size)):
+        if indices is not None:
+            batch = dataclasses.replace(batch, draws=np.asarray(indices, np.int32)[batch.indices])
         state = start(
             drafter_params,
             target_params,
@@ -103,7 +107,7 @@ def stream(
       The tokens that a round committed, and how many drafts the target agreed with.
     """
     [batch] = prompt_batches([prompt], 1)
-    batch = dataclasses.replace(batch, indices=np.asarray([index]))
+    batch = dataclasses.replace(batch, draws=np.asarray([index]))
     state = start(
         drafter_params, target_params, batch, config=config, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
     )
@@ -119,6 +123,7 @@ class PromptBatch:
     indices: np.ndarray  # [n ≤ B]: which prompt each row holds
     tokens: np.ndarray  # int32 [B, P]
     length: np.ndarray  # int32 [B]
+    draws: np.ndarray  # [n]: what fixes each row's draws, beside the seed
 
 
 def prompt_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[PromptBatch]:
@@ -126,6 +131,8 @@ def prompt_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Pr
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise SpecaufError(f"prompt {i} is empty", "at least one token (the first anchor)", "start it with a token")
+    if not len(prompts):
+        return []
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     result = []
     for indices in np.split(order, range(batch_size, len(order), batch_size)):
@@ -134,8 +141,8 @@ def prompt_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Pr
         for row, i in enumerate(indices):
             tokens[row, : len(prompts[i])] = prompts[i]
             length[row] = len(prompts[i])
-        result.append(PromptBatch(indices=indices, tokens=tokens, length=length))
-    return result if len(prompts) else []
+        result.append(PromptBatch(indices=indices, tokens=tokens, length=length, draws=indices))
+    return result
 
 
 def start(
@@ -152,9 +159,9 @@ def start(
     """A batch's state with its prompts read. Arguments as for `generate`."""
     busy = np.arange(len(batch.length)) < len(batch.indices)
     limit = batch.length + np.where(busy, max_new_tokens, 0).astype(np.int32)
-    indices = np.zeros(len(batch.length), np.int32)
-    indices[: len(batch.indices)] = batch.indices
-    rows = (batch.tokens, batch.length, limit, indices)
+    draws = np.zeros(len(batch.length), np.int32)
+    draws[: len(batch.draws)] = batch.draws
+    rows = (batch.tokens, batch.length, limit, draws)
     if mesh is not None:
         rows = jax.device_put(rows, batch_sharding(mesh))
     how = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p), jnp.uint32(seed))
@@ -162,7 +169,7 @@ def start(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "mesh"))
-def _start(drafter_params, target_params, tokens, length, limit, indices, how, *, config, max_new_tokens, mesh):
+def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, config, max_new_tokens, mesh):
     *how, seed = how
     B, P = tokens.shape
     dtype = jax.tree.leaves(target_params)[0].dtype
@@ -172,7 +179,7 @@ def _start(drafter_params, target_params, tokens, length, limit, indices, how, *
         caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
     if mesh is not None:  # zeros have no sharding of their own: say it, or every device holds all rows
         caches = lax.with_sharding_constraint(caches, cache_sharding(mesh))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
     tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     state = init_state(tokens, length, limit, keys, how, **caches)
     return prefill(drafter_params, target_params, state, P, config=config)

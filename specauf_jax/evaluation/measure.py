@@ -49,20 +49,24 @@ def outside_loops(prompt: Sequence[int], tokens: Sequence[int], accepted: Sequen
     return kept
 
 
-def acceptance_measures(generations: Sequence, block_size: int) -> dict:
+def acceptance_measures(generations: Sequence, block_size: int, prompts: Sequence | None = None) -> dict:
     """The acceptance part of a result: tau three ways, alpha, rounds and tokens.
 
     Args:
       generations: with `prompt`, `tokens` and `accepted`.
       block_size: K.
+      prompts: what tells which generations are turns of one prompt; None if each is a prompt of its own.
     """
     accepted = [g.accepted for g in generations]
+    by_prompt: dict = {}
+    for prompt, history in zip(range(len(accepted)) if prompts is None else prompts, accepted, strict=True):
+        by_prompt[prompt] = [*by_prompt.get(prompt, []), *history]
     return {
         "tau_micro": tau_micro(accepted),
-        "tau_macro": tau_macro(accepted),
+        "tau_macro": tau_macro(list(by_prompt.values())),
         "tau_outside_loops": tau_micro([outside_loops(g.prompt, g.tokens, g.accepted) for g in generations]),
         "alpha": alpha(accepted, block_size),
         "rounds": sum(len(history) for history in accepted),
         "tokens": sum(len(g.tokens) for g in generations),
-        "prompts": len(generations),
+        "prompts": len(by_prompt),
     }

@@ -27,7 +27,7 @@ def read_prompts(path) -> list[Prompt]:
     if not path.is_file():
         raise SpecaufError(f"{path} does not exist", "a JSONL file of prompts", "check the path")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
     except UnicodeDecodeError as error:
         raise SpecaufError(f"{path} is not UTF-8: {error}", "a JSONL file of prompts", "convert it") from error
     prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -58,13 +58,15 @@ def encode_first_turn(tokenizer, prompt: Prompt) -> list[int]:
     return encode_prompt(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
 
 
-def answer(tokenizer, prompts: Sequence[Prompt], generate: Callable[[list[list[int]]], Sequence]) -> list[list]:
+def answer(
+    tokenizer, prompts: Sequence[Prompt], generate: Callable[[list[list[int]], list[int]], Sequence]
+) -> list[list]:
     """Answer every turn of every prompt, each after the answers to those before it.
 
     Args:
       tokenizer: with a chat template if any prompt has turns.
       prompts: as from `read_prompts`.
-      generate: token ids of many requests → a Generation each.
+      generate: token ids of many requests, and the index of the prompt behind each → a Generation each.
 
     Returns:
       For each prompt, its turns' Generations.
@@ -83,6 +85,6 @@ def answer(tokenizer, prompts: Sequence[Prompt], generate: Callable[[list[list[i
             encode_prompt(tokenizer, messages[i]) if messages[i] else encode_first_turn(tokenizer, prompts[i])
             for i in open_
         ]
-        for i, generation in zip(open_, generate(requests), strict=True):
+        for i, generation in zip(open_, generate(requests, open_), strict=True):
             answers[i].append(generation)
     return answers

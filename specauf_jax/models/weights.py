@@ -292,6 +292,9 @@ def _open(path):
 
 def _check_tensors(folder, files: dict, wanted: dict) -> None:
     missing, extra = sorted(wanted.keys() - files.keys()), sorted(files.keys() - wanted.keys())
+    # A tied head, written a second time as some trainers do.
+    if extra == ["lm_head.weight"] and "model.embed_tokens.weight" in wanted:
+        extra = []
     if missing or extra:
         found = "; ".join(
             f"{len(names)} {kind}, first {names[0]}"

@@ -25,7 +25,7 @@ class Checkpoints:
     def __init__(self, folder, keep_last: int | None):
         """Keep the newest `keep_last` steps and the best; None only reads what is there."""
         newest = checkpoint_managers.LatestN(keep_last)
-        best = checkpoint_managers.BestN(get_metric_fn=_score, n=1)
+        best = checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,
             best_mode="max",
@@ -36,14 +36,14 @@ class Checkpoints:
         self.folder = epath.Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state, iterator: dict, config: dict, score: float) -> None:
-        """Start writing; the arrays are copied before this returns."""
+    def save(self, step: int, state, iterator: dict, config: dict, score: float | None) -> None:
+        """Start writing; the arrays are copied before this returns. Without a score it is never the best."""
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             iterator=ocp.args.JsonSave(iterator),
             config=ocp.args.JsonSave(config),
         )
-        self._manager.save(step, args=arguments, metrics={"score": score})
+        self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score})
 
     def latest(self) -> int | None:
         """The newest whole step."""

@@ -58,16 +58,18 @@ def train_loop(run: Run, console: Console) -> TrainState:
             for number in range(first + 1, run.train.steps + 1):
                 state, metrics = run.step(state, put_batch(next(run.loader), run.batch_sharding))
                 log.add(number, metrics)
-                if number in (first + 1, run.train.steps) or number % run.train.log_every == 0:
+                last = number == run.train.steps
+                saving = last or number % run.train.checkpoint_every == 0
+                if saving or number == first + 1 or number % run.train.log_every == 0:
                     text = log.write(number, run)
                     progress.update(bar, completed=number, text=text)
                     if not console.is_terminal and number % (10 * run.train.log_every) == 0:
                         console.print(f"step {number}/{run.train.steps}  {text}", highlight=False)
-                if run.measure and number % run.measure_every == 0:
+                if run.measure and (last or number % run.measure_every == 0):
                     log.write_measured(number, run.measure(state))
-                if number % run.train.checkpoint_every == 0 or number == run.train.steps:
-                    log.settle()  # a step that went wrong must never become a checkpoint
-                    checkpoints.save(number, state, run.loader.get_state(), run.config, log.score(run.score))
+                if saving:  # the line above has checked the step: one that went wrong never becomes a checkpoint
+                    score = log.score(run.score, number)
+                    checkpoints.save(number, state, run.loader.get_state(), run.config, score)
         return state
     finally:
         checkpoints.close()
@@ -104,10 +106,9 @@ class MetricsLog:
 
     def __init__(self, out: Path, first: int):
         self._path = out / "metrics.jsonl"
-        self._last: dict = {}
+        self._newest: dict[str, tuple[int, float]] = {}  # of each measure: step and value
         if jax.process_index() == 0:
-            for line in _cut(self._path, first):
-                self._last |= line
+            _cut(self._path, first)
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first or None)
         self._window: list[dict] = []
         self._pending: tuple[int, dict] | None = None
@@ -147,16 +148,17 @@ class MetricsLog:
         self._emit(step, measures)
         self._clock = time.perf_counter()
 
-    def score(self, name: str) -> float:
-        """Latest value of a measure (of "-name": negated); 0 before its first measurement."""
+    def score(self, name: str, step: int) -> float | None:
+        """A measure (of "-name": negated) at this very step; None if it was not measured there."""
         sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
-        return sign * self._last.get(name, 0.0)
+        at, value = self._newest.get(name, (None, 0.0))
+        return sign * value if at == step else None
 
     def _row_length(self, run: Run) -> int:
         return run.config["sequence_length"]
 
     def _emit(self, step: int, values: dict) -> None:
-        self._last |= values
+        self._newest |= {name: (step, value) for name, value in values.items()}
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
@@ -165,20 +167,18 @@ class MetricsLog:
             self._board.flush()
 
 
-def _cut(path: Path, step: int) -> list[dict]:
-    """Drop what a killed run logged after its last checkpoint, as those steps come again; returns what stays."""
+def _cut(path: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint, as those steps come again."""
     if not path.exists():
-        return []
+        return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines(keepends=True):
         try:
-            values = json.loads(line)
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
         except ValueError:  # the kill cut the line itself
             continue
-        if values["step"] <= step:
-            kept.append(values)
-    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
-    return kept
+    write_text(path, "".join(kept))
 
 
 def _diverged(step: int, loss, culprits: list[str]) -> SpecaufError:

@@ -1,0 +1,50 @@
+"""Answers are replaced turn by turn, and a conversation that breaks off stays broken off."""
+
+import numpy as np
+
+from specauf_jax.commands.regenerate import _rewrite
+from specauf_jax.config import Regenerate
+from specauf_jax.data.packing import Document
+from specauf_jax.decoding.generate import Generation
+
+STOP = 99
+
+
+def conversation(*runs: tuple[int, bool]) -> Document:
+    """Runs of (length, supervised); tokens count up from 0."""
+    mask = np.concatenate([np.full(length, supervised) for length, supervised in runs])
+    return Document(np.arange(len(mask), dtype=np.int32), mask)
+
+
+def rewrite(documents, answers: list[list[int]], length: int = 64) -> list[Document]:
+    """With the target's answers given, in the order in which they are asked for."""
+    answers = iter(answers)
+
+    def respond(prompts, seed):
+        return [Generation(prompt=p, tokens=next(answers), accepted=[]) for p in prompts]
+
+    config = Regenerate(data="", target="", out="", prompt_length=3)
+    return _rewrite(documents, respond, (STOP,), config, length, 0)
+
+
+def test_each_answer_is_replaced_and_each_question_kept():
+    [found] = rewrite([conversation((4, False), (2, True), (3, False), (2, True))], [[50, STOP], [60, 61, STOP]])
+    assert found.tokens.tolist() == [0, 1, 2, 3, 50, STOP, 6, 7, 8, 60, 61, STOP]
+    assert found.loss_mask.tolist() == [False] * 4 + [True] * 2 + [False] * 3 + [True] * 3
+
+
+def test_nothing_follows_an_answer_that_did_not_end():
+    [found] = rewrite([conversation((4, False), (2, True), (3, False), (2, True))], [[50, 51]])
+    assert found.tokens.tolist() == [0, 1, 2, 3, 50, 51]
+
+
+def test_no_turn_is_left_out_to_fit_a_later_one():
+    document = conversation((4, False), (2, True), (20, False), (2, True), (3, False), (2, True))
+    [found] = rewrite([document], [[50, STOP]], length=24)
+    assert found.tokens.tolist() == [0, 1, 2, 3, 50, STOP]
+
+
+def test_a_text_is_continued_after_its_first_tokens_and_a_short_one_is_dropped():
+    [found] = rewrite([conversation((6, True)), conversation((3, True))], [[50, 51]])
+    assert found.tokens.tolist() == [0, 1, 2, 50, 51]
+    assert found.loss_mask.tolist() == [False] * 3 + [True] * 2
