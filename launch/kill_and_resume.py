@@ -35,7 +35,7 @@ def main() -> int:
     if start(arguments, out / "alone").wait():
         return 1
     print("left alone: complete", flush=True)
-    draw = random.Random(arguments.seed)
+    draw, in_time = random.Random(arguments.seed), 0
     for number in range(1, arguments.kills + 1):
         moment = arguments.steps * draw.uniform(number - 1, number) / arguments.kills
         process = start(arguments, out / "killed")
@@ -44,12 +44,13 @@ def main() -> int:
         time.sleep(draw.uniform(0, 1))
         process.send_signal(signal.SIGKILL)
         late = process.wait() == 0
+        in_time += not late
         print(f"kill {number}: {'came too late, ' if late else ''}logged to step {logged(out / 'killed')}, "
               f"newest whole checkpoint {newest(out / 'killed')}", flush=True)  # fmt: skip
     if start(arguments, out / "killed").wait():
         return 1
     same = weights(out / "alone") == weights(out / "killed")
-    print(f"final weights after {arguments.kills} kills: {'bit-identical' if same else 'DIFFERENT'}")
+    print(f"final weights after {in_time} kills: {'bit-identical' if same else 'DIFFERENT'}")
     return 0 if same else 1
 
 
