@@ -67,7 +67,7 @@ def train_loop(run: Run, console: Console) -> TrainState:
                         console.print(f"step {number}/{run.train.steps}  {text}", highlight=False)
                 if run.measure and (last or number % run.measure_every == 0):
                     log.write_measured(number, run.measure(state))
-                if saving:  # the line above has checked the step: one that went wrong never becomes a checkpoint
+                if saving:  # log.write has checked the step: one that went wrong never becomes a checkpoint
                     score = log.score(run.score, number)
                     checkpoints.save(number, state, run.loader.get_state(), run.config, score)
         return state
