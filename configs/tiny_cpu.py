@@ -5,7 +5,8 @@
 Hardware: one CPU core. Time: about a minute. Expected tau: see the README's table of the quickstart.
 """
 
-from specauf_jax.config import Drafter, Train, TrainOptimisation
+from specauf_jax.architecture import Drafter
+from specauf_jax.config import Train, TrainOptimisation
 
 config = Train(
     target="runs/quickstart/target",

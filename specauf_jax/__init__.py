@@ -8,11 +8,12 @@ import importlib
 
 _HOME = {
     "SpecaufError": "errors",
-    "Drafter": "config",
+    "Drafter": "architecture",
     "Objective": "config",
     "Sampling": "config",
-    "Target": "config",
-    "resolve_drafter": "config",
+    "Target": "architecture",
+    "RopeScaling": "architecture",
+    "resolve_drafter": "architecture",
     "accept_until_fail_mask": "objectives",
     "cross_entropy_and_rank": "objectives",
     "objective_sums": "objectives",

@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 
 from specauf_jax import config
+from specauf_jax.checks import nearest
 from specauf_jax.errors import SpecaufError
 
 COMMANDS = {
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if arguments[0] not in COMMANDS:
             raise SpecaufError(
-                f"unknown command {arguments[0]!r}{config.nearest(arguments[0], COMMANDS)}",
+                f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}",
                 ", ".join(COMMANDS),
                 "see specauf --help",
             )

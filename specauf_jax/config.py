@@ -1,12 +1,10 @@
 """Every setting of the system: frozen, hashable dataclasses, each field with one default and a reader.
 
-Architectures (`Target`, `Drafter`) and `Objective` are static data under `jit`. The other classes
-are the arguments of one command each; `specauf COMMAND --help` prints the texts below them.
-Letters (B S A K D H G E L F V) as in the README.
+`Objective` and the architectures (`specauf_jax.architecture`) are static data under `jit`. The other
+classes are the arguments of one command each; `specauf COMMAND --help` prints the texts below them.
 """
 
 import dataclasses
-import difflib
 import math
 import typing
 from dataclasses import dataclass
@@ -14,121 +12,12 @@ from typing import Literal
 
 import tyro
 
+from specauf_jax.architecture import Drafter, Target
+from specauf_jax.checks import choice, nearest, not_negative, positive, seed
 from specauf_jax.errors import SpecaufError
 
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
 Dtype = Literal["float32", "bfloat16"]
-
-
-def nearest(name: str, names) -> str:
-    """A question about the closest of `names`, to append to a message; empty if none is close."""
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _positive(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise SpecaufError(f"{name} is {value}", "a number above 0", f"change {name}")
-
-
-def _not_negative(config, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not value >= 0:
-            raise SpecaufError(f"{name} is {value}", "0 or more", f"change {name}")
-
-
-def _seed(config) -> None:
-    if not 0 <= config.seed < 2**31:
-        raise SpecaufError(f"seed is {config.seed}", "a whole number from 0 to 2147483647", "change seed")
-
-
-def _choice(config, name: str, choices) -> None:
-    value = getattr(config, name)
-    if value not in choices:
-        raise SpecaufError(
-            f"{name} is {value!r}{nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
-        )
-
-
-def _check_heads(config) -> None:
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise SpecaufError(
-            f"{config.num_attention_heads} query heads over {config.num_key_value_heads} key/value heads",
-            "a multiple",
-            "change num_attention_heads or num_key_value_heads",
-        )
-    if config.head_dim % 2:
-        raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Architecture of a Qwen3-style causal language model; field names are Hugging Face's."""
-
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    max_position_embeddings: int = 32_768
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self):
-        _positive(
-            self,
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "rope_theta",
-            "max_position_embeddings",
-        )
-        _check_heads(self)
-
-
-@dataclass(frozen=True)
-class Drafter:
-    """Architecture of a DFlash drafter. Fields left at None follow the target (see `resolve_drafter`)."""
-
-    block_size: int = 16
-    """K: the anchor and K-1 drafts."""
-    num_hidden_layers: int = 5
-    mask_token_id: int | None = None
-    """Token fed to the slots to be predicted; None takes the tokenizer's mask token."""
-    target_layer_ids: tuple[int, ...] | None = None
-    """Tapped 0-based target layers, ascending; None spreads one per drafter layer (method: DFlash)."""
-    num_target_layers: int | None = None
-    vocab_size: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rms_norm_eps: float | None = None
-    rope_theta: float | None = None
-    max_position_embeddings: int | None = None
-
-    def __post_init__(self):
-        _positive(self, "num_hidden_layers")
-        if self.block_size < 2:
-            raise SpecaufError(
-                f"drafter.block_size is {self.block_size}",
-                "at least 2 (an anchor and one draft)",
-                "set --drafter.block-size to 4, 8, 10 or 16",
-            )
-        if self.num_attention_heads is not None and self.num_key_value_heads is not None:
-            _check_heads(self)
 
 
 @dataclass(frozen=True)
@@ -144,13 +33,16 @@ class Objective:
     """dpace: smoothing of the confidence, s = (1 - alpha) q + alpha."""
     dpace_denominator: Literal["slots", "rows"] = "slots"
     """dpace: divide by the number of valid slots, or (as SpecForge does) by the batch rows."""
+    witness: Literal["own", "base"] = "own"
+    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's."""
 
     def __post_init__(self):
-        _choice(self, "name", typing.get_args(ObjectiveName))
-        _choice(self, "dpace_denominator", ("slots", "rows"))
-        _positive(self, "griffin_top_n")
+        choice(self, "name", typing.get_args(ObjectiveName))
+        choice(self, "dpace_denominator", ("slots", "rows"))
+        choice(self, "witness", ("own", "base"))
+        positive(self, "griffin_top_n")
         if self.gamma is not None:
-            _positive(self, "gamma")
+            positive(self, "gamma")
         if not 0 <= self.dpace_alpha <= 1:
             raise SpecaufError(f"objective.dpace_alpha is {self.dpace_alpha}", "a number from 0 to 1", "set it to 0.5")
 
@@ -186,10 +78,10 @@ class Optimisation:
     """Newest checkpoints to keep, beside the best one."""
 
     def __post_init__(self):
-        _positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
-        _positive(self, "learning_rate", "clip_norm")
-        _not_negative(self, "weight_decay")
-        _seed(self)
+        positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
+        positive(self, "learning_rate", "clip_norm")
+        not_negative(self, "weight_decay")
+        seed(self)
         if self.steps < 0:
             raise SpecaufError(f"steps is {self.steps}", "0 (save the untrained weights) or more", "set it to 1000")
         if not 0 <= self.warmup_ratio < 1:
@@ -219,11 +111,13 @@ class TrainOptimisation(Optimisation):
     decode_prompts: int = 16
     """Prompts to decode, spread over the files."""
     decode_tokens: int = 64
+    lambda_base_decay_ratio: float = 1.0
+    """domino: share of the steps over which the base branch's weight in the loss falls from 1 to 0."""
 
     def __post_init__(self):
         super().__post_init__()
-        _positive(self, "num_anchors", "anchor_chunk", "decode_prompts", "decode_tokens")
-        _not_negative(self, "decode_every")
+        positive(self, "num_anchors", "anchor_chunk", "decode_prompts", "decode_tokens")
+        not_negative(self, "decode_every", "lambda_base_decay_ratio")
 
 
 @dataclass(frozen=True)
@@ -328,14 +222,14 @@ class Regenerate:
     mesh: Mesh = Mesh()
 
     def __post_init__(self):
-        _positive(self, "prompt_length", "max_new_tokens", "batch_size")
-        _not_negative(self, "documents")
-        _seed(self)
+        positive(self, "prompt_length", "max_new_tokens", "batch_size")
+        not_negative(self, "documents")
+        seed(self)
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a DFlash drafter against a frozen target."""
+    """Train a DFlash or Domino drafter against a frozen target."""
 
     target: str
     """Target folder in Hugging Face layout."""
@@ -345,6 +239,8 @@ class Train:
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/ and drafter/ (z-lab layout)."""
     drafter: Drafter = Drafter()
     objective: Objective = Objective()
+    base_objective: Objective = Objective()
+    """domino: objective of the base branch; --objective is the final branch's."""
     train: TrainOptimisation = TrainOptimisation()
     mesh: Mesh = Mesh()
 
@@ -370,8 +266,8 @@ class Generate:
     """JSONL to write; without it the text streams to the terminal, the drafter's share in colour."""
 
     def __post_init__(self):
-        _positive(self, "max_new_tokens", "batch_size")
-        _seed(self)
+        positive(self, "max_new_tokens", "batch_size")
+        seed(self)
 
 
 @dataclass(frozen=True)
@@ -397,9 +293,9 @@ class Evaluate:
     """Timed passes over each set, after one warm-up pass."""
 
     def __post_init__(self):
-        _positive(self, "max_new_tokens", "batch_size", "repeats")
-        _not_negative(self, "max_prompts")
-        _seed(self)
+        positive(self, "max_new_tokens", "batch_size", "repeats")
+        not_negative(self, "max_prompts")
+        seed(self)
 
 
 @dataclass(frozen=True)
@@ -428,84 +324,6 @@ class Report:
 # Derived settings
 
 
-def default_target_layer_ids(num_target_layers: int, num_drafter_layers: int) -> tuple[int, ...]:
-    """0-based ids of the tapped target layers (DFlash, arXiv 2602.06036): spread from 1 to N-3."""
-    N, M = num_target_layers, num_drafter_layers
-    if M == 1:
-        return (N // 2,)
-    return tuple(round(1 + i * (N - 4) / (M - 1)) for i in range(M))
-
-
-def resolve_drafter(drafter: Drafter, target: Target, mask_token_id: int | None = None) -> Drafter:
-    """Fill what the drafter leaves open from its target, and check that the two fit.
-
-    Args:
-      drafter: with any field at None.
-      target: the target that it will serve.
-      mask_token_id: the tokenizer's mask token, used when the drafter names none.
-
-    Raises:
-      SpecaufError: no mask token, or a field that cannot work with this target.
-    """
-    shared = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "rms_norm_eps",
-        "rope_theta",
-        "max_position_embeddings",
-    )
-    filled = {name: getattr(target, name) for name in shared if getattr(drafter, name) is None}
-    if drafter.mask_token_id is None:
-        if mask_token_id is None:
-            raise SpecaufError(
-                "no mask token: drafter.mask_token_id is unset and the tokenizer has none",
-                "the id of a token that never occurs in text",
-                "pass --drafter.mask-token-id ID",
-            )
-        filled["mask_token_id"] = mask_token_id
-    if drafter.target_layer_ids is None:
-        filled["target_layer_ids"] = default_target_layer_ids(target.num_hidden_layers, drafter.num_hidden_layers)
-    filled["num_target_layers"] = target.num_hidden_layers
-    if drafter.num_target_layers not in (None, target.num_hidden_layers):
-        raise SpecaufError(
-            f"the drafter was made for a target of {drafter.num_target_layers} layers, this one has "
-            f"{target.num_hidden_layers}",
-            "the target that the drafter was trained with",
-            "pass that target's folder",
-        )
-    drafter = dataclasses.replace(drafter, **filled)
-    _check_fit(drafter, target)
-    return drafter
-
-
-def _check_fit(drafter: Drafter, target: Target) -> None:
-    for name in ("hidden_size", "vocab_size"):
-        found, expected = getattr(drafter, name), getattr(target, name)
-        if found != expected:
-            raise SpecaufError(
-                f"drafter.{name} is {found}",
-                f"the target's {expected} (embedding and LM head are shared)",
-                "use the target that the drafter was made for",
-            )
-    ids = drafter.target_layer_ids
-    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= target.num_hidden_layers:
-        raise SpecaufError(
-            f"drafter.target_layer_ids is {list(ids)}",
-            f"ascending, distinct 0-based ids below the target's {target.num_hidden_layers} layers",
-            "set --drafter.target-layer-ids (the default needs a target with 3 layers more than the drafter)",
-        )
-    if not 0 <= drafter.mask_token_id < target.vocab_size:
-        raise SpecaufError(
-            f"drafter.mask_token_id is {drafter.mask_token_id}",
-            f"an id below the vocabulary's {target.vocab_size}",
-            "set --drafter.mask-token-id",
-        )
-
-
 def decay_gamma(objective: Objective, block_size: int) -> float:
     """Time constant of the positional decay, in slots (DFlash's 7, 5, 4 for K = 16, 10, 8)."""
     if objective.gamma is not None:
@@ -528,6 +346,7 @@ def from_dict(cls, values: dict, where: str):
     if not isinstance(values, dict):
         raise SpecaufError(f"{where} is {values!r}", f"the fields of {cls.__name__}", "correct the value")
     hints = typing.get_type_hints(cls)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for key in values:
         if key not in hints:
             raise SpecaufError(
@@ -543,6 +362,8 @@ def _coerce(hint, value, where: str):
         return from_dict(hint, value, where)
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | None)) else (hint,)
     for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return from_dict(option, value, where)
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             return tuple(value)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):

@@ -140,7 +140,13 @@ class ObjectiveSums:
 
 
 def objective_sums(
-    objective: Objective, ce: jax.Array, rank: jax.Array, valid: jax.Array, *, block_size: int
+    objective: Objective,
+    ce: jax.Array,
+    rank: jax.Array,
+    valid: jax.Array,
+    *,
+    block_size: int,
+    witness: tuple[jax.Array, jax.Array] | None = None,
 ) -> ObjectiveSums:
     """Weighted cross-entropy of blocks, as sums.
 
@@ -150,12 +156,13 @@ def objective_sums(
       rank: int32 `[..., K-1]`, tokens that the drafter prefers to the label.
       valid: bool `[..., K-1]`.
       block_size: K, for the default time constant of decay.
+      witness: ce and rank of another branch, whose hits and misses count in place of the own.
 
     Returns:
       ObjectiveSums. The denominator is the sum of weights; for dpace the number of valid slots, or
       of rows (the leading axis).
     """
-    weights = slot_weights(objective, ce, rank, valid, block_size)
+    weights = slot_weights(objective, *(witness or (ce, rank)), valid, block_size)
     # A slot without weight must not pass on a non-finite cross-entropy: 0 · inf is nan.
     numerator = jnp.sum(jnp.where(weights > 0, weights * ce, 0.0))
     if objective.name != "dpace":

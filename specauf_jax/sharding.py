@@ -19,6 +19,7 @@ BATCH = ("replica", "fsdp")
 _PARAMETER_AXES = {
     "embedding": ("tensor", "fsdp"),
     "scale": (None,),
+    "bias": ("tensor",),
     "q_proj": ("fsdp", "tensor"),
     "k_proj": ("fsdp", "tensor"),
     "v_proj": ("fsdp", "tensor"),
@@ -28,6 +29,9 @@ _PARAMETER_AXES = {
     "down_proj": ("tensor", "fsdp"),
     "lm_head": ("fsdp", "tensor"),
     "fc": ("fsdp", None),
+    "prefix_gru": ("fsdp", None),
+    "up": ("fsdp", "tensor"),
+    "embed_proj": ("fsdp", None),
 }
 
 

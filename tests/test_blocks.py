@@ -11,7 +11,7 @@ from specauf_jax.training.blocks import Batch
 
 eligible_anchors = jax.jit(under_test.eligible_anchors)
 sample_anchors = jax.jit(under_test.sample_anchors, static_argnums=2)
-make_blocks = jax.jit(under_test.make_blocks, static_argnames=("block_size", "mask_token_id"))
+make_blocks = jax.jit(under_test.make_blocks, static_argnames="config")
 
 
 def test_anchors_need_two_supervised_tokens_in_succession_by_hand():
@@ -82,7 +82,7 @@ def hand_made_batch():
 def test_blocks_of_two_documents_by_hand():
     anchors = jnp.array([[0, 3, 5, 7, 0]])
     keep = jnp.array([[True, True, True, True, False]])
-    blocks = make_blocks(hand_made_batch(), anchors, keep, block_size=4, mask_token_id=16)
+    blocks = make_blocks(hand_made_batch(), anchors, keep, config=tiny.drafter_config())
     assert blocks.inputs[0].tolist() == [[x, 16, 16, 16] for x in (5, 8, 10, 12, 5)]
     assert blocks.positions[0].tolist() == [[p, p + 1, p + 2, p + 3] for p in (0, 3, 0, 2, 0)]
     assert blocks.start[0].tolist() == [0, 0, 5, 5, 0]
@@ -102,7 +102,7 @@ def test_blocks_of_two_documents_by_hand():
 def test_a_block_over_the_end_of_a_full_row_has_no_valid_slot_there():
     batch = tiny.random_batch([[24]], supervised=1.0)
     blocks = make_blocks(
-        batch, jnp.array([[19, 21, 22]]), jnp.ones((1, 3), bool), block_size=6, mask_token_id=tiny.MASK_TOKEN
+        batch, jnp.array([[19, 21, 22]]), jnp.ones((1, 3), bool), config=tiny.drafter_config(block_size=6)
     )
     assert blocks.valid[0].sum(-1).tolist() == [4, 2, 1]
     assert blocks.labels[0, 1, :2].tolist() == batch.tokens[0, 22:].tolist()
@@ -112,7 +112,7 @@ def test_a_block_over_the_end_of_a_full_row_has_no_valid_slot_there():
 def test_the_mask_token_is_never_a_valid_label():
     batch = hand_made_batch()
     batch = batch.replace(tokens=batch.tokens.at[0, 7].set(16))
-    blocks = make_blocks(batch, jnp.array([[5]]), jnp.array([[True]]), block_size=4, mask_token_id=16)
+    blocks = make_blocks(batch, jnp.array([[5]]), jnp.array([[True]]), config=tiny.drafter_config())
     assert blocks.labels[0, 0].tolist() == [11, 16, 13]
     assert blocks.valid[0, 0].tolist() == [True, False, True]
 
@@ -122,7 +122,7 @@ def test_random_blocks_equal_plain_loops():
     batch = tiny.random_batch([[5, 9, 4], [24], [], [2, 20]], supervised=0.7)
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
     anchors, keep = sample_anchors(jax.random.key(3), eligible, 6)
-    blocks = make_blocks(batch, anchors, keep, block_size=K, mask_token_id=tiny.MASK_TOKEN)
+    blocks = make_blocks(batch, anchors, keep, config=tiny.drafter_config(block_size=K))
     batch, anchors, keep, blocks = jax.device_get((batch, anchors, keep, blocks))
     tokens, mask, ids = batch.tokens, batch.loss_mask, batch.document_ids
     for b, i in np.ndindex(keep.shape):

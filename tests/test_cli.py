@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from specauf_jax import cli, config
-from specauf_jax.config import Drafter, Objective, Train, TrainOptimisation, from_dict
+from specauf_jax.architecture import Drafter
+from specauf_jax.config import Objective, Train, TrainOptimisation, from_dict
 from specauf_jax.errors import SpecaufError
 
 ROOT = Path(__file__).parent.parent

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from specauf_jax import architecture as a
 from specauf_jax import config as c
 from specauf_jax.decoding.generate import generate, stream
 from specauf_jax.decoding.sampling import distribution
@@ -25,7 +26,7 @@ from specauf_jax.models.layers import init_kv_cache
 from specauf_jax.models.target import Head, TargetStep, init_target, target_features, target_head, target_hidden
 
 V, D, K = 17, 16, 4
-TARGET = c.Target(
+TARGET = a.Target(
     vocab_size=V,
     hidden_size=D,
     intermediate_size=24,
@@ -34,8 +35,8 @@ TARGET = c.Target(
     num_key_value_heads=2,
     head_dim=8,
 )
-DRAFTER = c.resolve_drafter(
-    c.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=16, target_layer_ids=(0, 2)), TARGET
+DRAFTER = a.resolve_drafter(
+    a.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=16, target_layer_ids=(0, 2)), TARGET
 )
 
 
@@ -319,7 +320,7 @@ def recurrent_model():
     keys = jax.random.split(jax.random.key(5), 3)
     params = {name: jax.random.normal(key, shape) for name, key, shape in
               zip(("embedding", "recurrent", "head"), keys, ((V, D), (D, D), (D, V)), strict=True)}  # fmt: skip
-    drafter = c.Drafter(**dataclasses.asdict(DRAFTER) | {"target_layer_ids": (0,), "num_target_layers": 1})
+    drafter = dataclasses.replace(DRAFTER, target_layer_ids=(0,), num_target_layers=1)
     return params, drafter
 
 
@@ -375,7 +376,7 @@ def test_training_logits_equal_decoding_logits(models):
     features = target_features(target_params, tokens, positions, ones, config=TARGET, layer_ids=layer_ids)
     batch = Batch(tokens=tokens, loss_mask=ones > 0, document_ids=ones, positions=positions, features=features)
     anchors = jnp.array([[0, 7, 15], [1, 9, 20]])
-    blocks = make_blocks(batch, anchors, anchors >= 0, block_size=K, mask_token_id=DRAFTER.mask_token_id)
+    blocks = make_blocks(batch, anchors, anchors >= 0, config=DRAFTER)
     head, loss = target_head(target_params), LossConfig(drafter=DRAFTER, objective=c.Objective())
     trained = (block_hidden(drafter_params, head, batch, blocks, config=loss) @ head.lm_head)[:, :, 1:]
     config = decoding()

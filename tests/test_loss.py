@@ -37,7 +37,7 @@ def with_features(batch):
 
 
 def blocks_at(batch, anchors, keep):
-    return make_blocks(batch, anchors, keep, block_size=DRAFTER.block_size, mask_token_id=DRAFTER.mask_token_id)
+    return make_blocks(batch, anchors, keep, config=DRAFTER)
 
 
 @jax.jit
@@ -49,7 +49,11 @@ def slot_logits(batch, anchors, keep):
 
 @functools.partial(jax.jit, static_argnames="config")
 def sums_and_grads(params, batch, anchors, keep, config=AUF):
-    grads, aux = jax.grad(loss_sums, has_aux=True)(params, HEAD, batch, anchors, keep, config=config)
+    def numerator(params):
+        [numerator], aux = loss_sums(params, HEAD, batch, anchors, keep, config=config)
+        return numerator, aux
+
+    grads, aux = jax.grad(numerator, has_aux=True)(params)
     return aux, grads
 
 

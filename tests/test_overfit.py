@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from specauf_jax import architecture as a
 from specauf_jax import config as c
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
@@ -17,7 +18,7 @@ from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import init_state, make_optimizer, make_train_step
 
 K, S, PROMPT = 4, 48, 8
-TARGET = c.Target(
+TARGET = a.Target(
     vocab_size=32,
     hidden_size=32,
     intermediate_size=64,
@@ -27,7 +28,7 @@ TARGET = c.Target(
     head_dim=8,
 )
 MASK = 29  # a token that the text below happens not to hold
-DRAFTER = c.resolve_drafter(c.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK), TARGET)
+DRAFTER = a.resolve_drafter(a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK), TARGET)
 
 
 @pytest.mark.parametrize("objective", ["auf", "decay"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specauf_jax.config import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, Target, resolve_drafter
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
 from specauf_jax.training.blocks import Batch

@@ -5,8 +5,9 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from specauf_jax.architecture import Drafter
 from specauf_jax.commands.train import provenance
-from specauf_jax.config import Drafter, Export, TrainOptimisation, from_dict
+from specauf_jax.config import Export, TrainOptimisation, from_dict
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter

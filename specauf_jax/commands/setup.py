@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from specauf_jax.config import Drafter, Dtype, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.config import Dtype
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.decoding.state import Decoding

@@ -1,4 +1,4 @@
-"""`specauf train`: a DFlash drafter against a frozen target."""
+"""`specauf train`: a DFlash or Domino drafter against a frozen target."""
 
 import dataclasses
 from pathlib import Path
@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from specauf_jax.architecture import Drafter, Target, resolve_drafter
 from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
-from specauf_jax.config import Drafter, Target, Train, resolve_drafter
+from specauf_jax.config import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -24,7 +25,7 @@ from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, paramet
 from specauf_jax.training.blocks import eligible_anchors
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
-from specauf_jax.training.step import init_state, make_optimizer, make_train_step
+from specauf_jax.training.step import init_state, lambda_base_schedule, make_optimizer, make_train_step
 
 _ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before training starts
 
@@ -52,6 +53,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
     loss = LossConfig(
         drafter=drafter,
         objective=config.objective,
+        base_objective=config.base_objective,
         num_anchors=settings.num_anchors,
         anchor_chunk=settings.anchor_chunk,
         dtype=settings.dtype,
@@ -66,8 +68,16 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
 
     shapes = jax.eval_shape(initialise)
     sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
+    train_step = make_train_step(
+        loss,
+        target,
+        optimizer,
+        accumulation=settings.accumulation,
+        seed=settings.seed,
+        lambda_base=lambda_base_schedule(settings),
+    )
     step = jax.jit(
-        make_train_step(loss, target, optimizer, accumulation=settings.accumulation, seed=settings.seed),
+        train_step,
         in_shardings=(sharding, target_sharding, rows),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from specauf_jax.config import Drafter
+from specauf_jax.architecture import Drafter
 from specauf_jax.models.layers import KVCache
 from specauf_jax.models.target import target_head
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from specauf_jax.kernels.chunks import map_chunks
 
+NO_WINDOW = 0  # as the `window` of a layer that has none
 QUERY_CHUNK = 512  # queries whose scores over the whole row exist at one time
 
 
@@ -35,29 +36,42 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, stop: jax
     return map_chunks(chunk, QUERY_CHUNK, q, start, stop)
 
 
-def block_attend(q, k, v, context_k, context_v, start, stop, keep, *, anchor_chunk: int) -> jax.Array:
+def block_attend(q, k, v, context_k, context_v, start, stop, keep, window=None, *, anchor_chunk: int) -> jax.Array:
     """Attention of drafted blocks: a range of the row's context, and all slots of the own block.
 
     Args:
       q: `[B, A, K, H, E]`.
       k, v: `[B, A, K, G, E]`, of the block itself.
       context_k, context_v: `[B, S, G, E]`.
-      start, stop: int `[B, A]`, the context that each block sees.
+      start, stop: int `[B, A]`, the context that each block sees; stop is the index of its slot 0.
       keep: bool `[B, A]`; a block that is not kept sees nothing and gets 0.
+      window: int [], positions that a slot sees, ending with its own; NO_WINDOW or None for all of
+        the range and the block's later slots too.
       anchor_chunk: blocks whose scores exist at one time.
 
     Returns:
       `[B, A, K, H, E]` in q's dtype.
     """
     S, K = context_k.shape[1], q.shape[2]
+    slot = jnp.arange(K)
+
+    def seen(start, stop, keep):
+        """Context and block as seen by each slot, bool `[B, A, K or 1, S + K]`."""
+        context, block = _in_range(start, stop, S)[..., None, :], jnp.ones((1, K), bool)
+        if window is not None:
+            everything = window == NO_WINDOW
+            first = stop[..., None] + slot - (window - 1)
+            context = context & (everything | (jnp.arange(S) >= first[..., None]))
+            block = everything | ((slot <= slot[:, None]) & (slot > slot[:, None] - window))
+        block = jnp.broadcast_to(block, (*keep.shape, *block.shape))
+        context = jnp.broadcast_to(context, (*block.shape[:-1], S))
+        return jnp.concatenate([context, block], axis=-1) & keep[..., None, None]
 
     def chunk(q, k, v, start, stop, keep):
-        visible = _in_range(start, stop, S) & keep[..., None]
-        visible = jnp.concatenate([visible, jnp.broadcast_to(keep[..., None], (*keep.shape, K))], axis=-1)
         context_scores = _scores("bakgre,bsge->bgraks", q, context_k)
         block_scores = _scores("bakgre,bajge->bgrakj", q, k)
         scores = jnp.concatenate([context_scores, block_scores], axis=-1)
-        probabilities = _masked_softmax(scores, visible[:, None, None, :, None]).astype(v.dtype)
+        probabilities = _masked_softmax(scores, seen(start, stop, keep)[:, None, None]).astype(v.dtype)
         mixed = jnp.einsum("bgraks,bsge->bakgre", probabilities[..., :S], context_v)
         mixed += jnp.einsum("bgrakj,bajge->bakgre", probabilities[..., S:], v)
         return mixed.reshape(q.shape)

@@ -27,3 +27,23 @@ def lm_head_cross_entropy(
         return cross_entropy_and_rank(logits, labels)
 
     return map_chunks(one, chunk, hidden, labels)
+
+
+def corrected_cross_entropy(hidden, features, lm_head, up, labels, *, chunk: int):
+    """Both branches of Domino with one product through the LM head.
+
+    Args:
+      features: `[B, T, ..., emb_dim]`, of `specauf_jax.models.domino.correction_features`.
+      up: `[emb_dim, V]`.
+      Others as for `lm_head_cross_entropy`.
+
+    Returns:
+      (cross-entropy, rank) of the base, `hidden @ lm_head`, and of the final logits, base + `features @ up`.
+    """
+
+    def one(hidden, features, labels):
+        base = jnp.einsum("...d,dv->...v", hidden, lm_head, preferred_element_type=jnp.float32)
+        final = base + jnp.einsum("...d,dv->...v", features, up, preferred_element_type=jnp.float32)
+        return cross_entropy_and_rank(base, labels), cross_entropy_and_rank(final, labels)
+
+    return map_chunks(one, chunk, hidden, features, labels)

@@ -1,4 +1,4 @@
-"""The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass.
+"""The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass. Domino's body too.
 
 The context, the target's tapped features of every position before the anchor, enters each layer
 as keys and values only. They are computed once per position, so that training (all anchors of a
@@ -8,15 +8,18 @@ row share them) and decoding (a growing cache holds them) run the same `draft_bl
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from specauf_jax.config import Drafter
-from specauf_jax.kernels.attention import block_attend
-from specauf_jax.models.layers import KVCache, rope_angles, scan_layers, stack_layers
+from specauf_jax.architecture import Drafter
+from specauf_jax.kernels.attention import NO_WINDOW, block_attend
+from specauf_jax.models.domino import EmbedProj, PrefixGRU
+from specauf_jax.models.layers import KVCache, scan_layers, stack_layers
+from specauf_jax.models.rope import rope_angles
 
 
 class DFlash(nnx.Module):
-    """Parameters of the drafter, under the names of z-lab's checkpoints; layers are stacked."""
+    """Parameters of the drafter, under the names of z-lab's checkpoints; layers are stacked. Domino's head beside."""
 
     def __init__(self, config: Drafter, *, rngs: nnx.Rngs):
         D, L = config.hidden_size, len(config.target_layer_ids)
@@ -24,6 +27,9 @@ class DFlash(nnx.Module):
         self.hidden_norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
         self.layers = stack_layers(config, rngs)
         self.norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
+        if config.projector_type == "domino":
+            self.prefix_gru = PrefixGRU(config, rngs=rngs)
+            self.embed_proj = EmbedProj(config, rngs=rngs)
 
 
 def init_drafter(config: Drafter, key: jax.Array) -> dict:
@@ -49,7 +55,7 @@ def context_keys_values(params: dict, features, positions, *, config: Drafter) -
     """
     model = _module(config, params)
     context = model.hidden_norm(model.fc(features))
-    angles = rope_angles(positions, config.head_dim, config.rope_theta)
+    angles = rope_angles(positions, config)
     _, (k, v) = scan_layers(
         lambda carry, layer, _: (carry, layer.self_attn.keys_values(context, angles)), None, model.layers
     )
@@ -60,6 +66,9 @@ def draft_blocks(
     params: dict, embeddings, positions, context: KVCache, start, stop, keep, *, config: Drafter, anchor_chunk: int
 ) -> jax.Array:
     """Hidden states of every slot of every block, ready for the LM head.
+
+    Layers with a sliding window follow SpecForge's training mask: a slot sees itself and the window
+    before it, in its block too; other layers see all of the context and both directions of the block.
 
     Args:
       params: as from `init_drafter`.
@@ -76,15 +85,20 @@ def draft_blocks(
       `[B, A, K, D]`.
     """
     model = _module(config, params)
-    angles = rope_angles(positions, config.head_dim, config.rope_theta)
+    angles = rope_angles(positions, config)
 
-    def body(x, layer, context):
+    windows = None if not any(config.windows) else jnp.asarray([w or NO_WINDOW for w in config.windows])
+
+    def body(x, layer, per_layer):
+        context, window = per_layer
+
         def attend(q, k, v):
-            return block_attend(q, k, v, context.k, context.v, start, stop, keep, anchor_chunk=anchor_chunk), None
+            ranges = (start, stop, keep)
+            return block_attend(q, k, v, context.k, context.v, *ranges, window, anchor_chunk=anchor_chunk), None
 
         return layer(x, angles, attend)
 
-    return model.norm(scan_layers(body, embeddings, model.layers, context)[0])
+    return model.norm(scan_layers(body, embeddings, model.layers, (context, windows))[0])
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""Qwen3's building blocks in Flax NNX, shared by target and drafter.
+"""The building blocks of Qwen3, Qwen2.5 and Llama in Flax NNX, shared by target and drafter.
 
 Modules are thin: they hold parameters and say how a token's vector is transformed. What a query
 may see is the caller's business, passed in as a function. Compute precision is that of the
@@ -8,9 +8,10 @@ parameters; norms, softmax and RoPE angles are float32 inside.
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
+
+from specauf_jax.models.rope import apply_rope
 
 
 @chex.dataclass(frozen=True)
@@ -27,47 +28,37 @@ def init_kv_cache(config, batch: int, length: int, dtype) -> KVCache:
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's rotations, float32 `[..., 1, E/2]` (one head axis).
-
-    float32 throughout: in bfloat16 positions above 256 could not be told apart.
-    """
-    inverse_frequency = 1.0 / (np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
-    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequency
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate `[..., H, E]` in half-split form (element e pairs with e + E/2)."""
-    cos, sin = angles
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
 class Attention(nnx.Module):
-    """Projections of grouped-query attention with per-head RMSNorm on queries and keys."""
+    """Projections of grouped-query attention; Qwen3 norms queries and keys per head, Qwen2.5 has biases."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
-        D, E = config.hidden_size, config.head_dim
+        D, E, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.head_dim = E
-        self.q_proj = _linear(D, config.num_attention_heads * E, rngs)
-        self.k_proj = _linear(D, config.num_key_value_heads * E, rngs)
-        self.v_proj = _linear(D, config.num_key_value_heads * E, rngs)
+        self.q_proj = _linear(D, config.num_attention_heads * E, rngs, bias)
+        self.k_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
+        self.v_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
         self.o_proj = _linear(config.num_attention_heads * E, D, rngs)
-        self.q_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
-        self.k_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
+        else:
+            self.q_norm = self.k_norm = None
 
     def queries(self, x, angles):
         """`[..., D]` → `[..., H, E]`."""
-        return apply_rope(self.q_norm(self._heads(self.q_proj(x))), angles)
+        return apply_rope(self._normed(self.q_norm, self.q_proj(x)), angles)
 
     def keys_values(self, x, angles):
         """`[..., D]` → keys and values, `[..., G, E]` each."""
-        return apply_rope(self.k_norm(self._heads(self.k_proj(x))), angles), self._heads(self.v_proj(x))
+        return apply_rope(self._normed(self.k_norm, self.k_proj(x)), angles), self._heads(self.v_proj(x))
 
     def output(self, mixed):
         """`[..., H, E]` → `[..., D]`."""
         return self.o_proj(mixed.reshape(*mixed.shape[:-2], -1))
+
+    def _normed(self, norm, x):
+        heads = self._heads(x)
+        return heads if norm is None else norm(heads)
 
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
@@ -147,5 +138,5 @@ def cast(params, dtype):
     return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
-def _linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
+def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)

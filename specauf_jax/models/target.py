@@ -1,4 +1,4 @@
-"""The target: a Qwen3-architecture causal language model, as pure functions of a parameter tree."""
+"""The target: a dense causal language model (Qwen3, Qwen2.5, Llama 3), as pure functions of a parameter tree."""
 
 import dataclasses
 import functools
@@ -10,16 +10,16 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from specauf_jax.config import Target
+from specauf_jax.architecture import Target
 from specauf_jax.kernels.attention import attend
 from specauf_jax.models.layers import (
     KVCache,
     init_kv_cache,
-    rope_angles,
     scan_first_layers,
     scan_layers,
     stack_layers,
 )
+from specauf_jax.models.rope import rope_angles
 
 
 class CausalLM(nnx.Module):
@@ -123,7 +123,7 @@ class TargetStep:
     def __call__(self, params, tokens, positions, cache: KVCache):
         config, count = self.config, self.config.num_hidden_layers
         model = _module(config, params)
-        angles = rope_angles(positions, config.head_dim, config.rope_theta)
+        angles = rope_angles(positions, config)
         rows = jnp.arange(tokens.shape[0])[:, None]
         x = model.embed_tokens(tokens)
 
@@ -165,7 +165,7 @@ def _module(config: Target, params: dict) -> CausalLM:
 def _packed(positions, document_ids, config):
     """RoPE angles, and the range of keys that each query of a packed row sees."""
     index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
-    return rope_angles(positions, config.head_dim, config.rope_theta), (document_starts(document_ids), index + 1)
+    return rope_angles(positions, config), (document_starts(document_ids), index + 1)
 
 
 def _empty_taps(x, layer_ids, layers_run):

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from specauf_jax.config import Drafter, Target
+from specauf_jax.architecture import Drafter, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, read_json, replace_folder
 from specauf_jax.models.drafter import drafter_shapes

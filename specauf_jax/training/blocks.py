@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from specauf_jax.architecture import Drafter
 from specauf_jax.models.target import document_starts
 
 
@@ -27,8 +28,9 @@ class BlockBatch:
     inputs: jax.Array  # int32 [B, A, K]: [anchor's token, MASK, …]
     positions: jax.Array  # int32 [B, A, K]: within the document
     start: jax.Array  # int32 [B, A]: first index of the anchor's document
-    labels: jax.Array  # int32 [B, A, K-1]: tokens after the anchor
-    valid: jax.Array  # bool [B, A, K-1]: v_k, the label may be trained
+    previous: jax.Array  # int32 [B, A, N]: the token before each label, the anchor's first
+    labels: jax.Array  # int32 [B, A, N]: tokens after the anchor; N = K-1, or K where labels are shifted
+    valid: jax.Array  # bool [B, A, N]: v_k, the label may be trained
 
 
 def eligible_anchors(loss_mask: jax.Array, document_ids: jax.Array) -> jax.Array:
@@ -58,7 +60,7 @@ def sample_anchors(rng: jax.Array, eligible: jax.Array, num_anchors: int) -> tup
     return jnp.where(keep, index, 0), keep
 
 
-def make_blocks(batch: Batch, anchors, keep, *, block_size: int, mask_token_id: int) -> BlockBatch:
+def make_blocks(batch: Batch, anchors, keep, *, config: Drafter) -> BlockBatch:
     """Inputs and labels of the block at each anchor.
 
     A label past the row or the document, unsupervised, or equal to the mask token (the drafter can
@@ -69,19 +71,21 @@ def make_blocks(batch: Batch, anchors, keep, *, block_size: int, mask_token_id: 
     def at(array, index):
         return jax.vmap(lambda row, i: row[i])(array, index)
 
-    index = anchors[..., None] + jnp.arange(1, block_size)
+    index = anchors[..., None] + 1 + jnp.arange(config.num_labels)
     inside = index < S
     index = jnp.minimum(index, S - 1)
     labels = at(batch.tokens, index)
     same_document = at(batch.document_ids, index) == at(batch.document_ids, anchors)[..., None]
-    valid = keep[..., None] & inside & same_document & at(batch.loss_mask, index) & (labels != mask_token_id)
+    valid = keep[..., None] & inside & same_document & at(batch.loss_mask, index) & (labels != config.mask_token_id)
     first = at(batch.tokens, anchors)[..., None]
+    masks = jnp.full((*anchors.shape, config.block_size - 1), config.mask_token_id, first.dtype)
     return BlockBatch(
         anchors=anchors,
         keep=keep,
-        inputs=jnp.concatenate([first, jnp.full_like(labels, mask_token_id)], axis=-1),
-        positions=at(batch.positions, anchors)[..., None] + jnp.arange(block_size),
+        inputs=jnp.concatenate([first, masks], axis=-1),
+        positions=at(batch.positions, anchors)[..., None] + jnp.arange(config.block_size),
         start=at(document_starts(batch.document_ids), anchors),
+        previous=jnp.concatenate([first, labels[..., :-1]], axis=-1),
         labels=labels,
         valid=valid,
     )

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specauf_jax.config import Drafter, Dtype, Objective
-from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.architecture import Drafter
+from specauf_jax.config import Dtype, Objective
+from specauf_jax.kernels.lm_head import corrected_cross_entropy, lm_head_cross_entropy
+from specauf_jax.models.domino import correction_features, prefix_states
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
@@ -21,7 +23,8 @@ class LossConfig:
     """Static data of `loss_fn`."""
 
     drafter: Drafter  # resolved
-    objective: Objective
+    objective: Objective  # of a plain drafter, or of Domino's final branch
+    base_objective: Objective = Objective()  # of Domino's base branch
     num_anchors: int = 512
     anchor_chunk: int = 32
     dtype: Dtype = "float32"
@@ -39,9 +42,10 @@ class LossAux:
     correct: jax.Array  # … of which the drafter's argmax is right
     support: jax.Array  # slots with weight
     support_correct: jax.Array
+    base: "LossAux | None" = None  # Domino: the same of the base branch
 
     def measures(self) -> dict:
-        """Names of the README's table of measures; 0 where nothing was counted."""
+        """Names of the README's table of measures; 0 where nothing was counted. Domino's base branch as `base_…`."""
         ratio = {
             "loss": (self.numerator, self.denominator),
             "tau": (self.emitted, self.blocks),
@@ -49,7 +53,14 @@ class LossAux:
             "support_accuracy": (self.support_correct, self.support),
             "active_ratio": (self.support, self.valid),
         }
-        return {name: safe_ratio(*pair) for name, pair in ratio.items()}
+        measures = {name: safe_ratio(*pair) for name, pair in ratio.items()}
+        if self.base is not None:
+            measures |= {f"base_{name}": value for name, value in self.base.measures().items()}
+        return measures
+
+    def branches(self) -> list["LossAux"]:
+        """In the order of `loss_sums`' numerators."""
+        return [self] if self.base is None else [self, self.base]
 
 
 def safe_ratio(numerator, denominator):
@@ -57,7 +68,13 @@ def safe_ratio(numerator, denominator):
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)
 
 
-def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, config: LossConfig):
+def branch_factors(aux: LossAux, lambda_base) -> jax.Array:
+    """What each branch's numerator counts in the loss: float32 `[1]`, or (1-λ, λ) over their denominators."""
+    shares = [1.0] if aux.base is None else [1 - lambda_base, lambda_base]
+    return jnp.stack([safe_ratio(share, b.denominator) for share, b in zip(shares, aux.branches(), strict=True)])
+
+
+def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, config: LossConfig, lambda_base=0.0):
     """Loss of a drafter on the blocks at random anchors.
 
     No collectives and no global state: jit, vmap, shard and differentiate it at will.
@@ -68,30 +85,42 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
       batch: rows with `features` `[B, S, L·D]` of any target.
       rng: key for the anchors.
       config: static.
+      lambda_base: float [] λ, for Domino (arXiv 2605.29707): the loss is (1-λ) · final + λ · base.
+        Training lets it fall from 1 to 0 (`specauf_jax.training.step.lambda_base`).
 
     Returns:
       float32 [] loss, and LossAux.
     """
     anchors, keep = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), config.num_anchors)
-    numerator, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
-    return safe_ratio(numerator, aux.denominator), aux
+    numerators, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
+    return numerators @ lax.stop_gradient(branch_factors(aux, lambda_base)), aux
 
 
 def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, config: LossConfig):
-    """The loss's numerator at given anchors, to be summed over parts before one division.
+    """The loss's numerators at given anchors, to be summed over parts before one division.
 
     Args: as for `loss_fn`, with anchors int32 `[B, A]` and keep bool `[B, A]`.
 
     Returns:
-      float32 [] numerator (differentiable), and LossAux.
+      float32 `[1]` numerators (differentiable), for Domino `[2]` (final, base), and LossAux.
     """
     drafter = config.drafter
-    blocks = make_blocks(batch, anchors, keep, block_size=drafter.block_size, mask_token_id=drafter.mask_token_id)
-    hidden = block_hidden(drafter_params, head, batch, blocks, config=config)
+    blocks = make_blocks(batch, anchors, keep, config=drafter)
+    hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
     lm_head = lax.stop_gradient(head.lm_head).astype(config.dtype)
-    ce, rank = lm_head_cross_entropy(hidden[:, :, 1:], lm_head, blocks.labels, chunk=config.anchor_chunk)
-    sums = objective_sums(config.objective, ce, rank, blocks.valid, block_size=drafter.block_size)
-    return sums.numerator, _count(sums, rank, blocks)
+    if drafter.projector_type == "dflash":
+        seen = lm_head_cross_entropy(hidden, lm_head, blocks.labels, chunk=config.anchor_chunk)
+        branches = [_branch(config.objective, seen, None, blocks, drafter)]
+    else:
+        features, up = _correction(cast(drafter_params, config.dtype), head, hidden, blocks, config=config)
+        base, final = corrected_cross_entropy(hidden, features, lm_head, up, blocks.labels, chunk=config.anchor_chunk)
+        witness = base if config.objective.witness == "base" else None
+        branches = [
+            _branch(config.objective, final, witness, blocks, drafter),
+            _branch(config.base_objective, base, None, blocks, drafter),
+        ]
+    numerators, auxes = zip(*branches, strict=True)
+    return jnp.stack(numerators), auxes[0].replace(base=auxes[1] if auxes[1:] else None)
 
 
 def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBatch, *, config: LossConfig):
@@ -113,20 +142,33 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
     )
 
 
-def _count(sums, rank, blocks: BlockBatch) -> LossAux:
-    def total(x):
-        return x.sum(dtype=jnp.float32)
+def _correction(params: dict, head: Head, hidden, blocks: BlockBatch, *, config: LossConfig):
+    """Domino's features `[B, A, N, emb_dim]` after the gold tokens, and the matrix that makes logits of them."""
+    embeddings = lax.stop_gradient(head.embedding[blocks.previous]).astype(config.dtype)
+    states = prefix_states(params, embeddings)
+    n = jnp.arange(config.drafter.num_labels)
+    return correction_features(params, hidden, states, n, config=config.drafter), params["embed_proj"]["up"]["kernel"]
 
+
+def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Drafter):
+    """Numerator and LossAux of one set of logits, from the labels' cross-entropy and rank."""
+    ce, rank = seen
+    sums = objective_sums(objective, ce, rank, blocks.valid, block_size=drafter.block_size, witness=witness)
     correct = (rank == 0) & blocks.valid
     support = sums.weights > 0
-    accepted = lax.cumprod(correct.astype(jnp.int32), axis=2).sum(-1)
-    return LossAux(
+    # A round drafts K-1 tokens, also where K labels are trained.
+    accepted = lax.cumprod(correct[..., : drafter.block_size - 1].astype(jnp.int32), axis=2).sum(-1)
+    return sums.numerator, LossAux(
         numerator=sums.numerator,
         denominator=sums.denominator,
-        blocks=total(blocks.keep),
-        emitted=total(jnp.where(blocks.keep, accepted + 1, 0)),
-        valid=total(blocks.valid),
-        correct=total(correct),
-        support=total(support),
-        support_correct=total(correct & support),
+        blocks=_total(blocks.keep),
+        emitted=_total(jnp.where(blocks.keep, accepted + 1, 0)),
+        valid=_total(blocks.valid),
+        correct=_total(correct),
+        support=_total(support),
+        support_correct=_total(correct & support),
     )
+
+
+def _total(x):
+    return x.sum(dtype=jnp.float32)

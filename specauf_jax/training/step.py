@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from specauf_jax.config import Optimisation, Target
+from specauf_jax.architecture import Target
+from specauf_jax.config import Optimisation, TrainOptimisation
 from specauf_jax.kernels.lm_head import lm_head_cross_entropy
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import target_features, target_head, target_hidden
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
-from specauf_jax.training.loss import LossConfig, loss_sums, safe_ratio
+from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio
 
 
 @chex.dataclass(frozen=True)
@@ -47,13 +48,24 @@ def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
     )
 
 
+def lambda_base_schedule(train: TrainOptimisation):
+    """Step → λ of Domino's loss: from 1 linearly to 0 over `lambda_base_decay_ratio` of the steps."""
+    return optax.linear_schedule(1.0, 0.0, max(round(train.lambda_base_decay_ratio * train.steps), 1))
+
+
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
 def make_train_step(
-    config: LossConfig, target: Target, optimizer: optax.GradientTransformation, *, accumulation: int = 1, seed: int = 0
+    config: LossConfig,
+    target: Target,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulation: int = 1,
+    seed: int = 0,
+    lambda_base: optax.Schedule = lambda step: 0.0,
 ):
     """The drafter's step, `(state, target_params, batch) -> (state, metrics)`, to be jitted.
 
@@ -67,9 +79,10 @@ def make_train_step(
       optimizer: as from `make_optimizer`.
       accumulation: parts of a batch; divides its rows.
       seed: of the anchors, with the step.
+      lambda_base: step → λ, for Domino.
     """
 
-    def part_gradient(params, target_params, batch, anchors, keep):
+    def part_gradients(params, target_params, batch, anchors, keep, cotangents):
         features = target_features(
             cast(target_params, config.dtype),
             batch.tokens,
@@ -78,20 +91,35 @@ def make_train_step(
             config=target,
             layer_ids=config.drafter.target_layer_ids,
         )
-        batch = batch.replace(features=features)
-        grad = jax.grad(loss_sums, has_aux=True)
-        return *grad(params, target_head(target_params), batch, anchors, keep, config=config), _any_nonfinite(features)
+        batch, head = batch.replace(features=features), target_head(target_params)
+        _, pull, aux = jax.vjp(
+            lambda params: loss_sums(params, head, batch, anchors, keep, config=config), params, has_aux=True
+        )
+        return [pull(cotangent)[0] for cotangent in cotangents(aux)], aux, _any_nonfinite(features)
 
     def step(state: TrainState, target_params: dict, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
         drawn = sample_anchors(rng, eligible, config.num_anchors)
-        parts = (batch, *drawn)
+        share = lambda_base(state.step)
+
+        # A branch's gradient is divided by its own denominator, which is known when all parts are summed: of several
+        # parts every branch keeps its own gradient until then, of a single part one backward pass gives the sum.
+        def cotangents(aux):
+            factors = branch_factors(aux, share)
+            return [factors] if accumulation == 1 else jnp.eye(len(factors))
+
         grads, aux, bad = _accumulate(
-            lambda part: part_gradient(state.params, target_params, *part), parts, accumulation
+            lambda part: part_gradients(state.params, target_params, *part, cotangents), (batch, *drawn), accumulation
         )
-        grads = jax.tree.map(lambda g: safe_ratio(g, aux.denominator), grads)
-        return _update(state, optimizer, grads, aux.measures(), {"features": bad})
+        factors = branch_factors(aux, share)
+        weights = [1.0] if accumulation == 1 else list(factors)
+        grads = jax.tree.map(lambda *branches: sum(w * g for w, g in zip(weights, branches, strict=True)), *grads)
+        metrics = aux.measures()
+        if aux.base is not None:
+            metrics |= {"final_loss": metrics["loss"], "lambda_base": share}
+            metrics["loss"] = jnp.stack([branch.numerator for branch in aux.branches()]) @ factors
+        return _update(state, optimizer, grads, metrics, {"features": bad})
 
     return step
 
