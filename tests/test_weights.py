@@ -1,5 +1,6 @@
 """Checkpoints: other systems' names, shapes and keys, and every value bit for bit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
+from specauf_jax.architecture import RopeScaling
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import cast
 from specauf_jax.models.weights import (
@@ -144,7 +146,7 @@ def test_block_size_of_older_files(drafter):
     assert drafter_config(drafter).block_size == 4
     del values["block_size"]
     (drafter / "config.json").write_text(json.dumps(values))
-    with pytest.raises(SpecaufError, match="has no block_size"):
+    with pytest.raises(SpecaufError, match="block_size is missing"):
         drafter_config(drafter)
 
 
@@ -200,7 +202,7 @@ def test_loaded_at_half_precision(drafter):
         ({"rope_theta": 1e6}, 1e6),  # old
         ({"rope_theta": 1e6, "rope_scaling": None}, 1e6),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, 1e6),  # new
-        ({"rope_parameters": {"rope_theta": 5000}, "rope_theta": 1.0}, 5000.0),  # the new one counts
+        ({"rope_parameters": {"rope_theta": 5000}, "rope_theta": 5e3}, 5000.0),  # both
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6}, 1e6),
     ],
 )
@@ -211,24 +213,211 @@ def test_rope_of_either_style(tmp_path, rope, theta):
     path.write_text(json.dumps(values | rope))
     assert target_config(tmp_path / "target").rope_theta == theta
     path.write_text(json.dumps(values))
-    with pytest.raises(SpecaufError, match="has no rope_theta"):
+    with pytest.raises(SpecaufError, match="rope_theta is missing"):
         target_config(tmp_path / "target")
+
+
+def rewritten(folder, **changes):
+    """config.json of `folder` with other values; None deletes a key."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: x for name, x in values.items() if x is not None}))
+    return folder
+
+
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_max_position_embeddings=8192)
+YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=4096, beta_fast=16.0, truncate=False)
+
+
+@pytest.mark.parametrize("scaling", [RopeScaling("linear", factor=2.0), LLAMA3, YARN], ids=lambda s: s.rope_type)
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+def test_every_architecture_and_scaling_round_trips(tmp_path, model_type, scaling):
+    config = tiny.target_config(model_type=model_type, rope_scaling=scaling)
+    params = tiny.target_params(config)
+    save_target(params, config, tmp_path / "target")
+    loaded, found = load_target(tmp_path / "target")
+    assert found == config and tiny.same_bits(loaded, params)
+    names = shapes(tmp_path / "target")
+    assert ("model.layers.2.self_attn.q_norm.weight" in names) == (model_type == "qwen3")
+    assert ("model.layers.2.self_attn.k_proj.bias" in names) == (model_type == "qwen2")
+    assert names.get("model.layers.0.self_attn.q_proj.bias", (32,)) == (32,)
 
 
 @pytest.mark.parametrize(
-    "scaling",
+    "keys",
     [
-        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 1e6},
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 1e6},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6},
+        },
     ],
 )
-def test_rope_scaling_is_refused(tmp_path, scaling):
+def test_rope_scaling_of_either_style(tmp_path, keys):
     save_target(tiny.target_params(), TARGET, tmp_path / "target")
-    path = tmp_path / "target" / "config.json"
-    values = {name: x for name, x in json.loads(path.read_text()).items() if not name.startswith("rope")}
-    path.write_text(json.dumps(values | scaling))
-    with pytest.raises(SpecaufError, match="RoPE of type"):
-        target_config(tmp_path / "target")
+    rewritten(tmp_path / "target", **dict.fromkeys(("rope_theta", "rope_parameters", "rope_scaling")) | keys)
+    found = target_config(tmp_path / "target")
+    assert (found.rope_theta, found.rope_scaling) == (1e6, RopeScaling("linear", factor=2.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_theta": 2e4}, "rope_theta is 10000.0 and 20000.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "disagree"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE of type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has no factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "short_factor": [1]}}, "short_factor"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architecture 'Qwen3MoeForCausalLM'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "model_type 'qwen3' under LlamaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_attention"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"vocab_size": 18}, "lm_head.weight has shape (17, 16)"),
+        ({"num_hidden_layers": 2}, "11 unknown, first model.layers.2"),
+        ({"tie_word_embeddings": None, "model_type": None, "num_hidden_layers": 4}, "11 missing, first model.layers.3"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, changes, said):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    with pytest.raises(SpecaufError) as refused:
+        load_target(rewritten(tmp_path / "target", **changes))
+    assert said in refused.value.found and str(tmp_path) in refused.value.found
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 16}}, "added_tokens": [{"id": 16}]}
+    (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    load_target(tmp_path / "target")
+    tokenizer["added_tokens"] = [{"id": 17}]
+    (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(SpecaufError, match="ids up to 17, the model 17 embeddings"):
+        load_target(tmp_path / "target")
+
+
+def test_nothing_is_put_on_a_device_before_all_is_checked(tmp_path, monkeypatch):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": np.ones(16, np.int8)}, tmp_path / "target" / "model.safetensors")
+    placed = []
+    monkeypatch.setattr("specauf_jax.models.tensors._Stored.place", lambda *args: placed.append(args))
+    with pytest.raises(SpecaufError, match="norm.weight is stored as I8"):
+        load_target(tmp_path / "target")
+    assert not placed
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1000, 10_000])
+def test_pieces_of_any_size_are_one_model(tmp_path, monkeypatch, piece):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    monkeypatch.setattr("specauf_jax.models.tensors.PIECE_BYTES", piece)
+    told = []
+    loaded, _ = load_target(tmp_path / "target", progress=lambda *numbers: told.append(numbers))
+    assert tiny.same_bits(loaded, tiny.target_params())
+    count = sum(x.size for x in jax.tree.leaves(loaded))
+    assert told[-1] == (count, count) and len(told) > 1
+
+
+DOMINO = tiny.drafter_config(
+    projector_type="domino", emb_dim=6, gru_hidden_dim=5, pure_draft_prefix_len=2, shift_label=True
+)
+
+
+@pytest.mark.parametrize(("layout", "name"), [("zlab", "DFlashDraftModel"), ("specforge", "DominoDraftModel")])
+def test_domino_round_trip(tmp_path, layout, name):
+    params = tiny.drafter_params(DOMINO)
+    save_drafter(params, DOMINO, tmp_path / "domino", layout=layout)
+    loaded, found = load_drafter(tmp_path / "domino")
+    assert found == DOMINO and tiny.same_bits(loaded, params)
+    found = shapes(tmp_path / "domino")
+    assert {name: shape for name, shape in found.items() if name.startswith(("prefix_gru", "embed_proj"))} == {
+        "prefix_gru.weight_ih_l0": (15, 16),
+        "prefix_gru.weight_hh_l0": (15, 5),
+        "embed_proj.0.weight": (6, 21),
+        "embed_proj.2.weight": (17, 6),
+    }
+    values = json.loads((tmp_path / "domino" / "config.json").read_text())
+    assert values["architectures"] == [name] and values["emb_dim"] == 6
+    assert values["dflash_config"] == {
+        "block_size": 4,
+        "mask_token_id": 16,
+        "target_layer_ids": [0, 1],
+        "projector_type": "domino",
+        "emb_dim": 6,
+        "gru_hidden_dim": 5,
+        "pure_draft_prefix_len": 2,
+        "shift_label": True,
+    }
+
+
+def test_an_early_domino_file_keeps_its_head_under_a_prefix(tmp_path):
+    save_drafter(tiny.drafter_params(DOMINO), DOMINO, tmp_path / "domino")
+    path = tmp_path / "domino" / "model.safetensors"
+    head = ("prefix_gru", "embed_proj")
+    renamed = {f"logit_head.{n}" if n.startswith(head) else n: x for n, x in load_file(path).items()}
+    save_file(renamed, path)
+    assert tiny.same_bits(load_drafter(tmp_path / "domino")[0], tiny.drafter_params(DOMINO))
+
+
+def test_domino_never_becomes_a_plain_drafter(tmp_path):
+    params = tiny.drafter_params(DOMINO)
+    with pytest.raises(SpecaufError, match="with a Domino head and projector_type dflash"):
+        save_drafter(params, DRAFTER, tmp_path / "plain")
+    body = {name: x for name, x in params.items() if name in tiny.drafter_params()}
+    with pytest.raises(SpecaufError, match="without a Domino head and projector_type domino"):
+        save_drafter(body, DOMINO, tmp_path / "plain")
+    with pytest.raises(SpecaufError, match="shift_label with projector_type dflash"):
+        dataclasses.replace(DOMINO, projector_type="dflash")
+    with pytest.raises(SpecaufError, match="a Domino drafter for the layout of speculators"):
+        save_drafter(params, DOMINO, tmp_path / "plain", layout="speculators", verifier="target")
+    assert not (tmp_path / "plain").exists()
+    save_drafter(params, DOMINO, tmp_path / "domino")
+    values = json.loads((tmp_path / "domino" / "config.json").read_text())
+    del values["dflash_config"]["projector_type"]  # what is left reads as plain DFlash: the head gives it away
+    with pytest.raises(SpecaufError, match="4 unknown, first embed_proj.0.weight"):
+        load_drafter(rewritten(tmp_path / "domino", **values))
+
+
+def test_sliding_windows_of_a_file(drafter):
+    types = ["full_attention", "sliding_attention"]
+    rewritten(drafter, layer_types=types, use_sliding_window=True, sliding_window=7)
+    assert drafter_config(drafter).windows == (None, 7)
+    rewritten(drafter, layer_types=None, max_window_layers=1)
+    assert drafter_config(drafter).windows == (None, 7)
+    rewritten(drafter, layer_types=types, use_sliding_window=False)
+    with pytest.raises(SpecaufError, match="use_sliding_window is False"):
+        drafter_config(drafter)
+
+
+def test_windows_round_trip(tmp_path):
+    config = tiny.drafter_config(layer_types=("sliding_attention", "full_attention"), sliding_window=3)
+    save_drafter(tiny.drafter_params(config), config, tmp_path / "drafter")
+    assert drafter_config(tmp_path / "drafter") == config
+
+
+def test_half_precision_export(tmp_path):
+    save_drafter(tiny.drafter_params(), DRAFTER, tmp_path / "drafter", dtype="bfloat16")
+    stored = load_file(tmp_path / "drafter" / "model.safetensors")
+    assert {x.dtype for x in stored.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert tiny.same_bits(load_drafter(tmp_path / "drafter", "bfloat16")[0], cast(tiny.drafter_params(), "bfloat16"))
+
+
+def test_speculators_layout(tmp_path):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    save_drafter(
+        tiny.drafter_params(), DRAFTER, tmp_path / "out", layout="speculators", verifier=str(tmp_path / "target")
+    )
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["aux_hidden_state_layer_ids"] == [1, 2] and values["draft_vocab_size"] == 17
+    assert values["speculators_config"]["verifier"]["architectures"] == ["Qwen3ForCausalLM"]
+    with pytest.raises(SpecaufError, match="a drafter in speculators' layout"):
+        load_drafter(tmp_path / "out")
 
 
 def test_only_its_own_kind_is_replaced(drafter):

@@ -1,0 +1,288 @@
+"""Safetensors files ↔ parameter trees, checked before a byte is read and streamed in pieces.
+
+One rule of names serves every model: our tree's path is the tensor's name, `kernel` (transposed),
+`scale` and `embedding` are called `weight` in files, and the leading axis of stacked layers becomes
+the number after `layers.`. Domino's head is the one exception, in the table below.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from specauf_jax.errors import SpecaufError
+from specauf_jax.files import read_json
+
+PIECE_BYTES = 64 * 2**20  # read, turned and put on devices at one time
+_RENAMED = {
+    "prefix_gru.input.weight": "prefix_gru.weight_ih_l0",
+    "prefix_gru.hidden.weight": "prefix_gru.weight_hh_l0",
+    "embed_proj.down.weight": "embed_proj.0.weight",
+    "embed_proj.up.weight": "embed_proj.2.weight",
+}
+_DTYPES = ("F32", "F16", "BF16")
+
+Progress = Callable[[int, int], None]
+"""Called with how many numbers were read so far, and how many there are for this process."""
+
+
+def file_names(path, shape) -> list[str]:
+    """Names of the tensors behind one leaf of our tree: one, or one per stacked layer."""
+    *parts, last = [p.key for p in path]
+    parts.append("bias" if last == "bias" else "weight")
+    if parts[0] != "layers":
+        name = ".".join(parts)
+        return [_RENAMED.get(name, name)]
+    return [".".join(["layers", str(i), *parts[1:]]) for i in range(shape[0])]
+
+
+def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
+    """Our tree → tensors by name, in PyTorch's orientation [out, in]."""
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+        slices = leaf if _is_stacked(path) else [leaf]
+        for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
+            tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
+    return tensors
+
+
+def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """One safetensors file."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        raise OSError(str(error)) from error
+
+
+def read_tree(
+    folder, shapes: dict, prefixed, dtype, *, shardings=None, progress: Progress | None = None, ignored: tuple = ()
+) -> dict:
+    """Fill the tree `shapes` from the folder's tensors, after checking every name, shape and dtype.
+
+    Each device's part is read from the memory-mapped file in pieces, so that the host holds a few
+    pieces and no more, whatever the size of the checkpoint.
+
+    Args:
+      folder: with model.safetensors, or model.safetensors.index.json and its shards.
+      shapes: our tree, of anything with a shape.
+      prefixed: our name → name in the file.
+      dtype: of the parameters.
+      shardings: tree of shardings; None puts all on the first device.
+      progress: told of every piece.
+      ignored: names that may be in the files besides.
+
+    Raises:
+      SpecaufError: naming the file or tensor that does not fit.
+    """
+    wanted = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
+        for name in file_names(path, leaf.shape):
+            wanted[prefixed(name)] = shape[::-1] if _is_transposed(path) else shape
+    files = tensor_files(folder)
+    _check_tensors(folder, files, wanted, ignored)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
+    sizes = jax.tree.map(lambda leaf, sharding: sum(map(_size, _parts(leaf, sharding))), shapes, shardings)
+    total = sum(jax.tree.leaves(sizes))
+    read = 0
+
+    def advance(piece: np.ndarray):
+        nonlocal read
+        read += piece.size
+        if progress:
+            progress(read, total)
+
+    def fill(path, leaf, sharding):
+        names = [prefixed(name) for name in file_names(path, leaf.shape)]
+        stored = _Stored(names, files, _is_stacked(path), _is_transposed(path), np.dtype(dtype))
+        arrays = [
+            array
+            for bounds, devices in _parts(leaf, sharding).items()
+            for array in stored.place(bounds, devices, advance)
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes, shardings)
+
+
+def _parts(leaf, sharding) -> dict[tuple, list]:
+    """Box `((start, stop), …)` of a leaf → the devices of this process that hold it."""
+    parts: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+        parts.setdefault(bounds, []).append(device)
+    return parts
+
+
+def _size(bounds) -> int:
+    return math.prod(stop - start for start, stop in bounds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """One leaf of our tree, as it lies in the files."""
+
+    names: list[str]
+    files: dict[str, Path]
+    stacked: bool
+    transposed: bool
+    dtype: np.dtype
+
+    def place(self, bounds, devices, advance) -> list[jax.Array]:
+        """The box `bounds` on each of `devices`, read once."""
+        pieces = list(self._pieces(bounds))
+        if len(pieces) == 1:
+            host = self._read(pieces[0])
+            advance(host)
+            return [jax.device_put(host, device) for device in devices]
+        shape = tuple(stop - start for start, stop in bounds)
+        buffers = [jnp.zeros(shape, self.dtype, device=device) for device in devices]
+        for piece in pieces:
+            host = self._read(piece)
+            offset = tuple(np.int32(start - first) for (start, _), (first, _) in zip(piece, bounds, strict=True))
+            buffers = [_write_piece(buffer, host, offset) for buffer in buffers]
+            jax.block_until_ready(buffers)  # or pieces would queue up on the host
+            advance(host)
+        return buffers
+
+    def _pieces(self, bounds):
+        """Boxes of at most PIECE_BYTES that make up the box `bounds`: whole layers, or parts of one."""
+        item = max(self.dtype.itemsize, 4)
+        size = item * _size(bounds)
+        cuts = [1] * len(bounds)
+        if self.stacked:
+            layers = bounds[0][1] - bounds[0][0]
+            cuts[0] = min(layers, -(-size // PIECE_BYTES))
+            size = -(-layers // cuts[0]) * size // max(layers, 1)
+        # Along the axis that is the file's first: its rows lie together.
+        rows = len(bounds) - 1 if self.transposed else int(self.stacked)
+        if rows < len(bounds) and size > PIECE_BYTES:
+            cuts[rows] = min(bounds[rows][1] - bounds[rows][0], -(-size // PIECE_BYTES))
+        return itertools.product(*(_cut(*bound, count) for bound, count in zip(bounds, cuts, strict=True)))
+
+    def _read(self, box) -> np.ndarray:
+        """The box as a host array, in our orientation and dtype."""
+        inner = box[1:] if self.stacked else box
+        layers = range(*box[0]) if self.stacked else [0]
+        host = np.empty((len(layers), *(stop - start for start, stop in inner)), self.dtype)
+        order = inner[::-1] if self.transposed else inner
+        for row, layer in enumerate(layers):
+            name = self.names[layer]
+            # Opened anew: closing unmaps the pages that were read.
+            with safe_open(self.files[name], framework="numpy") as file:
+                x = file.get_slice(name)[tuple(slice(*bound) for bound in order)]
+            host[row] = x.T if self.transposed else x
+        return host if self.stacked else host[0]
+
+
+_write_piece = jax.jit(lax.dynamic_update_slice, donate_argnums=0)
+
+
+def _cut(start: int, stop: int, count: int):
+    edges = np.linspace(start, stop, count + 1).astype(int).tolist()
+    return list(itertools.pairwise(edges))
+
+
+# ---------------------------------------------------------------------------------------------
+# Which files, and whether they fit
+
+
+def tensor_files(folder) -> dict[str, Path]:
+    """Tensor name → the file that holds it, by what the files themselves say.
+
+    Raises:
+      SpecaufError: no weights, a shard missing or unreadable, or an index that is not true of its shards.
+    """
+    folder = Path(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return dict.fromkeys(_names(single), single)
+    if not index.exists():
+        raise SpecaufError(f"{folder} has no weights", f"{single.name} or {index.name}", "check the folder's name")
+    weight_map = read_json(index, "an index of shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SpecaufError(f"{index} has no weight_map", "tensor names and their files", "restore the file")
+    files = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise SpecaufError(f"{index} names {shard!r}", "safetensors files in the same folder", "restore the file")
+        for name in _names(folder / shard):
+            if weight_map.get(name) != shard:
+                said = weight_map.get(name)
+                raise SpecaufError(
+                    f"{index} places {name} in {said}, but {shard} holds it too" if said else
+                    f"{folder / shard} holds {name}, which {index.name} does not name",
+                    "an index that agrees with its shards",
+                    "restore the files",
+                )  # fmt: skip
+            files[name] = folder / shard
+    lost = sorted(weight_map.keys() - files.keys())
+    if lost:
+        raise SpecaufError(
+            f"{folder / weight_map[lost[0]]} does not hold {lost[0]}", f"what {index.name} says", "restore the files"
+        )
+    return files
+
+
+def _names(path: Path) -> list[str]:
+    if not path.exists():
+        raise SpecaufError(f"{path} does not exist", "every shard that the index names", "restore the file")
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise SpecaufError(f"{path} cannot be read: {error}", "a whole safetensors file", "restore the file") from error
+
+
+def _check_tensors(folder, files: dict[str, Path], wanted: dict, ignored: tuple) -> None:
+    missing, extra = sorted(wanted.keys() - files.keys()), sorted(files.keys() - wanted.keys() - set(ignored))
+    if missing or extra:
+        found = "; ".join(
+            f"{len(names)} {kind}, first {names[0]}"
+            for kind, names in (("missing", missing), ("unknown", extra))
+            if names
+        )
+        raise SpecaufError(
+            f"{folder}: tensors do not fit config.json: {found}",
+            f"exactly {len(wanted)} tensors",
+            "use the config.json that belongs to these weights",
+        )
+    for path in sorted(set(files.values())):
+        with _opened(path) as file:
+            for name in sorted(wanted.keys() & set(file.keys())):
+                part = file.get_slice(name)
+                _check_tensor(path, name, tuple(part.get_shape()), part.get_dtype(), wanted[name])
+
+
+def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple) -> None:
+    if shape != wanted:
+        raise SpecaufError(
+            f"{path}: {name} has shape {shape}",
+            f"{wanted} by config.json",
+            "use the config.json that belongs to these weights",
+        )
+    if dtype not in _DTYPES:
+        raise SpecaufError(
+            f"{path}: {name} is stored as {dtype}", f"one of {', '.join(_DTYPES)}", "use an unquantised checkpoint"
+        )
+
+
+def _is_stacked(path) -> bool:
+    return path[0].key == "layers"
+
+
+def _is_transposed(path) -> bool:
+    return path[-1].key == "kernel"
