@@ -238,6 +238,8 @@ class Train:
     out: str
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/ and drafter/ (z-lab layout)."""
     drafter: Drafter = Drafter()
+    init_from: str | None = None
+    """Drafter folder (z-lab layout) to fine-tune with a fresh optimiser; --drafter may only repeat what it says."""
     objective: Objective = Objective()
     base_objective: Objective = Objective()
     """domino: objective of the base branch; --objective is the final branch's."""
@@ -300,14 +302,34 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the drafter of a training run's checkpoint in z-lab layout."""
+    """Write a drafter for other systems, from a training run or a drafter folder.
 
-    run: str
-    """Run folder of `specauf train`."""
+    Give exactly one source: --run or --drafter.
+    """
+
     out: str
     """Drafter folder to write."""
+    run: str | None = None
+    """Run folder of `specauf train`."""
     step: Literal["last", "best"] | int = "last"
-    """Checkpoint to take."""
+    """Checkpoint of the run to take."""
+    drafter: str | None = None
+    """Drafter folder in z-lab or SpecForge layout."""
+    layout: Literal["zlab", "specforge", "speculators"] = "zlab"
+    """zlab: SGLang, vLLM, tpu-inference, sglang-jax. specforge: the same, but Domino under DominoDraftModel, the name
+    that SpecForge trains. speculators: plain DFlash with its own keys; names the target."""
+    dtype: Dtype = "float32"
+    """Of the file."""
+    target: str | None = None
+    """Target folder, for --layout speculators; None takes the run's."""
+
+    def __post_init__(self):
+        if (self.run is None) == (self.drafter is None):
+            raise SpecaufError(
+                "both --run and --drafter" if self.run else "neither --run nor --drafter",
+                "one source",
+                "pass the run folder of `specauf train`, or a drafter folder",
+            )
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     if config.max_prompts:
         sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
     with float32_precision(config.dtype):
-        models = load_models(config.target, config.drafter, config.dtype)
+        models = load_models(config.target, config.drafter, config.dtype, console)
         measured = {}
         for name, prompts in sets.items():
             with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):

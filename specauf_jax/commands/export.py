@@ -1,4 +1,4 @@
-"""`specauf export`: a drafter folder from any checkpoint of a training run."""
+"""`specauf export`: a drafter folder for other systems, from a training run's checkpoint or another folder."""
 
 from pathlib import Path
 
@@ -11,14 +11,29 @@ from specauf_jax.config import Export, TrainOptimisation, from_dict
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
-from specauf_jax.models.weights import save_drafter
+from specauf_jax.models.weights import load_drafter, save_drafter
 from specauf_jax.sharding import placed
 from specauf_jax.training.checkpoint import Checkpoints
 from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
 
 def export(config: Export, console: Console) -> None:
-    """Write `config.out` in z-lab layout."""
+    """Write `config.out`."""
+    if config.drafter is not None:
+        params, drafter = load_drafter(config.drafter)
+        origin = Path(config.drafter) / "specauf.json"
+        facts = read_json(origin, "a drafter's origin") if origin.is_file() else None
+        source, target = config.drafter, config.target
+    else:
+        params, drafter, facts, source = _from_run(config)
+        target = config.target or facts["target"]
+    how = {"layout": config.layout, "dtype": config.dtype, "verifier": target}
+    save_drafter(params, drafter, Path(config.out), provenance=facts, **how)
+    console.print(f"{source} written to {config.out}", highlight=False)
+
+
+def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
+    """Parameters, architecture and origin of a run's checkpoint, and what to call it."""
     run = existing_folder(config.run, "a run of `specauf train`")
     record = read_json(run / "config.json", "the settings of `specauf train`")
     if "objective" not in record or not (run / "checkpoints").is_dir():
@@ -42,8 +57,7 @@ def export(config: Export, console: Console) -> None:
         state, _ = checkpoints.restore(step, _abstract_state(drafter, optimizer), record)
     finally:
         checkpoints.close()
-    save_drafter(state.params, drafter, Path(config.out), provenance=provenance(record, step))
-    console.print(f"step {step} of {run} written to {config.out}", highlight=False)
+    return state.params, drafter, provenance(record, step), f"step {step} of {run}"
 
 
 def _abstract_state(drafter: Drafter, optimizer) -> TrainState:

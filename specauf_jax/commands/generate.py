@@ -28,7 +28,7 @@ def generate(config: Generate, console: Console) -> None:
         )
     drafter = config.drafter if config.method == "speculative" else None
     with float32_precision(config.dtype):
-        models = load_models(config.target, drafter, config.dtype)
+        models = load_models(config.target, drafter, config.dtype, console)
         if config.out is None:
             _stream_all(models, prompts, config, sampling, console)
         else:

@@ -7,12 +7,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from specauf_jax.commands.setup import announce, float32_precision, read_data
+from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data
 from specauf_jax.config import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
@@ -22,8 +21,8 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
 from specauf_jax.models.target import TargetStep
-from specauf_jax.models.weights import load_target
-from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding
+from specauf_jax.models.weights import target_config
+from specauf_jax.sharding import batch_sharding, make_mesh
 
 _BATCHES_PER_PART = 2  # finished work is saved this often
 
@@ -32,14 +31,14 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     """Write `config.out`; returns its manifest. A killed run goes on where it stopped."""
     check_absent(config.out)
     data, parts = Path(config.data), Path(f"{os.path.abspath(config.out)}.parts")
-    params, target = load_target(config.target, config.dtype)
+    target = target_config(config.target)
     manifest = read_data(data, target)
     mesh = make_mesh(config.mesh)
     shards = batch_sharding(mesh).num_devices
     if config.batch_size % shards:
         raise SpecaufError(f"batch_size {config.batch_size} over {shards} devices", "a multiple", "change --batch-size")
     announce(Path(config.out), mesh, console)
-    params = jax.device_put(params, parameter_sharding(params, mesh))
+    params, _ = load_target_with_bar(config.target, config.dtype, console, mesh)
     stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
     decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
 

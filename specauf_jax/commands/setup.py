@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from specauf_jax.architecture import Drafter, Target, resolve_drafter
 from specauf_jax.config import Dtype
@@ -21,7 +22,9 @@ from specauf_jax.models.weights import load_drafter, load_target
 def run_record(config, manifest: dict, **resolved) -> dict:
     """What a checkpoint must agree with: the command's config, what was resolved from it, the dataset."""
     record = json.loads(json.dumps(dataclasses.asdict(config) | resolved))
-    return record | {name: manifest[name] for name in ("sequence_length", "tokenizer_sha256", "rows")}
+    return record | {
+        name: manifest[name] for name in ("sequence_length", "tokenizer_sha256", "template_sha256", "rows")
+    }
 
 
 def announce(out: Path, mesh, console: Console) -> dict:
@@ -81,10 +84,20 @@ class Models:
             )
 
 
-def load_models(target: str, drafter: str | None, dtype: Dtype) -> Models:
+def load_target_with_bar(folder, dtype: Dtype, console: Console, mesh=None) -> tuple[dict, Target]:
+    """`load_target` with a progress bar on a terminal."""
+    columns = TextColumn("reading {task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(str(folder), total=None)
+        return load_target(folder, dtype, mesh, lambda read, total: bar.update(task, completed=read, total=total))
+
+
+def load_models(target: str, drafter: str | None, dtype: Dtype, console: Console) -> Models:
     """Everything that decoding needs, from folders."""
     tokenizer = load_tokenizer(target)
-    target_params, config = load_target(target, dtype)
+    target_params, config = load_target_with_bar(target, dtype, console)
     if len(tokenizer) > config.vocab_size:
         raise SpecaufError(
             f"{target}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}",

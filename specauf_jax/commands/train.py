@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from specauf_jax.architecture import Drafter, Target, resolve_drafter
-from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
+from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data, run_record
 from specauf_jax.config import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
@@ -20,7 +20,7 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import TargetStep
-from specauf_jax.models.weights import load_target, save_drafter, target_config
+from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
 from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import eligible_anchors
 from specauf_jax.training.loop import Run, train_loop
@@ -35,19 +35,19 @@ def train(config: Train, console: Console) -> None:
     data, out = Path(config.data), Path(config.out)
     target = target_config(config.target)
     manifest = read_data(data, target)
-    drafter = resolve_drafter(config.drafter, target, manifest["mask_token_id"])
+    drafter = _drafter(config, target, manifest)
     _check_rows(config, drafter, manifest)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
     with float32_precision(config.train.dtype):
         record = run_record(config, manifest, drafter=dataclasses.asdict(drafter))
-        run = make_run(config, drafter, target, manifest, mesh, record, announce(out, mesh, console))
+        run = make_run(config, drafter, target, manifest, mesh, record, console)
         state = train_loop(run, console)
     save_drafter(state.params, drafter, out / "drafter", provenance=provenance(record, config.train.steps))
     console.print(f"drafter written to {out / 'drafter'}", highlight=False)
 
 
-def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, environment) -> Run:
+def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, console: Console) -> Run:
     """Parameters, jitted step and data of a training run, spread over the mesh."""
     settings = config.train
     loss = LossConfig(
@@ -58,15 +58,20 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         anchor_chunk=settings.anchor_chunk,
         dtype=settings.dtype,
     )
-    target_params, _ = load_target(config.target, settings.dtype)
+    target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
     target_sharding = parameter_sharding(target_params, mesh)
-    target_params = jax.device_put(target_params, target_sharding)
     optimizer = make_optimizer(settings)
 
-    def initialise():
+    def random_state():
         return init_state(init_drafter(drafter, jax.random.key(settings.seed)), optimizer)
 
-    shapes = jax.eval_shape(initialise)
+    def initialise():
+        if config.init_from is None:
+            return jax.jit(random_state, out_shardings=sharding)()
+        params, _ = load_drafter(config.init_from, mesh=mesh)
+        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=sharding)(params)
+
+    shapes = jax.eval_shape(random_state)
     sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
     train_step = make_train_step(
         loss,
@@ -86,7 +91,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         out=Path(config.out),
         train=settings,
         config=record,
-        environment=environment,
+        environment=announce(Path(config.out), mesh, console),
         step=lambda state, batch: step(state, target_params, batch),
         loader=make_loader(
             config.data,
@@ -95,7 +100,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             shard_index=jax.process_index(),
             shard_count=jax.process_count(),
         ),
-        initialise=jax.jit(initialise, out_shardings=sharding),
+        initialise=initialise,
         like=placed(shapes, sharding),
         batch_sharding=rows,
         score="decode_tau" if settings.decode_every else "tau",
@@ -107,16 +112,47 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
 
 def provenance(record: dict, step: int) -> dict:
     """Where a drafter came from, for people and for checks; stored beside its weights."""
-    return {
+    drafter = Drafter(**{name: record["drafter"][name] for name in ("projector_type", "shift_label")})
+    if drafter.shift_label:
+        labels = "slot k predicts the token k + 1 after the anchor; every slot is trained"
+    else:
+        labels = "slot k predicts the token k after the anchor; slot 0 is not trained"
+    domino = {"base_objective": record["base_objective"]} if drafter.projector_type == "domino" else {}
+    return domino | {
         "objective": record["objective"],
+        "init_from": record["init_from"],
         "steps": step,
         "seed": record["train"]["seed"],
         "target": record["target"],
         "data": record["data"],
         "tokenizer_sha256": record["tokenizer_sha256"],
-        "labels": "slot k predicts the k-th token after the anchor; slot 0 is not trained",
+        "template_sha256": record["template_sha256"],
+        "labels": labels,
         "target_layer_ids": "0-based; id i is the residual output of layer i",
     }
+
+
+def _drafter(config: Train, target: Target, manifest: dict) -> Drafter:
+    """The resolved architecture: of --drafter, or of the folder that training starts from."""
+    if config.init_from is None:
+        return resolve_drafter(config.drafter, target, manifest["mask_token_id"])
+    found = resolve_drafter(drafter_config(config.init_from), target)
+    for field in dataclasses.fields(Drafter):
+        asked, has = getattr(config.drafter, field.name), getattr(found, field.name)
+        if asked != field.default and asked != has:
+            raise SpecaufError(
+                f"--drafter.{field.name} {asked!r}, but {config.init_from} was trained with {has!r}",
+                "the conventions of the drafter that training starts from",
+                f"leave {field.name} out, or start from random weights without --init-from",
+            )
+    mask = manifest["mask_token_id"]
+    if mask is not None and mask != found.mask_token_id and config.drafter.mask_token_id is None:
+        raise SpecaufError(
+            f"{config.init_from} was trained with mask token {found.mask_token_id}, the dataset's tokenizer has {mask}",
+            "one mask token",
+            f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
+        )
+    return found
 
 
 def _check_rows(config: Train, drafter: Drafter, manifest: dict) -> None:

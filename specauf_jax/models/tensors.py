@@ -211,10 +211,15 @@ def tensor_files(folder) -> dict[str, Path]:
     weight_map = read_json(index, "an index of shards").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SpecaufError(f"{index} has no weight_map", "tensor names and their files", "restore the file")
-    files = {}
-    for shard in sorted(set(weight_map.values())):
+    files, shards = {}, sorted(set(weight_map.values()))
+    for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise SpecaufError(f"{index} names {shard!r}", "safetensors files in the same folder", "restore the file")
+        if not (folder / shard).is_file():
+            raise SpecaufError(
+                f"{folder / shard} does not exist", "every shard that the index names", "restore the file"
+            )
+    for shard in shards:
         for name in _names(folder / shard):
             if weight_map.get(name) != shard:
                 said = weight_map.get(name)
@@ -234,8 +239,6 @@ def tensor_files(folder) -> dict[str, Path]:
 
 
 def _names(path: Path) -> list[str]:
-    if not path.exists():
-        raise SpecaufError(f"{path} does not exist", "every shard that the index names", "restore the file")
     with _opened(path) as file:
         return list(file.keys())
 

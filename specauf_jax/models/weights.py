@@ -65,8 +65,10 @@ def save_target(params: dict, config: Target, folder, *, eos_token_id: int | Non
     _write(folder, tensors, {"config.json": values}, replaceable=tuple(hf_config.TARGET_ARCHITECTURES))
 
 
-def load_drafter(folder, dtype: Dtype = "float32") -> tuple[dict, Drafter]:
+def load_drafter(folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | None = None) -> tuple[dict, Drafter]:
     """Parameters and architecture of a DFlash or Domino drafter in z-lab's (or SpecForge's) layout.
+
+    Args: as for `load_target`.
 
     Raises:
       SpecaufError: naming the file, tensor or key that does not fit.
@@ -78,7 +80,9 @@ def load_drafter(folder, dtype: Dtype = "float32") -> tuple[dict, Drafter]:
     def name_in_file(name: str) -> str:
         return f"logit_head.{name}" if old and name.startswith(("prefix_gru.", "embed_proj.")) else name
 
-    return read_tree(folder, drafter_shapes(config), name_in_file, _NUMPY[np.dtype(dtype).name]), config
+    shapes = drafter_shapes(config)
+    shardings = None if mesh is None else parameter_sharding(shapes, mesh)
+    return read_tree(folder, shapes, name_in_file, _NUMPY[np.dtype(dtype).name], shardings=shardings), config
 
 
 def drafter_config(folder) -> Drafter:
