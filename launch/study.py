@@ -5,6 +5,9 @@
 Runs `specauf train` and `specauf evaluate` for every combination of objective, seed and number of steps with the recipe
 configs/tiny_cpu.py, `--workers` at a time; a finished combination is not run again. The seed sets initial weights, data
 order and anchors, the same for all objectives.
+
+--objectives takes the names of DFlash's (decay, auf, …), of Domino's variants (domino_baseline, domino_b_auf,
+domino_s_auf, domino_f_auf, domino_b_auf_d), and A>B: trained with A, then fine-tuned with B for a tenth of the steps.
 """
 
 import argparse
@@ -17,6 +20,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DOMINO = {
+    "domino_baseline": ("decay", "decay", "own"),
+    "domino_b_auf": ("auf", "full", "own"),
+    "domino_s_auf": ("auf", "auf", "base"),
+    "domino_f_auf": ("auf", "auf", "own"),
+    "domino_b_auf_d": ("auf_decay", "decay", "own"),
+}
+"""Objectives of the base and final branch, and the final branch's witness of failure."""
 
 
 def main() -> None:
@@ -26,13 +37,16 @@ def main() -> None:
     runs = [
         (steps, seed, name) for steps in arguments.steps for seed in arguments.seeds for name in arguments.objectives
     ]
-    with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
-        futures = {pool.submit(run, arguments, out, *key): key for key in runs}
-        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            steps, seed, name = futures[future]
-            tau = future.result()["overall"]["tau_micro"]
-            print(f"[{done}/{len(runs)}] {name} seed {seed} {steps} steps: tau {tau:.3f}", flush=True)
-    print(tables(arguments, {key: future.result() for future, key in futures.items()}))
+    results = {}
+    for tuned in (False, True):  # what is fine-tuned must be there first
+        with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
+            futures = {pool.submit(run, arguments, out, *key): key for key in runs if (">" in key[2]) == tuned}
+            for future in concurrent.futures.as_completed(futures):
+                steps, seed, name = key = futures[future]
+                results[key] = future.result()
+                tau = results[key]["overall"]["tau_micro"]
+                print(f"[{len(results)}/{len(runs)}] {name} seed {seed} {steps} steps: tau {tau:.3f}", flush=True)
+    print(tables(arguments, results))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,26 +58,41 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", nargs="+", type=int, default=[400, 800, 2500, 5000])
     parser.add_argument("--learning-rate", type=float, default=None, help="instead of the recipe's")
+    parser.add_argument("--finetune-learning-rate", type=float, default=1e-3, help="of B in A>B")
     parser.add_argument("--workers", type=int, default=2, help="runs at one time, about one core each")
     return parser.parse_args()
 
 
 def run(arguments: argparse.Namespace, out: Path, steps: int, seed: int, name: str) -> dict:
     """Results of one combination, trained and evaluated unless that was done before."""
-    folder = out / f"{name}_{steps}_{seed}"
+    folder = out / f"{name.replace('>', '_then_')}_{steps}_{seed}"
     results = folder / "results.json"
     if not results.exists():
+        first, _, second = name.partition(">")
+        rate = arguments.finetune_learning_rate if second else arguments.learning_rate
+        length = steps // 10 if second else steps
         train = ["train", "--config", str(ROOT / "configs/tiny_cpu.py"), "--target", arguments.target,
-                 "--data", arguments.data, "--out", str(folder), "--objective.name", name, "--train.steps", str(steps),
-                 "--train.seed", str(seed), "--train.decode-every", "0",
-                 "--train.checkpoint-every", str(max(steps // 4, 1))]  # fmt: skip
-        if arguments.learning_rate:
-            train += ["--train.learning-rate", str(arguments.learning_rate)]
+                 "--data", arguments.data, "--out", str(folder), *objective(second or first),
+                 "--train.steps", str(length), "--train.seed", str(seed), "--train.decode-every", "0",
+                 "--train.checkpoint-every", str(max(length // 4, 1))]  # fmt: skip
+        if second:
+            train += ["--init-from", str(out / f"{first}_{steps}_{seed}" / "drafter")]
+        if rate:
+            train += ["--train.learning-rate", str(rate)]
         specauf(*train)
         prompts = [f"{path.stem}={path}" for path in sorted(Path(arguments.data, "prompts").glob("*.jsonl"))]
         specauf("evaluate", "--target", arguments.target, "--drafter", str(folder / "drafter"), "--prompts", *prompts,
                 "--max-new-tokens", "80", "--repeats", "1", "--out", str(results))  # fmt: skip
     return json.loads(results.read_text())
+
+
+def objective(name: str) -> list[str]:
+    """The settings of `specauf train` behind a name of the study."""
+    if name not in DOMINO:
+        return ["--objective.name", name]
+    base, final, witness = DOMINO[name]
+    return ["--drafter.projector-type", "domino", "--drafter.emb-dim", "64", "--drafter.gru-hidden-dim", "128",
+            "--base-objective.name", base, "--objective.name", final, "--objective.witness", witness]  # fmt: skip
 
 
 def specauf(*arguments: str) -> None:
