@@ -1,0 +1,129 @@
+"""Drafters from folders: fine-tuned, exported in other layouts, and their conventions checked on the way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from specauf_jax import cli
+from specauf_jax.models.weights import load_drafter
+
+TRAIN = "train --target pre/target --data data --train.batch-size 2 --train.num-anchors 4 --train.steps"
+SHAPE = "--drafter.block-size 4 --drafter.num-hidden-layers 1"
+DOMINO = "--drafter.projector-type domino --drafter.emb-dim 6 --drafter.gru-hidden-dim 5"
+
+
+def specauf(line: str) -> None:
+    assert cli.main(line.split()) == 0, line
+
+
+def facts(folder) -> dict:
+    return json.loads((Path(folder) / "specauf.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A target, a plain drafter and a Domino drafter, each of a few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("world"))
+        Path("text").mkdir()
+        lines = [f"{i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(60)]
+        Path("text/one.txt").write_text("".join(lines))
+        Path("prompts.jsonl").write_text('{"prompt": "the quick"}\n{"prompt": "brown fox"}\n')
+        specauf("prepare --input text --out data --vocab-size 300 --sequence-length 64")
+        sizes = "--target.hidden-size 16 --target.intermediate-size 24 --target.num-hidden-layers 3 --target.head-dim 8"
+        specauf(f"pretrain --data data --out pre {sizes} --train.steps 3 --train.batch-size 2")
+        specauf(f"{TRAIN} 3 --out plain {SHAPE} --objective.name decay")
+        variant = "--base-objective.name auf --objective.name auf --objective.witness base"
+        specauf(f"{TRAIN} 3 --out domino {SHAPE} {DOMINO} {variant}")
+        yield
+
+
+@pytest.mark.parametrize("kind", ["plain", "domino"])
+def test_training_starts_from_the_folders_weights(world, kind):
+    specauf(f"{TRAIN} 0 --out {kind}_same --init-from {kind}/drafter")
+    for name in ("config.json", "model.safetensors"):
+        assert Path(f"{kind}_same/drafter/{name}").read_bytes() == Path(f"{kind}/drafter/{name}").read_bytes()
+    specauf(f"{TRAIN} 2 --out {kind}_tuned --init-from {kind}/drafter --objective.name full")
+    before, after = (load_file(f"{run}/drafter/model.safetensors") for run in (kind, f"{kind}_tuned"))
+    assert all(np.abs(before[name] - after[name]).max() > 0 for name in before)
+    assert max(np.abs(before[name] - after[name]).max() for name in before) < 0.01  # two small steps from there
+    assert facts(f"{kind}_tuned/drafter")["init_from"] == f"{kind}/drafter"
+
+
+def test_what_a_drafter_says_of_its_origin(world):
+    plain, domino = facts("plain/drafter"), facts("domino/drafter")
+    manifest = json.loads(Path("data/manifest.json").read_text())
+    for found in (plain, domino):
+        assert found["steps"] == 3 and found["target"] == "pre/target" and found["init_from"] is None
+        assert found["tokenizer_sha256"] == manifest["tokenizer_sha256"]
+        assert found["template_sha256"] == manifest["template_sha256"]
+    assert plain["objective"]["name"] == "decay" and "base_objective" not in plain
+    assert domino["base_objective"]["name"] == "auf" and domino["objective"]["witness"] == "base"
+    assert "slot 0 is not trained" in plain["labels"] and "every slot is trained" in domino["labels"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "said"),
+    [
+        ("plain", "--drafter.block-size 8", "--drafter.block_size 8, but plain/drafter was trained with 4"),
+        ("plain", DOMINO, "--drafter.projector_type 'domino', but plain/drafter was trained with 'dflash'"),
+        ("domino", "--drafter.no-shift-label", "--drafter.shift_label False, but domino/drafter was trained with True"),
+        ("domino", "--drafter.mask-token-id 7", "--drafter.mask_token_id 7"),
+        ("plain", "--drafter.target-layer-ids 0", "--drafter.target_layer_ids (0,)"),
+        ("plain", "--drafter.rope-theta 5", "--drafter.rope_theta 5.0"),
+    ],
+)
+def test_other_conventions_are_refused(world, capsys, kind, asked, said):
+    if "no-shift-label" in asked:
+        asked = "--drafter.shift-label False"
+    assert cli.main(f"{TRAIN} 2 --out refused --init-from {kind}/drafter {asked}".split()) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("refused").exists()
+
+
+def test_what_is_repeated_is_accepted(world):
+    specauf(f"{TRAIN} 0 --out repeated --init-from domino/drafter {SHAPE} {DOMINO} --drafter.shift-label True")
+
+
+def test_another_mask_token_is_asked_about(world, capsys):
+    config = json.loads(Path("plain/drafter/config.json").read_text())
+    config["dflash_config"]["mask_token_id"] = 5
+    Path("masked").mkdir()
+    Path("masked/config.json").write_text(json.dumps(config))
+    Path("masked/model.safetensors").write_bytes(Path("plain/drafter/model.safetensors").read_bytes())
+    assert cli.main(f"{TRAIN} 0 --out asked --init-from masked".split()) == 2
+    assert "masked was trained with mask token 5" in capsys.readouterr().err
+    specauf(f"{TRAIN} 0 --out asked --init-from masked --drafter.mask-token-id 5")
+
+
+def test_exports(world, capsys):
+    specauf("export --run domino --out served")
+    specauf("export --drafter served --out forge --layout specforge")
+    specauf("export --drafter forge --out back")
+    for name in ("config.json", "model.safetensors", "specauf.json"):
+        assert Path("back", name).read_bytes() == Path("served", name).read_bytes()
+    assert json.loads(Path("forge/config.json").read_text())["architectures"] == ["DominoDraftModel"]
+    assert facts("forge") == facts("domino/drafter")
+    specauf("export --run plain --out half --dtype bfloat16")
+    params, _ = load_drafter("half", "bfloat16")
+    exact, _ = load_drafter("plain/drafter", "bfloat16")
+    np.testing.assert_array_equal(params["fc"]["kernel"], exact["fc"]["kernel"])
+    specauf("export --run plain --out other --layout speculators")
+    verifier = json.loads(Path("other/config.json").read_text())["speculators_config"]["verifier"]
+    assert verifier == {"name_or_path": "pre/target", "architectures": ["Qwen3ForCausalLM"]}
+    assert cli.main(["export", "--drafter", "plain/drafter", "--out", "never", "--layout", "speculators"]) == 2
+    assert "pass --target" in capsys.readouterr().err
+    assert cli.main(["export", "--out", "never"]) == 2
+    assert "neither --run nor --drafter" in capsys.readouterr().err
+
+
+def test_domino_decodes_exactly(world):
+    specauf(
+        "evaluate --target pre/target --drafter domino/drafter --prompts a=prompts.jsonl --out results.json "
+        "--max-new-tokens 8 --batch-size 2 --repeats 1"
+    )
+    results = json.loads(Path("results.json").read_text())
+    assert results["overall"]["exact"] is True and results["meta"]["drafter"]["base_objective"]["name"] == "auf"
