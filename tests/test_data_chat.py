@@ -97,6 +97,19 @@ def test_template_that_rewrites_earlier_turns(tokenizer):
     assert runs == ["<think></think>Yo\n<|im_end|>"]
 
 
+def test_a_rewriting_template_makes_a_document_of_every_answer(tokenizer):
+    assert len(chat.conversation_documents(tokenizer, CONVERSATION, "file:1")) == 1
+    tokenizer.chat_template = REWRITING
+    first, second = chat.conversation_documents(tokenizer, [*CONVERSATION, CONVERSATION[0]], "file:7")
+    head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert supervised(tokenizer, first) == (["<think></think>Yo\n<|im_end|>"], head + "<think></think>Yo\n<|im_end|>\n")
+    runs, whole = supervised(tokenizer, second)
+    assert runs == ["<think></think> é 🐈<|im_end|>"]
+    assert whole == (
+        head + "Yo\n<|im_end|>\n<|im_start|>user\n<3<|im_end|>\n<|im_start|>assistant\n<think></think> é 🐈<|im_end|>\n"
+    )  # as the model sees it when it writes the second answer
+
+
 def test_template_that_refuses(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SpecaufError, match="file:3: the chat template refuses .*roles must alternate"):

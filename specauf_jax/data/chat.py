@@ -16,16 +16,35 @@ class RefusedConversation(SpecaufError):
     """The chat template cannot render this conversation, or not so that the answers can be found."""
 
 
+class RewrittenConversation(RefusedConversation):
+    """The chat template renders earlier answers otherwise once a later one follows (as Qwen3 drops their thinking)."""
+
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def encode_conversation(tokenizer, messages: list[dict], where: str) -> Document:
+def conversation_documents(tokenizer, messages: list[dict], where: str) -> list[Document]:
+    """A conversation as one document; or, where the template rewrites earlier answers, as one for each answer.
+
+    Then every document ends with its answer, the only one that is supervised, after just what the
+    template shows of the conversation when that answer is written. Arguments and errors as for
+    `encode_conversation`.
+    """
+    try:
+        return [encode_conversation(tokenizer, messages, where)]
+    except RewrittenConversation:
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return [encode_conversation(tokenizer, messages[: index + 1], where, last_only=True) for index in answers]
+
+
+def encode_conversation(tokenizer, messages: list[dict], where: str, last_only: bool = False) -> Document:
     """Tokens and loss mask of a conversation under the tokenizer's chat template.
 
     Args:
       tokenizer: of `tokenizer.load_tokenizer`.
       messages: [{"role", "content"}, ...].
       where: the record's file and line, for messages.
+      last_only: supervise the last message alone.
 
     Raises:
       SpecaufError: no template, or one that refuses or rewrites this conversation.
@@ -39,7 +58,7 @@ def encode_conversation(tokenizer, messages: list[dict], where: str) -> Document
     special = np.isin(tokens, _special_ids(tokenizer))
     mask = np.zeros(len(tokens), bool)
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and (index == len(messages) - 1 or not last_only):
             start, end = _turn_span(tokenizer, messages, index, full, where)
             inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
             mask |= inside & (offsets[:, 0] < _after_marker(full, offsets[inside & special], end))
@@ -51,10 +70,10 @@ def _turn_span(tokenizer, messages: list[dict], index: int, full: str, where: st
     before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
     upto = _render(tokenizer, messages[: index + 1], where)
     if not (full.startswith(upto) and upto.startswith(before)):
-        raise RefusedConversation(f"{where}: the template renders message {index + 1} differently when more follow",
-                           "a template that only appends, or one with {% generation %} marks",
-                           "mark the assistant's text in chat_template with {% generation %} ... {% endgeneration %}, "
-                           "or cut the conversation after its first answer")  # fmt: skip
+        raise RewrittenConversation(f"{where}: the template renders message {index + 1} differently when more follow",
+                                    "a template that only appends, or one with {% generation %} marks",
+                                    "mark the assistant's text in chat_template with {% generation %} ... "
+                                    "{% endgeneration %}")  # fmt: skip
     return len(before), len(upto)
 
 

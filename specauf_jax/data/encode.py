@@ -55,23 +55,25 @@ def _windows(document: Document, length: int) -> Iterator[Document]:
 
 
 def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
-    """The record's one document, or none when it is unusable."""
+    """The record's documents: one, or one for each answer (`chat.conversation_documents`); none when it is unusable."""
     try:
-        document = chat.encode_conversation(tokenizer, record.messages, record.where)
+        documents = chat.conversation_documents(tokenizer, record.messages, record.where)
     except chat.RefusedConversation as error:
         bad.add(BadRecord(record.where, f"{error.found.removeprefix(f'{record.where}: ')} (to do: {error.remedy})"))
         return []
-    if not len(document.tokens):
-        bad.add(BadRecord(record.where, "the chat template renders it as nothing"))
-        return []
     # The mask token stands for what is to be predicted; as a label it would teach the drafter to draft it.
-    if tokenizer.mask_token_id is not None and np.any(document.tokens == tokenizer.mask_token_id):
+    if any(np.any(document.tokens == tokenizer.mask_token_id) for document in documents):
         bad.add(BadRecord(record.where, f"contains the mask token {tokenizer.mask_token}"))
         return []
-    cut = Document(document.tokens[:length], document.loss_mask[:length])
-    if document.loss_mask.any() and not cut.loss_mask.any():
+    cut = [Document(document.tokens[:length], document.loss_mask[:length]) for document in documents]
+    if not any(len(document.tokens) for document in documents):
+        bad.add(BadRecord(record.where, "the chat template renders it as nothing"))
+        return []
+    # A long conversation's later answers may lie behind the cut; its first ones still count.
+    supervised = [document for document in cut if document.loss_mask.any()]
+    if any(document.loss_mask.any() for document in documents) and not supervised:
         bad.add(BadRecord(record.where, f"no supervised token within the first {length} tokens"))
         return []
-    counts.truncated += len(document.tokens) > length
+    counts.truncated += sum(len(document.tokens) > length for document in documents)
     counts.conversations += 1
-    return [cut]
+    return supervised or cut

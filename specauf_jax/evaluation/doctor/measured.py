@@ -152,7 +152,7 @@ def id_readings(ids: Sequence[int], depth: int, drafter: Drafter, *, alone: bool
     """The layer ids as written if they can be, then all of them one higher and lower, then (alone) each by itself."""
 
     def valid(ids) -> bool:
-        return list(ids) == sorted(set(ids)) and 0 <= ids[0] and ids[-1] < depth
+        return list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < depth
 
     ids = tuple(ids)
     named = [("as written", ids, 2.0)]
