@@ -169,6 +169,12 @@ class Drafter:
                 "the window in tokens",
                 "set --drafter.sliding-window",
             )
+        if "sliding_attention" in types and self.sliding_window < self.block_size:
+            raise SpecaufError(  # no two systems agree on which slots of its own block such a window hides
+                f"drafter.sliding_window is {self.sliding_window}, shorter than a block",
+                f"at least block_size, {self.block_size}",
+                "lengthen the window",
+            )
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -395,9 +395,13 @@ def test_sliding_windows_of_a_file(drafter):
 
 
 def test_windows_round_trip(tmp_path):
-    config = tiny.drafter_config(layer_types=("sliding_attention", "full_attention"), sliding_window=3)
+    config = tiny.drafter_config(layer_types=("sliding_attention", "full_attention"), sliding_window=5)
     save_drafter(tiny.drafter_params(config), config, tmp_path / "drafter")
     assert drafter_config(tmp_path / "drafter") == config
+    with pytest.raises(SpecaufError, match="sliding windows for the layout of speculators"):
+        save_drafter(tiny.drafter_params(), config, tmp_path / "other", layout="speculators", verifier="target")
+    with pytest.raises(SpecaufError, match="sliding_window is 3, shorter than a block"):
+        dataclasses.replace(config, sliding_window=3)
 
 
 def test_half_precision_export(tmp_path):

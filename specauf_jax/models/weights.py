@@ -118,11 +118,13 @@ def save_drafter(
     _check_kind(params, config)
     domino = config.projector_type == "domino"
     if layout == "speculators":
-        if domino or verifier is None:
+        windows = any(config.windows)  # theirs starts at the anchor for all slots
+        if domino or windows or verifier is None:
             raise SpecaufError(
-                f"{'a Domino drafter' if domino else 'no target'} for the layout of speculators",
-                "a plain DFlash drafter and the folder of its target",
-                "use --layout zlab" if domino else "pass --target",
+                f"{'a Domino drafter' if domino else 'sliding windows' if windows else 'no target'} for the layout of "
+                "speculators",
+                "a plain DFlash drafter with full attention, and the folder of its target",
+                "use --layout zlab" if domino or windows else "pass --target",
             )
         architecture = _read_config(verifier, "the drafter's target")[0]["architectures"][0]
         values = hf_config.write_speculators(config, str(verifier), architecture)

@@ -1,0 +1,1 @@
+"""`specauf doctor`: whether a drafter folder keeps the conventions, by reading it and by decoding with it."""
