@@ -100,8 +100,8 @@ class Optimisation:
 class TrainOptimisation(Optimisation):
     """Settings of drafter training."""
 
-    num_anchors: int = 512
-    """A: blocks sampled per row."""
+    num_anchors: int | None = None
+    """A: blocks sampled per row; None takes 512, for domino 256."""
     anchor_chunk: int = 32
     """Blocks whose scores and logits exist at one time; memory against speed."""
     decode_every: int = 0

@@ -36,6 +36,9 @@ def train(config: Train, console: Console) -> None:
     target = target_config(config.target)
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
+    if config.train.num_anchors is None:
+        anchors = 512 if drafter.projector_type == "dflash" else 256
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_anchors=anchors))
     _check_rows(config, drafter, manifest)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
