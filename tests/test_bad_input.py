@@ -464,7 +464,7 @@ CASES = {
     "tokenizer broken": ("generate", {}, put("target/tokenizer.json", "{}"), "target/tokenizer.json cannot be read"),
     "tokenizer larger": (
         "generate",
-        {},
+        {"method": "autoregressive", "drafter": None},
         lambda: shrink_vocabulary(),
         "target/tokenizer.json has ids up to 299, the model 290",
     ),

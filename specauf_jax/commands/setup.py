@@ -8,7 +8,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Target, resolve_drafter
 from specauf_jax.config import Dtype
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -16,7 +16,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.target import TargetStep
-from specauf_jax.models.weights import load_drafter, load_target
+from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
 
 
 def run_record(config, manifest: dict, **resolved) -> dict:
@@ -95,21 +95,12 @@ def load_target_with_bar(folder, dtype: Dtype, console: Console, mesh=None) -> t
 
 
 def load_models(target: str, drafter: str | None, dtype: Dtype, console: Console) -> Models:
-    """Everything that decoding needs, from folders."""
-    tokenizer = load_tokenizer(target)
-    target_params, config = load_target_with_bar(target, dtype, console)
-    if len(tokenizer) > config.vocab_size:
-        raise SpecaufError(
-            f"{target}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}",
-            "at most the model's vocabulary",
-            "use the tokenizer that the model was trained with",
-        )
-    drafter_params, speculative, stops = None, None, eos_token_ids(tokenizer)
-    layer_ids: tuple[int, ...] = (config.num_hidden_layers - 1,)
-    if drafter is not None:
-        drafter_params, found = load_drafter(drafter, dtype)
-        resolved: Drafter = resolve_drafter(found, config)
-        layer_ids = resolved.target_layer_ids
-        speculative = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
-    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=stops)
+    """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
+    tokenizer, config = load_tokenizer(target), target_config(target)
+    resolved = None if drafter is None else resolve_drafter(drafter_config(drafter), config)
+    layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
+    target_params, _ = load_target_with_bar(target, dtype, console)
+    drafter_params = None if drafter is None else load_drafter(drafter, dtype)[0]
+    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
+    speculative = dataclasses.replace(autoregressive, drafter=resolved) if resolved else None
     return Models(target_params, drafter_params, tokenizer, speculative, autoregressive, config.max_position_embeddings)

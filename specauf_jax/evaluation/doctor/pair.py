@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from specauf_jax.architecture import Drafter, Target, default_target_layer_ids
 from specauf_jax.errors import SpecaufError
@@ -21,6 +21,7 @@ from specauf_jax.models.tensors import file_names, tensor_files
 
 Level = Literal["error", "warning", "note"]
 DOMINO_KEYS = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")
+_MOST_LAYERS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,25 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Names:
+    """Tensor names of a drafter folder, by what is to be said of them."""
+
+    shared: list[str]
+    """Embedding and LM head, which are the target's."""
+    prefixed: list[str]
+    """With "model." in front."""
+    early: list[str]
+    """Of Domino's head, under "logit_head."."""
+    head: list[str]
+    """Of Domino's head, in a folder that calls itself plain."""
+    unknown: list[str]
+    missing: list[str]
+    """Under no prefix either."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Pair:
-    """What the checks read."""
+    """What the checks read. JSON values may be of any kind: nothing has looked at them yet."""
 
     drafter: Path
     target: Path
@@ -52,17 +70,21 @@ class Pair:
     unreadable: SpecaufError | None
     """Why they cannot."""
 
-    @property
-    def dflash(self) -> dict:
-        """dflash_config, or nothing."""
-        found = self.values.get("dflash_config")
+    def object(self, name: str) -> dict:
+        """An object of config.json, or nothing."""
+        found = self.values.get(name)
         return found if isinstance(found, dict) else {}
 
     @property
-    def named(self) -> str | None:
+    def dflash(self) -> dict:
+        """dflash_config, or nothing."""
+        return self.object("dflash_config")
+
+    @property
+    def named(self) -> object:
         """The architecture that config.json names."""
         found = self.values.get("architectures")
-        return found[0] if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str) else None
+        return found[0] if isinstance(found, list) and len(found) == 1 else found
 
     @property
     def domino(self) -> bool:
@@ -78,21 +100,15 @@ class Pair:
     @property
     def block_sizes(self) -> dict[str, object]:
         """Where block_size is written, and what it says."""
-        places = {"the top level": self.values, "dflash_config": self.dflash}
+        places = {"dflash_config": self.dflash, "the top level": self.values}
         return {name: place["block_size"] for name, place in places.items() if "block_size" in place}
 
     @property
     def thetas(self) -> dict[str, object]:
         """Where RoPE's base is written, and what it says."""
-        places = {"the top level": self.values} | {
-            name: self.rope(name) for name in ("rope_parameters", "rope_scaling")
-        }
+        places = {"the top level": self.values}
+        places |= {name: self.object(name) for name in ("rope_parameters", "rope_scaling")}
         return {n: place["rope_theta"] for n, place in places.items() if place.get("rope_theta") is not None}
-
-    def rope(self, name: str) -> dict:
-        """An object of RoPE settings, or nothing."""
-        found = self.values.get(name)
-        return found if isinstance(found, dict) else {}
 
     @property
     def sliding(self) -> bool:
@@ -103,25 +119,24 @@ class Pair:
         return bool(self.values.get("use_sliding_window")) and self.values.get("sliding_window") is not None
 
     @functools.cached_property
-    def names(self) -> "Names":
-        """The tensors' names, sorted by what is to be said of them."""
+    def names(self) -> Names:
+        """The tensors' names, sorted."""
         return _names(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class Names:
-    """Tensor names of a drafter folder."""
-
-    shared: list[str]  # embedding and LM head, which are the target's
-    prefixed: list[str]  # with "model." in front
-    early: list[str]  # Domino's head under "logit_head."
-    head: list[str]  # Domino's, in a folder that says it is plain
-    unknown: list[str]
-    missing: list[str]  # not under any prefix either
+def agree(values) -> bool:
+    """Whether all values are the same; true of none."""
+    values = list(values)
+    return all(value == values[0] for value in values)
 
 
 def read_pair(drafter, target, architecture: Target, tokenizer) -> Pair:
     """Read both folders' JSON and the drafter's tensor names.
+
+    Args:
+      drafter, target: folders; the target's has been found to be sound.
+      architecture: of the target.
+      tokenizer: the target's, or None.
 
     Raises:
       SpecaufError: there is no drafter to check.
@@ -129,14 +144,13 @@ def read_pair(drafter, target, architecture: Target, tokenizer) -> Pair:
     drafter, target = existing_folder(drafter, "a drafter"), Path(target)
     path, origin = drafter / "config.json", drafter / "specauf.json"
     values = read_json(path, "a drafter's configuration")
-    if "speculators_model_type" in values or not (
-        "dflash_config" in values or set(DRAFTER_ARCHITECTURES) & set(map(str, values.get("architectures") or []))
-    ):
-        layout = "speculators' layout" if "speculators_model_type" in values else f"{values.get('architectures')}"
+    named = values.get("architectures")
+    known = isinstance(named, list) and any(name in DRAFTER_ARCHITECTURES for name in named)
+    if "speculators_model_type" in values or not ("dflash_config" in values or known):
         raise SpecaufError(
-            f"{path}: {layout}",
+            f"{path}: {'a drafter in the layout of speculators' if 'speculators_model_type' in values else named}",
             f"a drafter in z-lab's layout: {' or '.join(DRAFTER_ARCHITECTURES)}, with dflash_config",
-            "pass a drafter's folder, or convert it (layer ids of speculators are one higher)",
+            "pass such a folder, or convert it first (layer ids of speculators are one higher)",
         )
     tensors, unreadable = {}, None
     try:
@@ -144,57 +158,52 @@ def read_pair(drafter, target, architecture: Target, tokenizer) -> Pair:
     except SpecaufError as error:
         unreadable = error
     return Pair(
-        drafter,
-        target,
-        values,
-        read_json(target / "config.json", "a model's configuration"),
-        architecture,
-        tokenizer,
-        read_json(origin, "a drafter's origin") if origin.is_file() else {},
-        tensors,
-        unreadable,
+        drafter=drafter,
+        target=target,
+        values=values,
+        target_values=read_json(target / "config.json", "a model's configuration"),
+        architecture=architecture,
+        tokenizer=tokenizer,
+        origin=read_json(origin, "a drafter's origin") if origin.is_file() else {},
+        tensors=tensors,
+        unreadable=unreadable,
     )
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
-    for name, path in tensor_files(folder).items():
-        try:
-            with safe_open(path, framework="numpy") as file:
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise SpecaufError(f"{path} cannot be read: {error}", "a whole file", "restore the file") from error
+    files = tensor_files(folder)
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="numpy") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
-
-
-def wanted_names(drafter: Drafter) -> list[str]:
-    """Names of the tensors of a drafter."""
-    leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(drafter))
-    return [name for path, leaf in leaves for name in file_names(path, leaf.shape)]
 
 
 def _names(pair: Pair) -> Names:
     layers = pair.values.get("num_hidden_layers")
-    shape = Drafter(num_hidden_layers=layers if type(layers) is int and 0 < layers < 4096 else 1)
-    small = {
-        name: 2 for name in ("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings")
-    }
-    small |= {"num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "target_layer_ids": (0,)}
-    plain, domino = (
-        set(wanted_names(dataclasses.replace(shape, **small, projector_type=kind))) for kind in ("dflash", "domino")
-    )
+    layers = layers if type(layers) is int and 0 < layers < _MOST_LAYERS else 1
+    plain, domino = _wanted_names("dflash", layers), _wanted_names("domino", layers)
     wanted = domino if pair.domino else plain
     bare = {name: name.removeprefix("model.").removeprefix("logit_head.") for name in pair.tensors}
-    shared = [name for name, x in bare.items() if x.startswith(("embed_tokens.", "lm_head."))]
-    head = [name for name, x in bare.items() if not pair.domino and x in domino - plain]
+    shared = {name for name, x in bare.items() if x.startswith(("embed_tokens.", "lm_head."))}
+    head = {name for name, x in bare.items() if not pair.domino and x in domino - plain}
     return Names(
         shared=sorted(shared),
         prefixed=sorted(name for name in bare if name.startswith("model.") and name not in shared),
-        early=sorted(name for name in bare if name.startswith("logit_head.") and pair.domino),
+        early=sorted(name for name in bare if name.startswith("logit_head.") and name not in head),
         head=sorted(head),
-        unknown=sorted(name for name, x in bare.items() if x not in wanted and name not in {*shared, *head}),
+        unknown=sorted(name for name, x in bare.items() if x not in wanted and name not in shared | head),
         missing=sorted(wanted - set(bare.values())),
     )
+
+
+def _wanted_names(kind: str, layers: int) -> set[str]:
+    """Names of a drafter's tensors, from the tree of a drafter of size 2."""
+    size_2 = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"), 2)
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "target_layer_ids": (0,)}
+    drafter = Drafter(num_hidden_layers=layers, projector_type=kind, **size_2, **heads)
+    leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(drafter))
+    return {name for path, leaf in leaves for name in file_names(path, leaf.shape)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,38 +211,37 @@ def _names(pair: Pair) -> Names:
 
 
 def repaired(pair: Pair) -> tuple[dict, list[str]]:
-    """config.json with what is missing or contradictory filled from the target, and what was filled.
+    """config.json with missing or contradictory keys filled where a sensible value is known, and what was filled.
 
-    Only keys for which a sensible value is known: whatever else is wrong, the reader will say.
+    Whatever else is wrong, the loader says.
     """
     values, dflash, assumed = dict(pair.values), dict(pair.dflash), []
+
+    def assume(place: dict, what: str, **changes):
+        place |= changes
+        assumed.append(what)
+
     if pair.named not in DRAFTER_ARCHITECTURES:
-        values["architectures"] = ["DFlashDraftModel"]
-        assumed.append("architecture DFlashDraftModel")
-    if len(set(map(repr, pair.block_sizes.values()))) > 1:
-        values.pop("block_size")
-        assumed.append(f"block_size {dflash['block_size']}, as in dflash_config")
+        assume(values, "architecture DFlashDraftModel", architectures=["DFlashDraftModel"])
+    if not agree(pair.block_sizes.values()):
+        assume(values, f"block_size {dflash['block_size']} of dflash_config", block_size=dflash["block_size"])
     mask = getattr(pair.tokenizer, "mask_token_id", None)
     if dflash.get("mask_token_id") is None and mask is not None:
-        dflash["mask_token_id"] = mask
-        assumed.append(f"the tokenizer's mask token {mask}")
-    if len(set(pair.thetas.values())) != 1:
-        values |= {"rope_theta": pair.architecture.rope_theta, "rope_scaling": None, "rope_parameters": None}
-        values |= {
-            key: pair.target_values[key] for key in ("rope_scaling", "rope_parameters") if key in pair.target_values
-        }
-        assumed.append(f"the target's RoPE (theta {pair.architecture.rope_theta:g})")
+        assume(dflash, f"the tokenizer's mask token {mask}", mask_token_id=mask)
+    if not pair.thetas or not agree(pair.thetas.values()):
+        theirs = {key: pair.target_values.get(key) for key in ("rope_theta", "rope_scaling", "rope_parameters")}
+        assume(values, f"the target's RoPE, theta {pair.architecture.rope_theta:g}", **theirs)
     if pair.sliding and not (values.get("use_sliding_window") and values.get("sliding_window")):
-        values |= {"layer_types": None, "use_sliding_window": False}
-        assumed.append("full attention in every layer")
+        assume(values, "full attention in all layers", layer_types=None, use_sliding_window=False)
     if pair.layer_ids is None:
-        count = pair.tensors.get("fc.weight", (0, 0))[-1] // max(pair.architecture.hidden_size, 1)
-        ids = default_target_layer_ids(pair.architecture.num_hidden_layers, count) if count else ()
-        dflash["target_layer_ids"] = list(ids)
-        assumed.append(f"DFlash's default layer ids {list(ids)}")
+        width = pair.tensors.get("fc.weight", (0,))[-1]
+        count, depth = width // pair.architecture.hidden_size, pair.architecture.num_hidden_layers
+        ids = list(default_target_layer_ids(depth, count)) if count else []
+        assume(dflash, f"DFlash's default layer ids {ids}", target_layer_ids=ids)
     if pair.domino and not isinstance(dflash.get("shift_label"), bool):
-        dflash["shift_label"] = True
-        assumed.append("shift_label true")
+        assume(dflash, "shift_label true", shift_label=True)
+    if not pair.domino and dflash.get("shift_label"):
+        dflash.pop("shift_label")  # both readings are measured
     if type(values.get("num_target_layers")) is not int:
         values.pop("num_target_layers", None)
     return values | {"dflash_config": dflash}, assumed
