@@ -25,13 +25,14 @@ COMMANDS = {
     "generate": (config.Generate, "specauf_jax.commands.generate", "generate"),
     "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
     "export": (config.Export, "specauf_jax.commands.export", "export"),
+    "doctor": (config.Doctor, "specauf_jax.commands.doctor", "doctor"),
     "report": (config.Report, "specauf_jax.evaluation.report", "write_report"),
 }
 """Name → its settings, and the module and function that does it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 `doctor` found an error, 2 bad input, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(soft_wrap=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         settings, module, function = COMMANDS[arguments[0]]
         parsed = _parse(settings, arguments[0], arguments[1:])
-        getattr(importlib.import_module(module), function)(parsed, console)
+        result = getattr(importlib.import_module(module), function)(parsed, console)
     except SpecaufError as error:
         Console(stderr=True).print(f"specauf: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 2
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("specauf: interrupted; the same command goes on from what was saved")
         return 130
-    return 0
+    return result if isinstance(result, int) else 0
 
 
 def _parse(settings: type, command: str, arguments: list[str]):

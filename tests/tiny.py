@@ -36,6 +36,11 @@ def drafter_config(target: Target | None = None, **changes) -> Drafter:
     return resolve_drafter(Drafter(**(settings | changes)), target or target_config())
 
 
+def domino_config(target: Target | None = None, **changes) -> Drafter:
+    """A `drafter_config` with Domino's head, of small widths."""
+    return drafter_config(target, **({"projector_type": "domino", "emb_dim": 6, "gru_hidden_dim": 10} | changes))
+
+
 def target_params(config: Target | None = None, seed: int = 0) -> dict:
     """Random parameters of a target, norm scales included."""
     params = _random(target_shapes(config or target_config()), seed)

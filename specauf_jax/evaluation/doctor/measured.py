@@ -1,30 +1,34 @@
 """Acceptance of a drafter under several readings of its config, on the same prompts.
 
-Greedy decoding writes the same text whatever the drafter, so that readings are compared prompt by
-prompt: only the number of rounds differs.
+Greedy decoding writes the same text whatever the drafter (but for ties within rounding), so that
+readings are compared prompt by prompt: only the number of rounds differs.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from specauf_jax.architecture import Drafter, Target
-from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.models.target import TargetStep, target_head
 
 CLEAR, SMALL = 0.10, 0.02
 """Gains in tau from which on a difference counts as a fault, and as worth a look."""
+_FEW = 4  # prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """One way to understand the drafter's folder."""
 
+    kind: Literal["given", "ids", "labels", "mask", "rope", "windows", "plain"]
+    """What it changes; nothing for "given"."""
     name: str
     layer_ids: tuple[int, ...]
     drafter: Drafter
@@ -34,10 +38,15 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What decoding with a reading accepted, round by round of every prompt."""
+    """What decoding with a reading gave."""
 
     reading: Reading
-    accepted: list[list[int]]
+    generations: list[Generation]
+
+    @property
+    def accepted(self) -> list[list[int]]:
+        """Drafts accepted in every round of every prompt."""
+        return [generation.accepted for generation in self.generations]
 
     @property
     def tau(self) -> float:
@@ -56,6 +65,9 @@ class Gain:
         """Higher by more than `share` and by more than `errors` standard errors."""
         return self.share > share and self.share > errors * self.error
 
+    def __str__(self):
+        return f"{100 * self.share:+.1f} % ± {100 * self.error:.1f}"
+
 
 class ShiftedSlots(Drafter):
     """A plain DFlash drafter read as if its labels were shifted: slot k predicts the token k + 1 after the anchor."""
@@ -65,7 +77,7 @@ class ShiftedSlots(Drafter):
 
 @dataclasses.dataclass(frozen=True)
 class ChosenTaps:
-    """A target step that taps `layer_ids` and hands on those that `params["taps"]` picks: one program for all shifts."""
+    """A target step that hands on those of `layer_ids` that `params["taps"]` picks: one program for all shifts."""
 
     config: Target
     layer_ids: tuple[int, ...]
@@ -122,52 +134,44 @@ def measure(
             max_new_tokens=max_new_tokens,
             batch_size=min(batch_size, len(prompts)),
         )
-        measured.append(Measured(reading, [g.accepted for g in generations]))
+        measured.append(Measured(reading, generations))
     return measured
 
 
 def gain(other: Measured, given: Measured) -> Gain:
-    """`other` against `given`, prompt by prompt (delete-one jackknife of the quotient of the two taus)."""
-    tokens, rounds = (
-        np.array([[f(history) for history in m.accepted] for m in (other, given)], np.float64)
-        for f in (lambda history: sum(history) + len(history), len)
-    )
+    """`other` against `given`, both on the same prompts: the quotient of their taus, with its jackknife error."""
+    both = (other, given)
+    tokens = np.array([[sum(history) + len(history) for history in m.accepted] for m in both], np.float64)
+    rounds = np.array([[len(history) for history in m.accepted] for m in both], np.float64)
+    n = tokens.shape[1]
 
     def share(tokens, rounds) -> float:
-        [a, b] = tokens / rounds
-        return a / b - 1
+        a, b = tokens.sum(1) / rounds.sum(1)
+        return float(a / b - 1)
 
-    totals, n = (tokens.sum(1), rounds.sum(1)), tokens.shape[1]
-    best = share(*totals)
-    without = [share(totals[0] - tokens[:, i], totals[1] - rounds[:, i]) for i in range(n)] if n > 1 else [best]
+    best = share(tokens, rounds)
+    without = [share(np.delete(tokens, i, 1), np.delete(rounds, i, 1)) for i in range(n)] if n > 1 else [best]
     error = math.sqrt((n - 1) / n * float(np.square(without - np.mean(without)).sum()))
-    if n < 4:  # too few prompts to tell how much they differ: take rounds for independent of one another
-        spread = [np.var([a for h in m.accepted for a in h]) / m_rounds / m.tau**2
-                  for m, m_rounds in zip((other, given), totals[1], strict=True)]  # fmt: skip
-        error = max(error, (1 + best) * math.sqrt(sum(spread)))
+    if n < _FEW:  # too few to tell how much prompts differ: take rounds for independent of one another
+        variances = [np.var(np.concatenate(m.accepted)) / len(np.concatenate(m.accepted)) / m.tau**2 for m in both]
+        error = max(error, (1 + best) * math.sqrt(sum(variances)))
     return Gain(best, error)
 
 
 def id_readings(ids: Sequence[int], depth: int, drafter: Drafter, *, alone: bool) -> list[Reading]:
-    """The layer ids as written if they can be, then all of them one higher and lower, then (alone) each by itself."""
+    """The layer ids as written, all of them one higher and lower and, if `alone`, each moved by itself.
+
+    Only those that a target of `depth` layers has, ascending and distinct.
+    """
+    ids = tuple(ids)
+    named = [("given", "as written", ids, 2.0)]
+    named += [("ids", f"all layer ids {by:+d}", tuple(i + by for i in ids), 2.0) for by in (1, -1)]
+    if alone and len(ids) > 1:
+        moves = [(n, by) for n in range(len(ids)) for by in (1, -1)]
+        named += [("ids", f"layer id {ids[n]} as {ids[n] + by}", (*ids[:n], ids[n] + by, *ids[n + 1 :]), 3.0)
+                  for n, by in moves]  # fmt: skip
 
     def valid(ids) -> bool:
-        return list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < depth
+        return bool(ids) and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < depth
 
-    ids = tuple(ids)
-    named = [("as written", ids, 2.0)]
-    named += [(f"all layer ids {by:+d}", tuple(i + by for i in ids), 2.0) for by in (1, -1)]
-    if alone and len(ids) > 1:
-        named += [
-            (f"layer id {ids[n]} as {ids[n] + by}", (*ids[:n], ids[n] + by, *ids[n + 1 :]), 3.0)
-            for n in range(len(ids))
-            for by in (1, -1)
-        ]
-    return [Reading(name, ids, drafter, errors) for name, ids, errors in named if valid(ids)]
-
-
-def shifted_labels(drafter: Drafter) -> Drafter:
-    """The drafter with the other convention of its slots."""
-    if drafter.projector_type == "domino":
-        return dataclasses.replace(drafter, shift_label=not drafter.shift_label)
-    return ShiftedSlots(**{field.name: getattr(drafter, field.name) for field in dataclasses.fields(Drafter)})
+    return [Reading(kind, name, ids, drafter, errors) for kind, name, ids, errors in named if valid(ids)]

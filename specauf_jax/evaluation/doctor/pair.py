@@ -100,14 +100,14 @@ class Pair:
     @property
     def block_sizes(self) -> dict[str, object]:
         """Where block_size is written, and what it says."""
-        places = {"dflash_config": self.dflash, "the top level": self.values}
+        places = {"in dflash_config": self.dflash, "at the top level": self.values}
         return {name: place["block_size"] for name, place in places.items() if "block_size" in place}
 
     @property
     def thetas(self) -> dict[str, object]:
         """Where RoPE's base is written, and what it says."""
-        places = {"the top level": self.values}
-        places |= {name: self.object(name) for name in ("rope_parameters", "rope_scaling")}
+        places = {"at the top level": self.values}
+        places |= {f"in {name}": self.object(name) for name in ("rope_parameters", "rope_scaling")}
         return {n: place["rope_theta"] for n, place in places.items() if place.get("rope_theta") is not None}
 
     @property
@@ -175,7 +175,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     files = tensor_files(folder)
     for path in sorted(set(files.values())):
         with safe_open(path, framework="numpy") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
     return shapes
 
 
@@ -197,13 +197,14 @@ def _names(pair: Pair) -> Names:
     )
 
 
-def _wanted_names(kind: str, layers: int) -> set[str]:
+@functools.lru_cache
+def _wanted_names(kind: str, layers: int) -> frozenset[str]:
     """Names of a drafter's tensors, from the tree of a drafter of size 2."""
     size_2 = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"), 2)
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "target_layer_ids": (0,)}
     drafter = Drafter(num_hidden_layers=layers, projector_type=kind, **size_2, **heads)
     leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(drafter))
-    return {name for path, leaf in leaves for name in file_names(path, leaf.shape)}
+    return frozenset(name for path, leaf in leaves for name in file_names(path, leaf.shape))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -240,8 +241,6 @@ def repaired(pair: Pair) -> tuple[dict, list[str]]:
         assume(dflash, f"DFlash's default layer ids {ids}", target_layer_ids=ids)
     if pair.domino and not isinstance(dflash.get("shift_label"), bool):
         assume(dflash, "shift_label true", shift_label=True)
-    if not pair.domino and dflash.get("shift_label"):
-        dflash.pop("shift_label")  # both readings are measured
     if type(values.get("num_target_layers")) is not int:
         values.pop("num_target_layers", None)
     return values | {"dflash_config": dflash}, assumed
