@@ -1,0 +1,374 @@
+"""Drafters: specforge and speculators compute the same numbers from the same files, and draft the same words."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+import tiny
+import torch
+from peers import relative_error
+from specforge.modeling.draft.dflash import extract_context_feature
+from speculators.models.dflash import core
+
+from specauf_jax.config import Objective, TrainOptimisation
+from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.models.target import TargetStep, target_features, target_head
+from specauf_jax.models.tensors import flatten
+from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
+from specauf_jax.training.blocks import Batch, make_blocks
+from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums
+from specauf_jax.training.step import init_state, lambda_base_schedule, make_optimizer, make_train_step
+
+TOLERANCE = 2e-5  # of max(1, largest value); of a gradient's own largest value
+K, V, S = 8, 61, 40
+TARGET = tiny.target_config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=6, head_dim=16,
+                            rope_theta=1e6, rms_norm_eps=1e-5)  # fmt: skip
+COMMON = {"block_size": K, "mask_token_id": V - 1, "target_layer_ids": (1, 2, 4), "num_key_value_heads": 1,
+          "emb_dim": 12, "gru_hidden_dim": 20}  # fmt: skip
+MIXED = {"num_hidden_layers": 3, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")}
+DRAFTERS = {
+    "dflash": {},
+    "dflash, windows": {**MIXED, "sliding_window": 11},
+    "domino, shifted": {"projector_type": "domino", "shift_label": True},
+    "domino, shifted, first three as they are": {"projector_type": "domino", "pure_draft_prefix_len": 3},
+    "domino, not shifted": {"projector_type": "domino", "shift_label": False, "pure_draft_prefix_len": 0},
+    "domino, not shifted, windows": {"projector_type": "domino", "shift_label": False, **MIXED, "sliding_window": 9},
+}
+drafters = pytest.mark.parametrize("name", DRAFTERS)
+dominos = pytest.mark.parametrize("name", [name for name in DRAFTERS if "domino" in name])
+ANCHORS = np.array([[0, 3, 9, 17, 30, 38], [1, 2, 11, 12, 36, 0], [0, 5, 6, 20, 0, 0]], np.int32)
+KEEP = np.array([[True] * 6, [True] * 5 + [False], [True] * 4 + [False] * 2])
+
+
+def drafter_config(name):
+    return tiny.drafter_config(TARGET, **COMMON | DRAFTERS[name])
+
+
+def is_domino(name):
+    return "domino" in name
+
+
+@functools.cache
+def target_parameters():
+    """Random, but never writing the mask token, which specforge's generation would cut from the text."""
+    params = tiny.target_params(TARGET)
+    return params | {"lm_head": {"kernel": params["lm_head"]["kernel"].at[:, V - 1].set(0.0)}}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A target's folder."""
+    folder = tmp_path_factory.mktemp("models") / "target"
+    save_target(target_parameters(), TARGET, folder)
+    return folder
+
+
+@functools.cache
+def rows():
+    """Random text without the mask token; holes in the loss mask; the last row ends early. Blocks overrun both ends."""
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((3, S)) < 0.7, rng.integers(1, 5, (3, S)), rng.integers(1, V - 1, (3, S)))
+    mask = rng.random((3, S)) < 0.9
+    ids = np.ones((3, S), np.int32)
+    tokens[2, 26:], mask[2, 26:], ids[2, 26:] = 0, False, 0
+    return tokens.astype(np.int32), mask, ids
+
+
+def our_batch(target_params, config, tokens, mask, ids, positions=None):
+    positions = (
+        np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape) if positions is None else positions
+    )
+    features = target_features(target_params, tokens, positions, ids, config=TARGET, layer_ids=config.target_layer_ids)
+    arrays = dict(tokens=tokens, loss_mask=mask, document_ids=ids, positions=positions, features=features)
+    return Batch(**jax.tree.map(jnp.asarray, arrays))
+
+
+def their_features(model, tokens, layer_ids):
+    with torch.no_grad():
+        states = model(torch.as_tensor(tokens).long(), output_hidden_states=True).hidden_states
+    return extract_context_feature(states, list(layer_ids))
+
+
+@pytest.fixture
+def pair(name, target, tmp_path):
+    """A random drafter, by this project and by specforge from the file that this project wrote."""
+    config = drafter_config(name)
+    params = tiny.drafter_params(config)
+    save_drafter(params, config, tmp_path / "drafter")
+    backend = "eager" if "windows" in name else "sdpa"
+    theirs = peers.read_drafter(tmp_path / "drafter", is_domino(name), backend)
+    return params, config, theirs, backend
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def hidden_and_logits(params, head, batch, anchors, keep, *, config):
+    blocks = make_blocks(batch, anchors, keep, config=config)
+    hidden = block_hidden(params, head, batch, blocks, config=LossConfig(drafter=config, objective=Objective("full")))
+    return hidden, hidden @ head.lm_head
+
+
+@drafters
+def test_hidden_states_and_logits_equal_those_of_specforge(name, pair, target):
+    params, config, theirs, backend = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    tokens, mask, ids = rows()
+    batch = our_batch(target_params, config, tokens, mask, ids)
+    features = their_features(model, tokens, config.target_layer_ids)
+    real = ids > 0
+    assert relative_error(batch.features[real], features[real], floor=1.0) < TOLERANCE
+    hidden, logits = hidden_and_logits(params, target_head(target_params), batch, ANCHORS, KEEP, config=config)
+    online = peers.training(theirs, model, ANCHORS, KEEP, backend)
+    with torch.no_grad():
+        *_, expected = online._forward_draft_blocks(torch.as_tensor(tokens).long(), features, torch.as_tensor(mask))
+        expected = expected.reshape(hidden.shape)
+        assert relative_error(hidden[KEEP], expected[KEEP], floor=1.0) < TOLERANCE
+        assert relative_error(logits[KEEP], model.lm_head(expected)[KEEP], floor=1.0) < TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------------
+# Losses and gradients
+
+OBJECTIVES = {
+    "full": (Objective("full"), {}),
+    "decay": (Objective("decay", gamma=4.0), {"loss_decay_gamma": 4.0}),
+    "dpace": (Objective("dpace", dpace_denominator="rows"), {"loss_type": "dpace"}),
+}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def loss_and_gradient(params, head, batch, anchors, keep, share, *, config):
+    def loss(params):
+        numerators, aux = loss_sums(params, head, batch, anchors, keep, config=config)
+        return numerators @ jax.lax.stop_gradient(branch_factors(aux, share)), (numerators, aux)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def their_loss(online, features, **more):
+    """Loss, accuracy and measures, after a backward pass."""
+    tokens, mask, _ = rows()
+    online.zero_grad()
+    loss, *rest = online(torch.as_tensor(tokens).long(), features, torch.as_tensor(mask).float(), **more)
+    loss.backward()
+    return loss.item(), *rest
+
+
+def assert_gradients_equal(gradients, theirs):
+    expected = {name: x.grad for name, x in theirs.named_parameters()}
+    found = flatten(gradients, np.float32)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if not gradient.any():
+            assert not found[name].any(), name
+        else:
+            assert relative_error(found[name], gradient) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if "dflash" in name])
+def test_losses_and_gradients_equal_those_of_specforge(name, objective, pair, target):
+    params, config, theirs, backend = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    objective, settings = OBJECTIVES[objective]
+    loss_config = LossConfig(drafter=config, objective=objective)
+    arguments = target_head(target_params), our_batch(target_params, config, *rows()), ANCHORS, KEEP
+    (loss, (_, aux)), gradients = loss_and_gradient(params, *arguments, 0.0, config=loss_config)
+    online = peers.training(theirs, model, ANCHORS, KEEP, backend, **settings)
+    expected, accuracy, measures = their_loss(online, their_features(model, rows()[0], config.target_layer_ids))
+    assert relative_error(loss, expected, floor=1.0) < TOLERANCE
+    numerator, denominator = measures["loss_terms"]
+    assert relative_error(aux.numerator, numerator, floor=1.0) < TOLERANCE
+    assert relative_error(aux.denominator, denominator, floor=1.0) < TOLERANCE
+    assert relative_error(aux.measures()["common_token_accuracy"], accuracy) < 1e-6
+    assert_gradients_equal(gradients, theirs)
+
+
+@pytest.mark.parametrize("gamma", [None, 4.0])
+@dominos
+def test_both_losses_of_domino_and_their_gradients_equal_those_of_specforge(name, gamma, pair, target):
+    params, config, theirs, backend = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    objective = Objective("decay", gamma=gamma) if gamma else Objective("full")
+    loss_config = LossConfig(drafter=config, objective=objective, base_objective=objective)
+    arguments = target_head(target_params), our_batch(target_params, config, *rows()), ANCHORS, KEEP
+    features = their_features(model, rows()[0], config.target_layer_ids)
+    settings = {"shift_label": config.shift_label, "loss_decay_gamma": gamma}
+    online = peers.training(theirs, model, ANCHORS, KEEP, backend, **settings)
+    for share in (0.0, 0.3, 1.0):
+        (loss, (numerators, aux)), gradients = loss_and_gradient(params, *arguments, share, config=loss_config)
+        expected, accuracy, measures = their_loss(online, features, lambda_base=share)
+        assert relative_error(loss, expected, floor=1.0) < TOLERANCE
+        final, base = numerators / jnp.stack([aux.denominator, aux.base.denominator])
+        assert relative_error(final, measures["final_loss"], floor=1.0) < TOLERANCE
+        assert relative_error(base, measures["base_loss"], floor=1.0) < TOLERANCE
+        assert abs(final - base) > 0.01
+        assert relative_error(aux.measures()["common_token_accuracy"], accuracy) < 1e-6
+        assert relative_error(aux.base.measures()["common_token_accuracy"], measures["base_accuracy"]) < 1e-6
+        assert_gradients_equal(gradients, theirs)
+
+
+@pytest.mark.parametrize("name", ["dflash, windows", "domino, shifted"])
+def test_documents_packed_in_a_row_train_as_rows_of_their_own_in_specforge(name, pair, target):
+    params, config, theirs, backend = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    tokens, mask, _ = rows()
+    lengths, starts = (24, 16), (0, 24)
+    packed = np.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
+    packed_mask = np.concatenate([mask[i, :n] for i, n in enumerate(lengths)])[None]
+    ids, positions = (np.concatenate([f(i, n) for i, n in enumerate(lengths)])[None].astype(np.int32)
+                      for f in (lambda i, n: np.full(n, i + 1), lambda i, n: np.arange(n)))  # fmt: skip
+    apart, apart_mask = tokens[:2].copy(), mask[:2].copy()
+    for i, n in enumerate(lengths):
+        apart_mask[i, n:] = False
+    anchors = np.array([[0, 8, 21], [0, 9, 14]], np.int32)
+    batch = our_batch(target_params, config, packed, packed_mask, ids, positions)
+    both = (anchors + np.array(starts, np.int32)[:, None]).reshape(1, -1)
+    loss_config = LossConfig(drafter=config, objective=Objective("full"), base_objective=Objective("full"))
+    (loss, _), gradients = loss_and_gradient(
+        params, target_head(target_params), batch, both, both >= 0, 0.5, config=loss_config
+    )
+    more = {"shift_label": config.shift_label} if is_domino(name) else {}
+    online = peers.training(theirs, model, anchors, anchors >= 0, backend, **more)
+    features = their_features(model, apart, config.target_layer_ids)
+    share = {"lambda_base": 0.5} if is_domino(name) else {}
+    expected, *_ = online(torch.as_tensor(apart).long(), features, torch.as_tensor(apart_mask).float(), **share)
+    expected.backward()
+    assert relative_error(loss, expected, floor=1.0) < TOLERANCE
+    assert_gradients_equal(gradients, theirs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Drafting
+
+SERVED = [name for name in DRAFTERS if "windows" not in name]  # specforge decodes without its windows
+PROMPT, NEW = 6, 40
+
+
+@functools.cache
+def texts():
+    """Prompts, and how the target alone continues them."""
+    prompts = np.random.default_rng(2).integers(1, V - 1, (40, PROMPT)).tolist()
+    step, params = TargetStep(TARGET, (0,)), target_parameters()
+    found = generate(None, params, prompts, config=Decoding(step), max_new_tokens=S - PROMPT, batch_size=40)
+    return np.array([g.prompt + g.tokens for g in found], np.int32)
+
+
+@functools.cache
+def trained(name):
+    """A drafter's parameters after a short training on half of the texts: right now and then."""
+    config = drafter_config(name)
+    tokens = jnp.asarray(texts()[:20])
+    positions = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), tokens.shape)
+    batch = Batch(tokens=tokens, loss_mask=positions >= PROMPT - 1, document_ids=jnp.ones_like(tokens),
+                  positions=positions)  # fmt: skip
+    settings = TrainOptimisation(steps=60, learning_rate=1e-2)
+    optimizer = make_optimizer(settings)
+    step = make_train_step(LossConfig(drafter=config, objective=Objective("decay"), base_objective=Objective("decay"),
+                                      num_anchors=16),
+                           TARGET, optimizer, lambda_base=lambda_base_schedule(settings))  # fmt: skip
+
+    @jax.jit
+    def train(state, target_params, batch):
+        return jax.lax.fori_loop(0, settings.steps, lambda _, state: step(state, target_params, batch)[0], state)
+
+    return train(init_state(tiny.drafter_params(config), optimizer), target_parameters(), batch).params
+
+
+def asked():
+    """Prompts of different lengths, from texts that the drafter has seen and others."""
+    return [text[: PROMPT + i].tolist() for i, text in enumerate(texts()[16:24])]
+
+
+def assert_they_write_the_same(params, config, theirs, target, stop=None):
+    """Tokens and accepted drafts of every round, which must be mixed."""
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    stops = () if stop is None else (stop,)
+    decoding = Decoding(TargetStep(TARGET, config.target_layer_ids), config, stop_tokens=stops)
+    lengths = []
+    for prompt in asked():
+        tokens, accepted = peers.speculate(theirs, model, prompt, NEW, list(stops) or None)
+        # Its first round starts with a token of the target's that came with the prompt.
+        [found] = generate(params, target_params, [prompt + tokens[:1]], config=decoding, max_new_tokens=NEW - 1,
+                           batch_size=1)  # fmt: skip
+        assert tokens[:1] + found.tokens == tokens
+        rounds = len(found.accepted)
+        assert found.accepted == accepted[:rounds]
+        assert len(accepted) - rounds in (0, 1)  # when all is written it may run once more
+        lengths += found.accepted
+    assert {0, 1, K - 1} < set(lengths)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_specforge_drafts_the_same_words_from_our_folder_and_we_from_its_own(name, target, tmp_path):
+    config, params = drafter_config(name), trained(name)
+    save_drafter(params, config, tmp_path / "ours", layout="specforge")
+    theirs = peers.read_drafter(tmp_path / "ours", is_domino(name))
+    assert_they_write_the_same(params, config, theirs, target)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found, its_config = load_drafter(tmp_path / "theirs")
+    assert its_config == config and tiny.same_bits(found, params)
+    assert_they_write_the_same(found, its_config, theirs, target)
+
+
+def test_a_stop_token_ends_both_in_the_same_round(target, tmp_path):
+    config, params = drafter_config("dflash"), trained("dflash")
+    save_drafter(params, config, tmp_path / "drafter")
+    new = np.concatenate([text[len(prompt) + 4 : 30] for text, prompt in zip(texts()[16:24], asked(), strict=True)])
+    stop = int(np.bincount(new).argmax())
+    assert_they_write_the_same(params, config, peers.read_drafter(tmp_path / "drafter"), target, stop)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.mark.parametrize("layout", ["zlab", "specforge"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@drafters
+def test_a_second_export_has_the_same_bytes(name, dtype, layout, tmp_path):
+    config = drafter_config(name)
+    save_drafter(tiny.drafter_params(config), config, tmp_path / "first", layout=layout, dtype=dtype)
+    params, read = load_drafter(tmp_path / "first")
+    save_drafter(params, read, tmp_path / "second", layout=layout, dtype=dtype)
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / x).iterdir()} for x in ("first", "second"))
+    assert {"config.json", "model.safetensors"} == set(first) and first == second
+
+
+def test_a_second_export_of_what_specforge_saved_has_the_same_bytes(tmp_path):
+    config = drafter_config("domino, shifted")
+    save_drafter(tiny.drafter_params(config), config, tmp_path / "ours", layout="specforge")
+    peers.read_drafter(tmp_path / "ours", domino=True).save_pretrained(tmp_path / "theirs")
+    params, read = load_drafter(tmp_path / "theirs")
+    save_drafter(params, read, tmp_path / "again", layout="specforge")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["dflash"])
+def test_speculators_reads_its_layout_and_computes_the_same_logits(name, pair, target, tmp_path, monkeypatch):
+    params, config, _, _ = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    save_drafter(params, config, tmp_path / "speculators", layout="speculators", verifier=str(target))
+    theirs = peers.read_speculators(tmp_path / "speculators")
+    assert type(theirs).__name__ == "DFlashDraftModel" and theirs.mask_token_id == config.mask_token_id
+    assert theirs.target_layer_ids == [i + 1 for i in config.target_layer_ids]  # as transformers numbers its outputs
+    tokens, mask, ids = rows()
+    _, logits = hidden_and_logits(params, target_head(target_params), our_batch(target_params, config, *rows()),
+                                  ANCHORS, KEEP, config=config)  # fmt: skip
+    for row in range(2):
+        text = torch.as_tensor(tokens[row : row + 1]).long()
+        anchors = ANCHORS[row][KEEP[row] & (ANCHORS[row] < S - K)]  # it has no blocks that overrun a row
+        monkeypatch.setattr(core, "select_anchors", lambda *_, anchors=anchors: (
+            torch.as_tensor(anchors).long(), torch.ones(len(anchors), dtype=torch.bool)))  # fmt: skip
+        with torch.no_grad():
+            states = model(text, output_hidden_states=True).hidden_states
+            _, expected, *_ = theirs._backbone_forward(
+                torch.cat([states[i] for i in theirs.target_layer_ids], -1), text, torch.as_tensor(mask[row : row + 1]),
+                states[-1], torch.zeros_like(text), max_anchors=len(anchors))  # fmt: skip
+        assert len(anchors) >= 4
+        found = logits[row][: len(anchors)]
+        assert relative_error(found, expected.reshape(found.shape), floor=1.0) < TOLERANCE
