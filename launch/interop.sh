@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Compares with transformers, specforge and speculators, in an environment of their own, .venv-interop.
+# Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export JAX_PLATFORMS=cpu
+
+set_up_interop() {
+  local wanted pip=".venv-interop/bin/python -m pip install --quiet --disable-pip-version-check"
+  wanted=$(cat requirements.txt pyproject.toml launch/interop.sh | cksum)
+  if [ "$(cat .venv-interop/installed 2>/dev/null)" != "$wanted" ]; then
+    echo "interop: installing the peers into .venv-interop"
+    python -m venv --clear .venv-interop
+    $pip -r requirements.txt
+    $pip --editable ".[interop]"
+    # Without their dependencies, which are other versions of torch and kernels for GPUs.
+    $pip --no-deps specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
+    echo "$wanted" > .venv-interop/installed
+  fi
+}
+
+set_up_interop
+.venv-interop/bin/python -m pytest tests/interop "$@"
