@@ -18,6 +18,7 @@ from specauf_jax.errors import SpecaufError
 
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "layers"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,9 @@ class TrainOptimisation(Optimisation):
     """A: blocks sampled per row; None takes 512, for domino 256."""
     anchor_chunk: int = 32
     """Blocks whose scores and logits exist at one time; memory against speed."""
+    remat: Remat = "none"
+    """What the backward pass computes again instead of keeping it: nothing, all but products with weights (dots), or
+    all of each drafter layer (layers). Changes memory and speed, not results."""
     decode_every: int = 0
     """Steps between measurements of real decode tau on held-out prompts; 0 for never."""
     decode_files: tuple[str, ...] = ()

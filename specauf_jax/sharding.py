@@ -85,6 +85,18 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def spread_rows(x: jax.Array) -> jax.Array:
+    """Rows (the leading axis) over all batch axes of the mesh in use, inside a jitted function; else x as it is.
+
+    Parameters are spread over `fsdp` too, and without this word GSPMD may spread activations as they are, along
+    their width, with the rows of all devices on every one of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["replica"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
 def placed(shapes, sharding):
     """Shapes with their shardings, in place of arrays: what a restore needs to know."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)

@@ -60,6 +60,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         num_anchors=settings.num_anchors,
         anchor_chunk=settings.anchor_chunk,
         dtype=settings.dtype,
+        remat=settings.remat,
     )
     target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
     target_sharding = parameter_sharding(target_params, mesh)
@@ -84,18 +85,23 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         seed=settings.seed,
         lambda_base=lambda_base_schedule(settings),
     )
-    step = jax.jit(
+    jitted = jax.jit(
         train_step,
         in_shardings=(sharding, target_sharding, rows),
         out_shardings=(sharding, replicated(mesh)),
         donate_argnums=0,
     )
+
+    def step(state, batch):
+        with jax.set_mesh(mesh):  # for `spread_rows`
+            return jitted(state, target_params, batch)
+
     return Run(
         out=Path(config.out),
         train=settings,
         config=record,
         environment=announce(Path(config.out), mesh, console),
-        step=lambda state, batch: step(state, target_params, batch),
+        step=step,
         loader=make_loader(
             config.data,
             settings.batch_size,

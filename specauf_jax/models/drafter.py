@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specauf_jax.architecture import Drafter
+from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import NO_WINDOW, block_attend
 from specauf_jax.models.domino import EmbedProj, PrefixGRU
 from specauf_jax.models.layers import KVCache, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
+from specauf_jax.sharding import spread_rows
 
 
 class DFlash(nnx.Module):
@@ -54,7 +56,7 @@ def context_keys_values(params: dict, features, positions, *, config: Drafter) -
       KVCache with k, v `[M, B, S, G, E]` for M drafter layers.
     """
     model = _module(config, params)
-    context = model.hidden_norm(model.fc(features))
+    context = spread_rows(model.hidden_norm(model.fc(features)))
     angles = rope_angles(positions, config)
     _, (k, v) = scan_layers(
         lambda carry, layer, _: (carry, layer.self_attn.keys_values(context, angles)), None, model.layers
@@ -63,7 +65,17 @@ def context_keys_values(params: dict, features, positions, *, config: Drafter) -
 
 
 def draft_blocks(
-    params: dict, embeddings, positions, context: KVCache, start, stop, keep, *, config: Drafter, anchor_chunk: int
+    params: dict,
+    embeddings,
+    positions,
+    context: KVCache,
+    start,
+    stop,
+    keep,
+    *,
+    config: Drafter,
+    anchor_chunk: int,
+    remat: Remat = "none",
 ) -> jax.Array:
     """Hidden states of every slot of every block, ready for the LM head.
 
@@ -80,6 +92,7 @@ def draft_blocks(
       keep: bool `[B, A]`; other blocks see nothing.
       config: resolved.
       anchor_chunk: blocks whose attention scores exist at one time.
+      remat: as for `scan_layers`.
 
     Returns:
       `[B, A, K, D]`.
@@ -96,9 +109,10 @@ def draft_blocks(
             ranges = (start, stop, keep)
             return block_attend(q, k, v, context.k, context.v, *ranges, window, anchor_chunk=anchor_chunk), None
 
-        return layer(x, angles, attend)
+        x, _ = layer(x, angles, attend)
+        return spread_rows(x), None
 
-    return model.norm(scan_layers(body, embeddings, model.layers, (context, windows))[0])
+    return model.norm(scan_layers(body, spread_rows(embeddings), model.layers, (context, windows), remat)[0])
 
 
 @functools.lru_cache

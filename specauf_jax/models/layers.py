@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from specauf_jax.config import Remat
 from specauf_jax.models.rope import apply_rope
 
 
@@ -108,13 +109,22 @@ def stack_layers(config, rngs: nnx.Rngs) -> DecoderLayer:
     return nnx.vmap(lambda rngs: DecoderLayer(config, rngs=rngs))(rngs.split(count))
 
 
-def scan_layers(body, carry, layers: DecoderLayer, xs=None):
-    """`carry, y = body(carry, layer, x)` over all stacked layers, compiled once whatever their number."""
+def scan_layers(body, carry, layers: DecoderLayer, xs=None, remat: Remat = "none"):
+    """`carry, y = body(carry, layer, x)` over all stacked layers, compiled once whatever their number.
+
+    Under a gradient, `remat` says what is kept of each layer for the backward pass: everything, the
+    products with weights ("dots"), or the layer's input alone ("layers").
+    """
     graphdef, params = nnx.split(layers)
 
     def step(carry, inputs):
         params, x = inputs
         return body(carry, nnx.merge(graphdef, params), x)
+
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        policy = {"dots": policies.dots_with_no_batch_dims_saveable, "layers": policies.nothing_saveable}[remat]
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
 
     return lax.scan(step, carry, (params, xs))
 

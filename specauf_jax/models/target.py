@@ -20,6 +20,7 @@ from specauf_jax.models.layers import (
     stack_layers,
 )
 from specauf_jax.models.rope import rope_angles
+from specauf_jax.sharding import spread_rows
 
 
 class CausalLM(nnx.Module):
@@ -94,12 +95,12 @@ def target_features(params: dict, tokens, positions, document_ids, *, config: Ta
     """
     model = _module(config, params)
     angles, see = _packed(positions, document_ids, config)
-    x = model.embed_tokens(tokens)
+    x = spread_rows(model.embed_tokens(tokens))
     count = max(layer_ids) + 1
 
     def body(carry, layer, i):
         x, taps = carry
-        x, _ = layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))
+        x = spread_rows(layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))[0])
         return x, _tap(taps, x, i, layer_ids, count)
 
     _, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Dtype, Objective
+from specauf_jax.config import Dtype, Objective, Remat
 from specauf_jax.kernels.lm_head import corrected_cross_entropy, lm_head_cross_entropy
 from specauf_jax.models.domino import correction_features, prefix_states
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
@@ -28,6 +28,7 @@ class LossConfig:
     num_anchors: int = 512
     anchor_chunk: int = 32
     dtype: Dtype = "float32"
+    remat: Remat = "none"
 
 
 @chex.dataclass(frozen=True)
@@ -139,6 +140,7 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
         blocks.keep,
         config=config.drafter,
         anchor_chunk=config.anchor_chunk,
+        remat=config.remat,
     )
 
 
