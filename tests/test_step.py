@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -12,10 +13,11 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from specauf_jax.config import Mesh, Objective, TrainOptimisation
 from specauf_jax.models.target import target_features, target_head, target_hidden
-from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding, replicated
+from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding, replicated, spread_rows
 from specauf_jax.training.blocks import eligible_anchors, sample_anchors
 from specauf_jax.training.loss import LossConfig, loss_fn, loss_sums, safe_ratio
 from specauf_jax.training.step import (
@@ -85,6 +87,26 @@ def test_accumulation_changes_nothing_though_its_parts_have_unequal_counts():
         assert tiny.largest_difference(accumulated.params, new.params) < 1e-6
         assert metrics.keys() == its_metrics.keys()
         assert tiny.largest_difference(its_metrics, metrics) < 1e-6
+
+
+@pytest.mark.parametrize("remat", ["dots", "layers"])
+def test_computing_again_in_the_backward_pass_keeps_less_and_changes_nothing(remat):
+    batch, again = tiny.random_batch(ROWS), dataclasses.replace(AUF, remat=remat)
+    new, metrics = train_step()(start(), TARGET_PARAMS, batch)
+    its, its_metrics = jax.jit(make_train_step(again, TARGET, OPTIMIZER, seed=SEED))(start(), TARGET_PARAMS, batch)
+    assert tiny.largest_difference(its.params, new.params) < 1e-6
+    assert tiny.largest_difference(its_metrics, metrics) < 1e-6
+    kept = [kept_floats(config, batch) for config in (AUF, dataclasses.replace(AUF, remat="dots"), again)]
+    assert kept[0] > kept[1] >= kept[2] and (kept[1] > kept[2]) == (remat == "layers")
+
+
+def kept_floats(config, batch):
+    """Numbers that the forward pass leaves for the backward pass."""
+    batch, head = with_features(batch), target_head(TARGET_PARAMS)
+    _, pull = jax.eval_shape(
+        lambda params: jax.vjp(lambda p: loss_fn(p, head, batch, jax.random.key(0), config=config)[0], params), PARAMS
+    )
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(pull))
 
 
 def test_the_denominator_is_one_for_all_parts():
@@ -285,11 +307,25 @@ def three_steps(mesh, accumulation):
     losses = []
     for seed in range(3):
         batch = jax.device_put(tiny.random_batch(ROWS * 2, seed=seed), rows)
-        state, metrics = step(state, target_params, batch)
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, target_params, batch)
         losses.append(float(metrics["loss"]))
     kernel = state.params["layers"]["self_attn"]["q_proj"]["kernel"]
     shards = [whole // part for whole, part in zip(kernel.shape, kernel.addressable_shards[0].data.shape, strict=True)]
     return losses, jax.device_get(state.params), shards
+
+
+def rows_spread(mesh):
+    """Rows of 16 that a device holds of an activation that came split by its width: with the mesh in use, without."""
+    by_width = NamedSharding(mesh, PartitionSpec(None, ("replica", "fsdp", "tensor")))
+    x = jax.device_put(jnp.zeros((16, 8)), by_width)
+
+    def rows():
+        return jax.jit(lambda x: spread_rows(x * 2))(x).addressable_shards[0].data.shape[0]
+
+    without = rows()
+    with jax.set_mesh(mesh):
+        return rows(), without
 
 
 def compare_meshes():
@@ -302,6 +338,7 @@ def compare_meshes():
             "loss": tiny.largest_difference(np.array(its_losses), np.array(losses)),
             "params": tiny.largest_difference(its_params, params),
             "shards": shards,
+            "rows": rows_spread(make_mesh(mesh)),
         }
     print(json.dumps({"devices": len(jax.devices()), "losses": losses, "meshes": found}))
 
@@ -324,5 +361,7 @@ def test_eight_devices_compute_what_one_does():
     assert found["devices"] == 8 and len(set(found["losses"])) == 3
     for name, difference in found["meshes"].items():
         assert difference["loss"] < 1e-5 and difference["params"] < 1e-5, (name, difference)
+    rows = [difference["rows"] for difference in found["meshes"].values()]
+    assert rows == [[2, 16], [2, 16], [4, 16]]
     shards = {name: difference["shards"] for name, difference in found["meshes"].items()}
     assert shards == dict(zip(MESHES, ([1, 4, 1], [1, 1, 1], [1, 2, 2]), strict=True))
