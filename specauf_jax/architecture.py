@@ -287,3 +287,16 @@ def _check_fit(drafter: Drafter, target: Target) -> None:
             f"an id below the vocabulary's {target.vocab_size}",
             "set --drafter.mask-token-id",
         )
+
+
+_QWEN3 = Target(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
+                num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=1e6,
+                max_position_embeddings=40_960, tie_word_embeddings=False)  # fmt: skip
+KNOWN_TARGETS = {
+    "Qwen3-4B": dataclasses.replace(_QWEN3, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+    "Qwen3-8B": _QWEN3,
+    "Qwen3-32B": dataclasses.replace(
+        _QWEN3, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64
+    ),
+}
+"""Architectures of published targets, for what needs no weights (their config.json on Hugging Face)."""

@@ -4,11 +4,10 @@ Only the settings are imported before arguments are read, so that help comes at 
 body, and JAX with it, is imported when it runs.
 """
 
+import dataclasses
 import importlib
 import logging
-import runpy
 import sys
-from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -26,13 +25,17 @@ COMMANDS = {
     "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
     "export": (config.Export, "specauf_jax.commands.export", "export"),
     "doctor": (config.Doctor, "specauf_jax.commands.doctor", "doctor"),
+    "compile": (config.Compile, "specauf_jax.commands.compile", "compile_step"),
     "report": (config.Report, "specauf_jax.evaluation.report", "write_report"),
 }
 """Name → its settings, and the module and function that does it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 `doctor` found an error, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted.
+
+    1 is a command's own no: `doctor` found an error, `compile` found no room.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     console = Console(soft_wrap=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
@@ -65,37 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(settings: type, command: str, arguments: list[str]):
     """Command-line arguments over a recipe over the defaults."""
-    default = None
-    if "--config" in arguments:
+    default, is_field = None, any(field.name == "config" for field in dataclasses.fields(settings))
+    if "--config" in arguments and not is_field:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise SpecaufError("--config without a file", "--config RECIPE.py", "name the recipe")
-        default = _recipe(settings, arguments[at + 1])
+        default = config.read_recipe(settings, arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
-    description = f"{settings.__doc__}\n\n--config RECIPE.py takes its values from a recipe first."
+    description = settings.__doc__
+    if not is_field:
+        description += "\n\n--config RECIPE.py takes its values from a recipe first."
     return tyro.cli(settings, prog=f"specauf {command}", args=arguments, default=default, description=description)
-
-
-def _recipe(settings: type, path: str):
-    if not Path(path).is_file():
-        raise SpecaufError(f"{path} does not exist", "a recipe, such as configs/tiny_cpu.py", "check the path")
-    try:
-        recipe = runpy.run_path(path).get("config")
-    except SpecaufError:
-        raise
-    except Exception as error:  # a recipe is a program
-        raise SpecaufError(
-            f"{path} cannot be run: {type(error).__name__}: {error}",
-            "a recipe, such as configs/tiny_cpu.py",
-            "correct it",
-        ) from error
-    if not isinstance(recipe, settings):
-        raise SpecaufError(
-            f"{path} defines config = {type(recipe).__name__}",
-            f"config = {settings.__name__}(…)",
-            f"use a recipe for `specauf {settings.__name__.lower()}`",
-        )
-    return recipe
 
 
 def _overview() -> str:

@@ -6,8 +6,10 @@ classes are the arguments of one command each; `specauf COMMAND --help` prints t
 
 import dataclasses
 import math
+import runpy
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -362,6 +364,25 @@ class Doctor:
 
 
 @dataclass(frozen=True)
+class Compile:
+    """Compile a recipe's train step for a TPU topology, without a TPU: does it fit? Exit code 1 if it does not."""
+
+    config: str
+    """Recipe of `specauf train`; its target is a folder with a config.json, or Qwen3-4B, Qwen3-8B or Qwen3-32B."""
+    topology: str
+    """Such as v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x4."""
+    slices: int = 1
+    """Slices of that topology; the axis `replica` runs over them."""
+    sequence_length: int = 3072
+    """S: tokens per packed row."""
+    out: str | None = None
+    """JSON to write: fits, peak_bytes, hbm_bytes, flops_per_step, collectives, …"""
+
+    def __post_init__(self):
+        positive(self, "slices", "sequence_length")
+
+
+@dataclass(frozen=True)
 class Report:
     """Compare runs on one self-contained HTML page."""
 
@@ -383,7 +404,30 @@ def decay_gamma(objective: Objective, block_size: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# (De)serialisation
+# Reading
+
+
+def read_recipe(settings: type, path: str):
+    """The `config` that a recipe, a Python file, defines; of class `settings`."""
+    if not Path(path).is_file():
+        raise SpecaufError(f"{path} does not exist", "a recipe, such as configs/tiny_cpu.py", "check the path")
+    try:
+        recipe = runpy.run_path(path).get("config")
+    except SpecaufError:
+        raise
+    except Exception as error:  # a recipe is a program
+        raise SpecaufError(
+            f"{path} cannot be run: {type(error).__name__}: {error}",
+            "a recipe, such as configs/tiny_cpu.py",
+            "correct it",
+        ) from error
+    if not isinstance(recipe, settings):
+        raise SpecaufError(
+            f"{path} defines config = {type(recipe).__name__}",
+            f"config = {settings.__name__}(…)",
+            f"use a recipe for `specauf {settings.__name__.lower()}`",
+        )
+    return recipe
 
 
 def from_dict(cls, values: dict, where: str):

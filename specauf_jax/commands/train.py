@@ -1,6 +1,7 @@
 """`specauf train`: a DFlash or Domino drafter against a frozen target."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,13 +20,13 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.models.drafter import init_drafter
-from specauf_jax.models.target import TargetStep
+from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
 from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import eligible_anchors
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
-from specauf_jax.training.step import init_state, lambda_base_schedule, make_optimizer, make_train_step
+from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
 
 _ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before training starts
 
@@ -36,9 +37,7 @@ def train(config: Train, console: Console) -> None:
     target = target_config(config.target)
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
-    if config.train.num_anchors is None:
-        anchors = 512 if drafter.projector_type == "dflash" else 256
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, num_anchors=anchors))
+    config = with_anchors(config, drafter)
     _check_rows(config, drafter, manifest)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
@@ -50,8 +49,19 @@ def train(config: Train, console: Console) -> None:
     console.print(f"drafter written to {out / 'drafter'}", highlight=False)
 
 
-def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, console: Console) -> Run:
-    """Parameters, jitted step and data of a training run, spread over the mesh."""
+@dataclasses.dataclass(frozen=True)
+class PlacedStep:
+    """The jitted step of a training run, with the shapes and shardings of what it takes."""
+
+    jitted: Callable  # (state, target_params, batch) -> (state, metrics)
+    random_state: Callable[[], TrainState]
+    state: TrainState
+    target_params: dict
+    rows: jax.sharding.Sharding
+
+
+def make_placed_step(config: Train, drafter: Drafter, target: Target, mesh: jax.sharding.Mesh) -> PlacedStep:
+    """The step that `specauf train` runs; nothing is computed or placed yet. To be called with `mesh` in use."""
     settings = config.train
     loss = LossConfig(
         drafter=drafter,
@@ -62,22 +72,12 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         dtype=settings.dtype,
         remat=settings.remat,
     )
-    target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
-    target_sharding = parameter_sharding(target_params, mesh)
     optimizer = make_optimizer(settings)
 
     def random_state():
         return init_state(init_drafter(drafter, jax.random.key(settings.seed)), optimizer)
 
-    def initialise():
-        if config.init_from is None:
-            return jax.jit(random_state, out_shardings=sharding)()
-        params, _ = load_drafter(config.init_from, mesh=mesh)
-        return jax.jit(lambda params: init_state(params, optimizer), out_shardings=sharding)(params)
-
-    shapes = jax.eval_shape(random_state)
-    sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
-    train_step = make_train_step(
+    step = make_train_step(
         loss,
         target,
         optimizer,
@@ -85,16 +85,35 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         seed=settings.seed,
         lambda_base=lambda_base_schedule(settings),
     )
+    state = jax.eval_shape(random_state)
+    target_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, settings.dtype), target_shapes(target))
+    state, target_params = (placed(tree, parameter_sharding(tree, mesh)) for tree in (state, target_params))
+    rows = batch_sharding(mesh)
     jitted = jax.jit(
-        train_step,
-        in_shardings=(sharding, target_sharding, rows),
-        out_shardings=(sharding, replicated(mesh)),
+        step,
+        in_shardings=(*map(_shardings, (state, target_params)), rows),
+        out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
     )
+    return PlacedStep(jitted, random_state, state, target_params, rows)
+
+
+def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, console: Console) -> Run:
+    """Parameters, jitted step and data of a training run, spread over the mesh."""
+    settings = config.train
+    placed_step = make_placed_step(config, drafter, target, mesh)
+    target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
 
     def step(state, batch):
         with jax.set_mesh(mesh):  # for `spread_rows`
-            return jitted(state, target_params, batch)
+            return placed_step.jitted(state, target_params, batch)
+
+    def initialise():
+        sharding = _shardings(placed_step.state)
+        if config.init_from is None:
+            return jax.jit(placed_step.random_state, out_shardings=sharding)()
+        params, _ = load_drafter(config.init_from, mesh=mesh)
+        return jax.jit(lambda params: init_state(params, make_optimizer(settings)), out_shardings=sharding)(params)
 
     return Run(
         out=Path(config.out),
@@ -110,13 +129,21 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             shard_count=jax.process_count(),
         ),
         initialise=initialise,
-        like=placed(shapes, sharding),
-        batch_sharding=rows,
+        like=placed_step.state,
+        batch_sharding=placed_step.rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
         measure=_decode_measure(config, drafter, target, target_params, manifest) if settings.decode_every else None,
         measure_every=settings.decode_every,
     )
+
+
+def with_anchors(config: Train, drafter: Drafter) -> Train:
+    """num_anchors in place of None: 512, for Domino 256."""
+    if config.train.num_anchors is not None:
+        return config
+    anchors = 512 if drafter.projector_type == "dflash" else 256
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_anchors=anchors))
 
 
 def provenance(record: dict, step: int) -> dict:
@@ -139,6 +166,10 @@ def provenance(record: dict, step: int) -> dict:
         "labels": labels,
         "target_layer_ids": "0-based; id i is the residual output of layer i",
     }
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def _drafter(config: Train, target: Target, manifest: dict) -> Drafter:

@@ -1,0 +1,48 @@
+"""Analytic model of a training step's floating-point operations: 2 a multiply-add, what the method needs and no more.
+
+Attention counts what is visible on average in rows without packing; recomputation is not counted.
+"""
+
+from specauf_jax.architecture import Drafter, Target
+
+
+def step_flops(
+    drafter: Drafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int
+) -> dict[str, float]:
+    """Floating-point operations of one optimiser step over the whole mesh, by part.
+
+    Args:
+      drafter: resolved.
+      target: the frozen target; only its layers up to the highest tap run.
+      rows, sequence_length, num_anchors: B, S, A of the step.
+
+    Returns:
+      target, context, blocks, attention, lm_head and (Domino) correction.
+    """
+    S, A, K = sequence_length, num_anchors, drafter.block_size
+    D, L, M, V = target.hidden_size, len(drafter.target_layer_ids), drafter.num_hidden_layers, target.vocab_size
+    layers_run, N = max(drafter.target_layer_ids) + 1, drafter.num_labels
+    heads = drafter.num_attention_heads * drafter.head_dim
+    groups = drafter.num_key_value_heads * drafter.head_dim
+    causal = 2 * S * S * target.num_attention_heads * target.head_dim
+    visible = S / 2 + K  # of an anchor's slots, on average
+    parts = {
+        "target": layers_run * (2 * S * _layer_weights(target) + causal),
+        # Keys and values: forward, and backward to weights and inputs; fc: its inputs are frozen.
+        "context": 2 * 2 * S * L * D * D + 3 * M * 2 * S * 2 * D * groups,
+        "blocks": 3 * M * 2 * A * K * _layer_weights(drafter),
+        "attention": 3 * M * 4 * A * K * visible * heads,
+        "lm_head": 2 * 2 * A * N * D * V,  # frozen: no gradient of its weights
+    }
+    if drafter.projector_type == "domino":
+        R, rank = drafter.gru_hidden_dim, drafter.emb_dim
+        gru = 2 * 3 * (D + R) * R
+        parts["correction"] = 3 * A * N * (gru + 2 * (D + R) * rank + 2 * rank * V)
+    return {name: float(rows * count) for name, count in parts.items()}
+
+
+def _layer_weights(config: Target | Drafter) -> int:
+    """Matrix entries that a token meets in one decoder layer."""
+    D, E = config.hidden_size, config.head_dim
+    attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
+    return attention + 3 * D * config.intermediate_size
