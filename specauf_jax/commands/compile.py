@@ -133,12 +133,14 @@ def _compile(recipe: Train, drafter, target: Target, mesh, sequence_length: int)
         return {"argument_bytes": held, "temporary_bytes": needed, "output_bytes": None, "code_bytes": None,
                 "peak_bytes": held + needed, "collectives": {}, "largest": []}  # fmt: skip
     collectives, largest = _read(text)
+    peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    peak += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
     return {
         "argument_bytes": sizes.argument_size_in_bytes,
         "temporary_bytes": sizes.temp_size_in_bytes,
         "output_bytes": sizes.output_size_in_bytes,
         "code_bytes": sizes.generated_code_size_in_bytes,
-        "peak_bytes": sizes.peak_memory_in_bytes,
+        "peak_bytes": peak,
         "collectives": collectives,
         "largest": largest,
     }
