@@ -368,7 +368,7 @@ class Compile:
     """Compile a recipe's train step for a TPU topology, without a TPU: does it fit? Exit code 1 if it does not."""
 
     config: str
-    """--config RECIPE.py of `specauf train`; its target: a folder with a config.json, or Qwen3-4B, Qwen3-8B, Qwen3-32B."""
+    """--config RECIPE.py of `specauf train`; its target: a folder with config.json, Qwen3-4B, Qwen3-8B or Qwen3-32B."""
     topology: str
     """Such as v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x4."""
     slices: int = 1
