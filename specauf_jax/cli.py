@@ -8,13 +8,14 @@ import dataclasses
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 
 import tyro
 from rich.console import Console
 
 from specauf_jax import config
 from specauf_jax.checks import nearest
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import SpecaufError, Stopped
 
 COMMANDS = {
     "prepare": (config.Prepare, "specauf_jax.data.prepare", "prepare"),
@@ -34,36 +35,60 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted.
 
-    1 is a command's own no: `doctor` found an error, `compile` found no room.
+    1 is a command's own no: `doctor` found an error, `compile` found no room, another host was lost.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return _reported(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> int:
     console = Console(soft_wrap=True)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, markup=False, soft_wrap=True)
         return 0 if arguments else 2
+    if arguments[0] not in COMMANDS:
+        raise SpecaufError(
+            f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}",
+            ", ".join(COMMANDS),
+            "see specauf --help",
+        )
+    settings, module, function = COMMANDS[arguments[0]]
+    parsed = _parse(settings, arguments[0], arguments[1:])
+
+    def run(console=console):
+        return getattr(importlib.import_module(module), function)(parsed, console)
+
+    if not hasattr(parsed, "hosts"):
+        return run()
+    from specauf_jax.distributed import is_primary, joined
+
+    with joined(parsed.hosts):  # which waits for the others at its end, so that errors are told inside it
+        return _reported(run if is_primary() else lambda: run(Console(quiet=True)))
+
+
+def _reported(work: Callable[[], object]) -> int:
+    """What `work` returns if it is an exit code, else 0; of an error, what it means to the user."""
     try:
-        if arguments[0] not in COMMANDS:
-            raise SpecaufError(
-                f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)}",
-                ", ".join(COMMANDS),
-                "see specauf --help",
-            )
-        settings, module, function = COMMANDS[arguments[0]]
-        parsed = _parse(settings, arguments[0], arguments[1:])
-        result = getattr(importlib.import_module(module), function)(parsed, console)
+        result = work()
+    except Stopped as stopped:
+        _tell(f"stopped by SIGTERM, {stopped}; the same command goes on from there", "yellow")
+        return stopped.code
     except SpecaufError as error:
-        Console(stderr=True).print(f"specauf: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _tell(str(error))
         return 2
     except OSError as error:  # whatever the disk or the network did where no better message was found
-        trouble = SpecaufError(str(error), "files that can be read and written, and free space",
-                               "check the path and the space left; what was saved before is whole")  # fmt: skip
-        Console(stderr=True).print(f"specauf: {trouble}", style="red", highlight=False, markup=False, soft_wrap=True)
+        _tell(str(SpecaufError(str(error), "files that can be read and written, and free space",
+                               "check the path and the space left; what was saved before is whole")))  # fmt: skip
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("specauf: interrupted; the same command goes on from what was saved")
+        _tell("interrupted; the same command goes on from what was saved")
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _tell(text: str, style: str = "red") -> None:
+    console = Console(stderr=True)
+    console.print(f"specauf: {text}", style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _parse(settings: type, command: str, arguments: list[str]):

@@ -60,6 +60,36 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """Processes of a run. Cloud TPU, GKE and SLURM tell by themselves; elsewhere the first three say it."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    count: int | None = None
+    """Processes of the run."""
+    index: int | None = None
+    """This process, from 0."""
+    join_s: int = 300
+    """Seconds to wait for the others at the start."""
+    heartbeat_s: int = 60
+    """A process not heard of for so many seconds is dead, which ends the others."""
+    stall_s: int = 900
+    """A process that finishes no step for so many seconds ends itself, saying where it hangs."""
+    stopped_code: int = 0
+    """Exit code after SIGTERM, for launchers that start again what does not end with 0."""
+
+    def __post_init__(self):
+        positive(self, "join_s", "heartbeat_s", "stall_s")
+        told = [value is not None for value in (self.coordinator, self.count, self.index)]
+        if any(told) and not (all(told) and 0 <= self.index < self.count):
+            raise SpecaufError(
+                f"hosts.coordinator {self.coordinator}, count {self.count}, index {self.index}",
+                "all three or none, and an index from 0 to count - 1",
+                "correct --hosts",
+            )
+
+
+@dataclass(frozen=True)
 class Optimisation:
     """Length, batch, optimiser and book-keeping of a training run."""
 
@@ -204,6 +234,7 @@ class Pretrain:
     """vocab_size is taken from the dataset's tokenizer."""
     train: Optimisation = Optimisation(learning_rate=3e-3, weight_decay=0.1)
     mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
 
 @dataclass(frozen=True)
@@ -226,6 +257,7 @@ class Regenerate:
     seed: int = 0
     dtype: Dtype = "float32"
     mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
     def __post_init__(self):
         positive(self, "prompt_length", "max_new_tokens", "batch_size")
@@ -251,6 +283,7 @@ class Train:
     """domino: objective of the base branch; --objective is the final branch's."""
     train: TrainOptimisation = TrainOptimisation()
     mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
 
 @dataclass(frozen=True)
@@ -272,6 +305,8 @@ class Generate:
     batch_size: int = 16
     out: str | None = None
     """JSONL to write; without it the text streams to the terminal, the drafter's share in colour."""
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
     def __post_init__(self):
         positive(self, "max_new_tokens", "batch_size")
@@ -299,6 +334,8 @@ class Evaluate:
     """Prompts used of each set, from its start; 0 for all."""
     repeats: int = 3
     """Timed passes over each set, after one warm-up pass."""
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
 
     def __post_init__(self):
         positive(self, "max_new_tokens", "batch_size", "repeats")

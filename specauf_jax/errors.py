@@ -1,4 +1,4 @@
-"""The one exception that users see: what was found, what was expected, what to do."""
+"""What ends a command early: bad input (what was found, what was expected, what to do), or a request to stop."""
 
 
 class SpecaufError(Exception):
@@ -10,3 +10,11 @@ class SpecaufError(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"{found}\n  expected: {expected}\n  to do:    {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+class Stopped(Exception):
+    """A training run was asked to stop and has saved its work; the command line exits with `code`."""
+
+    def __init__(self, saved: str, code: int):
+        super().__init__(saved)
+        self.code = code

@@ -8,12 +8,14 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from specauf_jax.config import Mesh
 from specauf_jax.errors import SpecaufError
 
 BATCH = ("replica", "fsdp")
+_SMALL = 2**20  # numbers that every device may hold whole
 
 # Logical axes of each parameter, by the module that holds it; stacked layers have one axis more in front.
 _PARAMETER_AXES = {
@@ -38,8 +40,11 @@ _PARAMETER_AXES = {
 def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
     """A mesh over all devices; an axis of -1 takes what the others leave.
 
+    Neighbours along `tensor`, then `fsdp`, are neighbours in the network; of several TPU slices, `replica` runs
+    over them, so that only gradients cross the slower links between slices.
+
     Raises:
-      SpecaufError: the axes' product is not the number of devices.
+      SpecaufError: the axes' product is not the number of devices, or slices would be cut.
     """
     devices = jax.devices() if devices is None else devices
     shape = [config.replica, config.fsdp, config.tensor]
@@ -52,13 +57,27 @@ def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
             "axes whose product is the number of devices (at most one of them -1)",
             "change --mesh.replica, --mesh.fsdp or --mesh.tensor",
         )
-    axes = ("replica", "fsdp", "tensor")
-    return jax.sharding.Mesh(np.asarray(devices).reshape(shape), axes, axis_types=(AxisType.Auto,) * 3)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise SpecaufError(
+            f"mesh replica={shape[0]} on {slices} slices", f"a multiple of {slices}", f"set --mesh.replica {slices}"
+        )
+    if slices > 1:
+        inside = (shape[0] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+    """Parts that rows are spread over."""
+    return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def check_batch(rows: int, parts: int, mesh: jax.sharding.Mesh) -> None:
     """Every part of a batch must spread evenly over the mesh's batch axes."""
-    shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % (parts * shards):
         raise SpecaufError(
             f"batch_size {rows} in {parts} part(s) over {shards} devices",
@@ -70,19 +89,42 @@ def check_batch(rows: int, parts: int, mesh: jax.sharding.Mesh) -> None:
 def parameter_sharding(tree, mesh: jax.sharding.Mesh):
     """NamedSharding of every leaf of parameters, or of an optimiser state that mirrors them.
 
-    An axis that the mesh does not divide stays whole, as do scalars.
+    A mesh axis that does not divide its own dimension goes to another one, alone or beside the axis there; what
+    no dimension takes stays whole if it is small.
+
+    Raises:
+      SpecaufError: something large would stay whole.
     """
 
     def sharding(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         axes = next((_PARAMETER_AXES[name] for name in reversed(names) if name in _PARAMETER_AXES), ())
-        axes = (None,) * (leaf.ndim - len(axes)) + axes if leaf.ndim else ()
-        fits = [
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        axes = axes if leaf.ndim else ()
+        first = leaf.ndim - len(axes)  # behind the axis of stacked layers, which a scan takes apart
+        held = [[] for _ in leaf.shape]
+        for at, axis in enumerate(axes, first):
+            others = [dim for dim in range(first, leaf.ndim) if dim != at]
+            free = [dim for dim in (at, *others) if leaf.shape[dim] % _ways(mesh, [*held[dim], axis]) == 0]
+            if axis and free:
+                held[free[0]].append(axis)
+            elif axis and leaf.size > _SMALL:
+                raise _indivisible(names, leaf.shape[first:], axis, mesh)
+        return NamedSharding(mesh, PartitionSpec(*(tuple(h) if h[1:] else h[0] if h else None for h in held)))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _ways(mesh, axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes if axis)
+
+
+def _indivisible(names: list[str], shape, axis: str, mesh) -> SpecaufError:
+    sizes = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and any(size % n == 0 for size in shape)]
+    return SpecaufError(
+        f"{'.'.join(names)} of {' × '.join(map(str, shape))} over {axis}={mesh.shape[axis]}",
+        f"a size of {axis} that divides one of them: {', '.join(map(str, sizes))}",
+        f"change --mesh.{axis}",
+    )
 
 
 def spread_rows(x: jax.Array) -> jax.Array:
@@ -92,7 +134,7 @@ def spread_rows(x: jax.Array) -> jax.Array:
     their width, with the rows of all devices on every one of them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["replica"] * mesh.shape["fsdp"]):
+    if mesh.empty or x.shape[0] % batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
@@ -107,9 +149,32 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def cache_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Key/value caches `[N, B, S, G, E]`: rows over all batch axes."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH))
+def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
+    """Which of `count` rows this process's devices hold, ascending; processes may hold the same ones."""
+    parts = sharding.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[part] for (part,) in parts]))
+
+
+def put_rows(x: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
+    """An array of `count` rows over the mesh, of which each process gives its `local_rows`."""
+    rows = local_rows(sharding, count)
+
+    def part(index):
+        start, stop, _ = index[0].indices(count)
+        begin = np.searchsorted(rows, start)
+        return x[begin : begin + stop - start]
+
+    return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+
+
+def cache_sharding(caches, mesh: jax.sharding.Mesh):
+    """Of key/value caches `[N, B, S, G, E]`: rows over all batch axes, heads over `tensor` where it divides them."""
+
+    def sharding(leaf):
+        heads = leaf.ndim == 5 and leaf.shape[3] % mesh.shape["tensor"] == 0
+        return NamedSharding(mesh, PartitionSpec(None, BATCH, None, "tensor") if heads else PartitionSpec(None, BATCH))
+
+    return jax.tree.map(sharding, caches)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -13,7 +13,7 @@ from specauf_jax.files import existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.weights import load_drafter, save_drafter
 from specauf_jax.sharding import placed
-from specauf_jax.training.checkpoint import Checkpoints
+from specauf_jax.training.checkpoint import Checkpoints, Damaged
 from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
 
@@ -55,6 +55,12 @@ def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
                 "pass --step last, best or one of these",
             )
         state, _ = checkpoints.restore(step, _abstract_state(drafter, optimizer), record)
+    except Damaged as damage:
+        raise SpecaufError(
+            f"checkpoint {step} of {run} cannot be read: {damage}",
+            "a whole checkpoint of this architecture",
+            f"pass --step with another one of {checkpoints.steps()}",
+        ) from damage
     finally:
         checkpoints.close()
     return state.params, drafter, provenance(record, step), f"step {step} of {run}"

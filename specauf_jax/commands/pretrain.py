@@ -12,7 +12,15 @@ from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.models.target import init_target
 from specauf_jax.models.weights import save_target
-from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
+from specauf_jax.sharding import (
+    batch_sharding,
+    check_batch,
+    local_rows,
+    make_mesh,
+    parameter_sharding,
+    placed,
+    replicated,
+)
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
 
@@ -37,6 +45,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
         run = Run(
             out=out,
             train=train,
+            hosts=config.hosts,
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
             step=step,
@@ -44,8 +53,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
                 data,
                 train.batch_size,
                 train.seed,
-                shard_index=jax.process_index(),
-                shard_count=jax.process_count(),
+                rows=local_rows(rows, train.batch_size),
             ),
             initialise=jax.jit(initialise, out_shardings=sharding),
             like=placed(shapes, sharding),

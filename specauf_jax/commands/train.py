@@ -22,12 +22,22 @@ from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
-from specauf_jax.sharding import batch_sharding, check_batch, make_mesh, parameter_sharding, placed, replicated
+from specauf_jax.sharding import (
+    batch_sharding,
+    batch_shards,
+    check_batch,
+    local_rows,
+    make_mesh,
+    parameter_sharding,
+    placed,
+    replicated,
+)
 from specauf_jax.training.blocks import eligible_anchors
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
 
+_DECODED_TOGETHER = 16  # prompts of the decode measure; more where the mesh spreads rows wider
 _ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before training starts
 
 
@@ -118,6 +128,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
     return Run(
         out=Path(config.out),
         train=settings,
+        hosts=config.hosts,
         config=record,
         environment=announce(Path(config.out), mesh, console),
         step=step,
@@ -125,15 +136,14 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
             config.data,
             settings.batch_size,
             settings.seed,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            rows=local_rows(placed_step.rows, settings.batch_size),
         ),
         initialise=initialise,
         like=placed_step.state,
         batch_sharding=placed_step.rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
-        measure=_decode_measure(config, drafter, target, target_params, manifest) if settings.decode_every else None,
+        measure=_decode_measure(config, drafter, target, target_params, manifest, mesh) if settings.decode_every else None,
         measure_every=settings.decode_every,
     )
 
@@ -220,7 +230,7 @@ def _check_rows(config: Train, drafter: Drafter, manifest: dict) -> None:
         )
 
 
-def _decode_measure(config: Train, drafter: Drafter, target: Target, target_params, manifest: dict):
+def _decode_measure(config: Train, drafter: Drafter, target: Target, target_params, manifest: dict, mesh):
     """state → tau of real decoding on held-out prompts."""
     files = config.train.decode_files or [str(Path(config.data) / name) for name in manifest["prompts"].values()]
     if not files:
@@ -237,7 +247,15 @@ def _decode_measure(config: Train, drafter: Drafter, target: Target, target_para
 
     def measure(state) -> dict:
         params = jax.tree.map(lambda x: x.astype(config.train.dtype), state.params)
-        done = generate(params, target_params, prompts, config=decoding, max_new_tokens=config.train.decode_tokens)
+        done = generate(
+            params,
+            target_params,
+            prompts,
+            config=decoding,
+            max_new_tokens=config.train.decode_tokens,
+            batch_size=-(-_DECODED_TOGETHER // batch_shards(mesh)) * batch_shards(mesh),
+            mesh=mesh,
+        )
         return {"decode_tau": tau_micro([generation.accepted for generation in done])}
 
     return measure

@@ -178,7 +178,7 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
     if config.drafter:
         caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
     if mesh is not None:  # zeros have no sharding of their own: say it, or every device holds all rows
-        caches = lax.with_sharding_constraint(caches, cache_sharding(mesh))
+        caches = lax.with_sharding_constraint(caches, cache_sharding(caches, mesh))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
     tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     state = init_state(tokens, length, limit, keys, how, **caches)

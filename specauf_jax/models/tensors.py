@@ -18,6 +18,7 @@ from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import read_json
 
@@ -45,11 +46,15 @@ def file_names(path, shape) -> list[str]:
 
 
 def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
-    """Our tree → tensors by name, in PyTorch's orientation [out, in]."""
+    """Our tree → tensors by name, in PyTorch's orientation [out, in]; all processes call it together.
+
+    Parameters that are spread over several hosts come layer by layer, so that no device ever holds a whole stack.
+    """
     tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
-        slices = leaf if _is_stacked(path) else [leaf]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        slices = (leaf[i] for i in range(len(leaf))) if _is_stacked(path) else [leaf]
         for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
+            x = to_host(x)
             tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
     return tensors
 

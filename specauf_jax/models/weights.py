@@ -10,6 +10,7 @@ import numpy as np
 
 from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Dtype
+from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, read_json, replace_folder
 from specauf_jax.models import hf_config
@@ -182,6 +183,8 @@ def _check_tokenizer(folder: Path, config: Target) -> None:
 def _write(folder, tensors: dict, json_files: dict[str, dict], replaceable: tuple[str, ...]) -> None:
     """All files beside, then one rename, so that a reader sees the old folder or the new one."""
     _check_replaceable(Path(folder), replaceable)
+    if not is_primary():
+        return
     with replace_folder(folder) as new:
         write_tensors(tensors, new / "model.safetensors")
         for name, values in json_files.items():

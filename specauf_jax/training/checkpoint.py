@@ -1,22 +1,31 @@
-"""Checkpoints of everything that a run needs to go on bit for bit: state, data iterator, config."""
+"""Checkpoints of everything that a run needs to go on bit for bit: state, data iterator, config.
 
+Each carries a checksum of every array, over the numbers themselves: whatever happened to its files, and on whatever
+mesh it is read, what comes back is what was saved, or is refused.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
+from specauf_jax.distributed import everywhere, is_primary
 from specauf_jax.errors import SpecaufError
 
-# What may differ between a run and its continuation without changing a single weight.
-_FREE = {
-    "out",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.decode_every",
-    "train.decode_files",
-    "train.decode_prompts",
-    "train.decode_tokens",
-}
+# What may differ between a run and its continuation: a name, or all that begins so. The first line changes no weight,
+# the second one nothing but the order in which numbers are added.
+_FREE = (
+    *("out", "hosts.", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.decode_"),
+    *("mesh.", "train.accumulation", "train.anchor_chunk", "train.remat"),
+)
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or does not hold what was saved."""
 
 
 class Checkpoints:
@@ -42,6 +51,7 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             iterator=ocp.args.JsonSave(iterator),
             config=ocp.args.JsonSave(config),
+            checksums=ocp.args.JsonSave(_checksums(state)),
         )
         self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score})
 
@@ -58,53 +68,100 @@ class Checkpoints:
         return self._manager.best_step()
 
     def restore(self, step: int, like, config: dict):
-        """State and data iterator of a step.
+        """State and data iterator of a step; all processes call it together.
 
         Args:
-          step: as from `latest`.
+          step: as from `steps`.
           like: the state's shapes and shardings (`specauf_jax.sharding.placed`).
           config: of the run that goes on.
 
         Raises:
-          SpecaufError: the checkpoint is another run's, or damaged.
+          SpecaufError: the checkpoint is another run's.
+          Damaged: in every process, if any of them cannot read its part or the checksums differ.
         """
-        self._check_config(self.read_config(step), config)
-        return self._read(step, state=ocp.args.StandardRestore(like), iterator=ocp.args.JsonRestore())
+        found, reason = {}, "another process cannot read it"
+        try:
+            found = self._read(step, config=ocp.args.JsonRestore())
+            _check_config(self.folder, found["config"], config)
+            items = {name: ocp.args.JsonRestore() for name in ("iterator", "checksums")}
+            found = self._read(step, state=ocp.args.StandardRestore(like), **items)
+        except Damaged as damage:
+            found, reason = {}, str(damage)
+        if not everywhere(bool(found)):
+            raise Damaged(reason)
+        wrong = [name for name, value in _checksums(found["state"]).items() if found["checksums"].get(name) != value]
+        if wrong:
+            raise Damaged(f"the numbers of {wrong[0]} and {len(wrong) - 1} more are not those that were saved")
+        return found["state"], found["iterator"]
 
-    def read_config(self, step: int) -> dict:
-        """The config that the step was saved with."""
-        return self._read(step, config=ocp.args.JsonRestore())[0]
+    def set_aside(self, step: int) -> epath.Path:
+        """Move a damaged step out of the way, into `damaged_checkpoints/` beside; returns where it went."""
+        aside = self.folder.parent / "damaged_checkpoints" / f"{step}.{int(time.time())}"
+        if is_primary():
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / str(step)).rename(aside)
+        everywhere(True)  # no process looks again before it is gone
+        self._manager.reload()
+        return aside
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait until all is written."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
-    def _read(self, step, **items):
-        try:
-            read = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise SpecaufError(
-                f"checkpoint {self.folder / str(step)} cannot be read: {reason}",
-                "a whole checkpoint of this architecture",
-                f"delete {self.folder / str(step)} to go on from the one before",
-            ) from error
-        return [read[name] for name in items]
-
-    def _check_config(self, saved: dict, current: dict) -> None:
-        saved, current = _flat(saved), _flat(current)
-        differing = sorted(
-            key for key in saved.keys() | current.keys() if key not in _FREE and saved.get(key) != current.get(key)
+    def _read(self, step, **items) -> dict:
+        # Every process for itself: with Orbax's barriers, one that fails would leave the others waiting in them.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"restore_{jax.process_index()}",
         )
-        if differing:
-            key = differing[0]
-            raise SpecaufError(
-                f"{self.folder} belongs to a run with {key} = {saved.get(key)!r}, not {current.get(key)!r}"
-                + (f" (and {len(differing) - 1} more differences)" if differing[1:] else ""),
-                "the settings that the run began with",
-                "use another --out, or restore the settings",
-            )
+        options = ocp.CompositeOptions(multiprocessing_options=alone)
+        handler = ocp.CompositeCheckpointHandler(*items, composite_options=options)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            try:
+                found = reader.restore(self.folder / str(step), args=ocp.args.Composite(**items))
+                return {name: found[name] for name in items}
+            except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+                raise Damaged(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
+
+
+def _check_config(folder, saved: dict, current: dict) -> None:
+    saved, current = _flat(saved), _flat(current)
+    differing = sorted(
+        key
+        for key in saved.keys() | current.keys()
+        if not key.startswith(_FREE) and saved.get(key) != current.get(key)
+    )
+    if differing:
+        key = differing[0]
+        raise SpecaufError(
+            f"{folder} belongs to a run with {key} = {saved.get(key)!r}, not {current.get(key)!r}"
+            + (f" (and {len(differing) - 1} more differences)" if differing[1:] else ""),
+            "the settings that the run began with",
+            "use another --out, or restore the settings",
+        )
+
+
+def _checksums(state) -> dict[str, int]:
+    """Name of an array → checksum, whole numbers that no sharding changes."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): int(_checksum(leaf)) for path, leaf in leaves}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ word · odd number of its place, modulo 2³²: addition in any order gives the same."""
+    size = x.dtype.itemsize
+    words = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+    place = jnp.ones_like(words)
+    for axis in range(x.ndim):
+        place = place * jnp.uint32(2654435761) + 2 * lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(words * place, dtype=jnp.uint32)
 
 
 def _score(metrics: dict) -> float:

@@ -1,23 +1,26 @@
 """The loop around a jitted step: progress, metrics, checkpoints, resume."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from specauf_jax.config import Optimisation
-from specauf_jax.errors import SpecaufError
+from specauf_jax.config import Hosts, Optimisation
+from specauf_jax.distributed import Watch, is_primary
+from specauf_jax.errors import SpecaufError, Stopped
 from specauf_jax.files import write_text
+from specauf_jax.sharding import put_rows
 from specauf_jax.training.blocks import Batch
-from specauf_jax.training.checkpoint import Checkpoints
+from specauf_jax.training.checkpoint import Checkpoints, Damaged
 from specauf_jax.training.step import TrainState, learning_rate_schedule
 
 
@@ -27,13 +30,14 @@ class Run:
 
     out: Path
     train: Optimisation
+    hosts: Hosts
     config: dict  # stored with every checkpoint, and compared on resume
     environment: dict
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
     initialise: Callable[[], TrainState]  # jitted; not called where a checkpoint is restored
     like: TrainState  # shapes and shardings
-    loader: Iterator[dict]  # with get_state and set_state
-    batch_sharding: Any
+    loader: Iterator[dict]  # with get_state and set_state; of each batch this process's `local_rows`
+    batch_sharding: NamedSharding
     score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
     shown: tuple[str, ...]  # measures on the progress bar
     measure: Callable[[TrainState], dict] | None = None  # slower measures, every `measure_every` steps
@@ -41,25 +45,28 @@ class Run:
 
 
 def train_loop(run: Run, console: Console) -> TrainState:
-    """Train to `run.train.steps`, going on from the newest checkpoint if there is one.
+    """Train to `run.train.steps`, going on from the newest whole checkpoint if there is one.
 
     Raises:
       SpecaufError: a non-finite loss, with the step and the culprit; checkpoints stay as they are.
+      Stopped: by SIGTERM, after saving.
     """
     checkpoints = Checkpoints(run.out / "checkpoints", run.train.keep_last)
-    try:
+    with contextlib.closing(checkpoints), Watch(run.hosts) as watch:
         state, first = _resume(run, checkpoints, console)
-        if jax.process_index() == 0:
+        if is_primary():
             record = run.config | {"environment": run.environment}
             write_text(run.out / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
         log = MetricsLog(run.out, first)
+        watch.beat()
         with _progress(console) as progress:
             bar = progress.add_task("", total=run.train.steps, completed=first, text="compiling")
             for number in range(first + 1, run.train.steps + 1):
-                state, metrics = run.step(state, put_batch(next(run.loader), run.batch_sharding))
+                state, metrics = run.step(state, put_batch(next(run.loader), run))
                 log.add(number, metrics)
                 last = number == run.train.steps
-                saving = last or number % run.train.checkpoint_every == 0
+                stopping = watch.stopping(run.batch_sharding.mesh) and not last
+                saving = last or stopping or number % run.train.checkpoint_every == 0
                 if saving or number == first + 1 or number % run.train.log_every == 0:
                     text = log.write(number, run)
                     progress.update(bar, completed=number, text=text)
@@ -70,24 +77,33 @@ def train_loop(run: Run, console: Console) -> TrainState:
                 if saving:  # log.write has checked the step: one that went wrong never becomes a checkpoint
                     score = log.score(run.score, number)
                     checkpoints.save(number, state, run.loader.get_state(), run.config, score)
+                if stopping:
+                    checkpoints.wait()
+                    saved = f"saved at step {number} of {run.train.steps} in {run.out}"
+                    raise Stopped(saved, run.hosts.stopped_code)
         return state
-    finally:
-        checkpoints.close()
 
 
-def put_batch(arrays: dict, sharding) -> Batch:
+def put_batch(arrays: dict, run: Run) -> Batch:
     """Host rows as a Batch over the mesh; each process gives its own rows."""
-    return Batch(**{name: jax.make_array_from_process_local_data(sharding, x) for name, x in arrays.items()})
+    B = run.train.batch_size
+    return Batch(**{name: put_rows(x, run.batch_sharding, B) for name, x in arrays.items()})
 
 
 def _resume(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
-    step = checkpoints.latest()
-    if step is None:
-        return run.initialise(), 0
-    state, iterator = checkpoints.restore(step, run.like, run.config)
-    run.loader.set_state(iterator)
-    console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
-    return state, step
+    """State and step of the newest checkpoint that is whole; what is damaged is said, and moved aside."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            state, iterator = checkpoints.restore(step, run.like, run.config)
+        except Damaged as damage:
+            aside = checkpoints.set_aside(step)
+            text = f"checkpoint {step} is damaged and was moved to {aside}, going on from the one before: {damage}"
+            console.print(text, style="yellow", highlight=False, markup=False)
+            continue
+        run.loader.set_state(iterator)
+        console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
+        return state, step
+    return run.initialise(), 0
 
 
 def _progress(console: Console) -> Progress:
@@ -107,7 +123,7 @@ class MetricsLog:
     def __init__(self, out: Path, first: int):
         self._path = out / "metrics.jsonl"
         self._newest: dict[str, tuple[int, float]] = {}  # of each measure: step and value
-        if jax.process_index() == 0:
+        if is_primary():
             _cut(self._path, first)
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first or None)
         self._window: list[dict] = []
@@ -159,7 +175,7 @@ class MetricsLog:
 
     def _emit(self, step: int, values: dict) -> None:
         self._newest |= {name: (step, value) for name, value in values.items()}
-        if jax.process_index() == 0:
+        if is_primary():
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
             for name, value in values.items():
