@@ -71,7 +71,7 @@ def _reported(work: Callable[[], object]) -> int:
     try:
         result = work()
     except Stopped as stopped:
-        _tell(f"stopped by SIGTERM, {stopped}; the same command goes on from there", "yellow")
+        _tell(f"{stopped}; the same command goes on from there", "yellow")
         return stopped.code
     except SpecaufError as error:
         _tell(str(error))

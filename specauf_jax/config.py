@@ -109,11 +109,15 @@ class Optimisation:
     checkpoint_every: int = 200
     keep_last: int = 2
     """Newest checkpoints to keep, beside the best one."""
+    profile_steps: int = 0
+    """Steps to trace for XProf, once the run is warm; 0 for none. Lands in out/profile."""
+    mu_dtype: Dtype = "float32"
+    """Of the optimiser's first moment; bfloat16 saves 2 bytes a parameter."""
 
     def __post_init__(self):
         positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
         positive(self, "learning_rate", "clip_norm")
-        not_negative(self, "weight_decay")
+        not_negative(self, "weight_decay", "profile_steps")
         seed(self)
         if self.steps < 0:
             raise SpecaufError(f"steps is {self.steps}", "0 (save the untrained weights) or more", "set it to 1000")

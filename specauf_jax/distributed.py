@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from specauf_jax.config import Hosts
 from specauf_jax.errors import SpecaufError
+from specauf_jax.sharding import put_rows
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
 _TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
@@ -87,6 +88,11 @@ def to_host(tree):
     return jax.device_get(jax.tree.map(whole, tree))
 
 
+def from_primary(x: np.ndarray) -> np.ndarray:
+    """The first process's value, in every process; all call it together."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(x))
+
+
 def everywhere(ok: bool) -> bool:
     """Whether `ok` holds in every process; all call it together."""
     return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
@@ -116,8 +122,15 @@ class Watch:
         threading.Thread(target=self._look, daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         self._done.set()
+        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+            # Not by way of the finally clauses, which would wait for whoever is gone.
+            _leave(
+                f"another process is gone, or the devices failed: {str(error).strip().splitlines()[0]}. This process "
+                "ends too. Run again: it goes on from the newest checkpoint",
+                1,
+            )
         if threading.current_thread() is threading.main_thread():
             handler, descriptor, mouth = self._before
             signal.signal(signal.SIGTERM, handler)
@@ -159,9 +172,7 @@ class Watch:
 
 def _any_process(flag: bool, mesh: jax.sharding.Mesh) -> jax.Array:
     spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    mine = np.asarray([flag])
-    flags = jax.make_array_from_callback((mesh.size,), spread, lambda index: mine)
-    return _any(flags)
+    return _any(put_rows(np.full(jax.local_device_count(), flag), spread, mesh.size))
 
 
 _any = jax.jit(lambda flags: flags.any())

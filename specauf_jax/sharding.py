@@ -158,13 +158,12 @@ def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
 def put_rows(x: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
     """An array of `count` rows over the mesh, of which each process gives its `local_rows`."""
     rows = local_rows(sharding, count)
-
-    def part(index):
-        start, stop, _ = index[0].indices(count)
+    parts = []
+    for device, (index, *_) in sharding.addressable_devices_indices_map((count,)).items():
+        start, stop, _ = index.indices(count)
         begin = np.searchsorted(rows, start)
-        return x[begin : begin + stop - start]
-
-    return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
+        parts.append(jax.device_put(x[begin : begin + stop - start], device))
+    return jax.make_array_from_single_device_arrays((count, *x.shape[1:]), sharding, parts)
 
 
 def cache_sharding(caches, mesh: jax.sharding.Mesh):

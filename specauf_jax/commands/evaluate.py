@@ -9,15 +9,17 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.commands.setup import Models, float32_precision, load_models
+from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
 from specauf_jax.config import Evaluate, Sampling
 from specauf_jax.decoding.generate import Generation, collect, decode, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.files import existing_folder, read_json, write_text
+from specauf_jax.sharding import make_mesh
 
 
 @dataclasses.dataclass
@@ -35,8 +37,10 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     origin = _origin(config.drafter)
     if config.max_prompts:
         sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
+    mesh = make_mesh(config.mesh)
+    check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, config.drafter, config.dtype, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
         measured = {}
         for name, prompts in sets.items():
             with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):
@@ -45,7 +49,8 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     parts = {name: _part(set_, models) for name, set_ in measured.items()}
     overall = _part(_joined(list(measured.values())), models)
     results = {"overall": overall, "sets": parts, "meta": _meta(config, models, origin)}
-    write_text(config.out, json.dumps(results, indent=2) + "\n")
+    if is_primary():
+        write_text(config.out, json.dumps(results, indent=2) + "\n")
     _show(results, console)
     return results
 
@@ -101,6 +106,7 @@ def _timed_pass(models: Models, requests, decoding: Decoding, sampling: Sampling
             max_new_tokens=config.max_new_tokens,
             sampling=sampling,
             seed=config.seed,
+            mesh=models.mesh,
         )
         jax.block_until_ready(state)
         middle = time.perf_counter()
@@ -161,7 +167,7 @@ def _origin(drafter: str) -> dict:
 
 
 def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
-    return describe_environment() | {
+    return describe_environment(models.mesh) | {
         "dtype": config.dtype,
         "temperature": config.temperature,
         "block_size": models.speculative.block_size,

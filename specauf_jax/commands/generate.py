@@ -2,18 +2,21 @@
 
 import json
 
+import jax
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from specauf_jax.commands.setup import Models, float32_precision, load_models
+from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
 from specauf_jax.config import Generate, Sampling
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
+from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.files import write_text
+from specauf_jax.sharding import make_mesh
 
 
 def generate(config: Generate, console: Console) -> None:
@@ -27,8 +30,14 @@ def generate(config: Generate, console: Console) -> None:
             "pass --drafter DIR or --method autoregressive",
         )
     drafter = config.drafter if config.method == "speculative" else None
+    if config.out is None and jax.process_count() > 1:
+        raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
+    # What streams is one row, which only a mesh without batch axes can spread.
+    devices = None if config.out is not None else jax.devices()[: max(config.mesh.tensor, 1)]
+    mesh = make_mesh(config.mesh, devices)
+    check_rows(config.batch_size if config.out is not None else 1, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, drafter, config.dtype, console)
+        models = load_models(config.target, drafter, config.dtype, mesh, console)
         if config.out is None:
             _stream_all(models, prompts, config, sampling, console)
         else:
@@ -47,12 +56,15 @@ def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling
             sampling=sampling,
             seed=config.seed,
             batch_size=config.batch_size,
+            mesh=models.mesh,
             indices=indices,
             track=lambda batches: track(batches, "generating", console=console, disable=not console.is_terminal),
         )
 
     answers = answer(models.tokenizer, prompts, run)
     rows = [_row(models.tokenizer, turns) for turns in answers]
+    if not is_primary():
+        return
     write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tau = tau_micro([g.accepted for turns in answers for g in turns])
     console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}", highlight=False)
@@ -112,6 +124,7 @@ def _stream_one(models: Models, request, index: int, config: Generate, sampling:
         sampling=sampling,
         seed=config.seed,
         index=index,
+        mesh=models.mesh,
     )
     shown = ""
     for new, accepted in rounds:

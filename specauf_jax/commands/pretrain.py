@@ -21,6 +21,7 @@ from specauf_jax.sharding import (
     placed,
     replicated,
 )
+from specauf_jax.training.flops import pretrain_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
 
@@ -41,11 +42,13 @@ def pretrain(config: Pretrain, console: Console) -> None:
     sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
     step = make_pretrain_step(config.target, optimizer, accumulation=train.accumulation, dtype=train.dtype)
     step = jax.jit(step, in_shardings=(sharding, rows), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    parts = pretrain_flops(config.target, rows=train.batch_size, sequence_length=manifest["sequence_length"])
     with float32_precision(train.dtype):
         run = Run(
             out=out,
             train=train,
             hosts=config.hosts,
+            flops={"target": sum(parts.values())},
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
             step=step,

@@ -11,32 +11,34 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data
+from specauf_jax.commands.setup import announce, check_rows, float32_precision, load_target_with_bar, read_data
 from specauf_jax.config import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
 from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.distributed import from_primary, is_primary
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import target_config
-from specauf_jax.sharding import batch_sharding, make_mesh
+from specauf_jax.sharding import make_mesh
 
 _BATCHES_PER_PART = 2  # finished work is saved this often
 
 
 def regenerate(config: Regenerate, console: Console) -> dict:
-    """Write `config.out`; returns its manifest. A killed run goes on where it stopped."""
+    """Write `config.out`; returns its manifest. A killed run goes on where it stopped.
+
+    Several processes decode the same batches together; the first one writes, the others return {}.
+    """
     check_absent(config.out)
     data, parts = Path(config.data), Path(f"{os.path.abspath(config.out)}.parts")
     target = target_config(config.target)
     manifest = read_data(data, target)
     mesh = make_mesh(config.mesh)
-    shards = batch_sharding(mesh).num_devices
-    if config.batch_size % shards:
-        raise SpecaufError(f"batch_size {config.batch_size} over {shards} devices", "a multiple", "change --batch-size")
+    check_rows(config.batch_size, mesh)
     announce(Path(config.out), mesh, console)
     params, _ = load_target_with_bar(config.target, config.dtype, console, mesh)
     stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
@@ -62,16 +64,19 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
             "lower --prompt-length",
         )
-    _begin(parts, config)
+    if is_primary():
+        _begin(parts, config)
     size = config.batch_size * _BATCHES_PER_PART
     chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
+    finished = from_primary(np.asarray([(parts / f"{number}.npz").exists() for number in range(len(chunks))]))
     with float32_precision(config.dtype):
         for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
-            if not (parts / f"{number}.npz").exists():
-                _save(
-                    parts / f"{number}.npz",
-                    _rewrite(chunk, respond, stops, config, manifest["sequence_length"], number),
-                )
+            if not finished[number]:
+                answered = _rewrite(chunk, respond, stops, config, manifest["sequence_length"], number)
+                if is_primary():
+                    _save(parts / f"{number}.npz", answered)
+    if not is_primary():
+        return {}
     written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))])
     shutil.rmtree(parts)
     dropped = len(documents) - written["documents"]
@@ -132,6 +137,7 @@ def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
 def _begin(parts: Path, config: Regenerate) -> None:
     """Make the folder of finished parts, or check that those there were made with the same settings."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = {name: value for name, value in settings.items() if name not in ("mesh", "hosts")}
     if (parts / "settings.json").exists():
         found = read_json(parts / "settings.json", "the settings of an interrupted regeneration")
         if found != settings:

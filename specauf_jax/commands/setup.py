@@ -17,6 +17,7 @@ from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
+from specauf_jax.sharding import batch_shards
 
 
 def run_record(config, manifest: dict, **resolved) -> dict:
@@ -64,8 +65,9 @@ def float32_precision(dtype: Dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """Target, drafter (or None) and tokenizer, loaded and checked against each other."""
+    """Target, drafter (or None) and tokenizer, loaded over a mesh and checked against each other."""
 
+    mesh: jax.sharding.Mesh
     target_params: dict
     drafter_params: dict | None
     tokenizer: object
@@ -94,13 +96,25 @@ def load_target_with_bar(folder, dtype: Dtype, console: Console, mesh=None) -> t
         return load_target(folder, dtype, mesh, lambda read, total: bar.update(task, completed=read, total=total))
 
 
-def load_models(target: str, drafter: str | None, dtype: Dtype, console: Console) -> Models:
+def check_rows(batch_size: int, mesh) -> None:
+    """Rows that decode together must spread evenly over the mesh's batch axes."""
+    if batch_size % batch_shards(mesh):
+        raise SpecaufError(
+            f"batch_size {batch_size} over {batch_shards(mesh)} parts of the mesh (replica × fsdp)",
+            f"a multiple of {batch_shards(mesh)}",
+            "change --batch-size, or take --mesh.tensor for a target that should be spread and few rows",
+        )
+
+
+def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console) -> Models:
     """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
     tokenizer, config = load_tokenizer(target), target_config(target)
     resolved = None if drafter is None else resolve_drafter(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
-    target_params, _ = load_target_with_bar(target, dtype, console)
-    drafter_params = None if drafter is None else load_drafter(drafter, dtype)[0]
+    target_params, _ = load_target_with_bar(target, dtype, console, mesh)
+    drafter_params = None if drafter is None else load_drafter(drafter, dtype, mesh)[0]
     autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
     speculative = dataclasses.replace(autoregressive, drafter=resolved) if resolved else None
-    return Models(target_params, drafter_params, tokenizer, speculative, autoregressive, config.max_position_embeddings)
+    return Models(
+        mesh, target_params, drafter_params, tokenizer, speculative, autoregressive, config.max_position_embeddings
+    )

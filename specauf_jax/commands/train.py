@@ -33,6 +33,7 @@ from specauf_jax.sharding import (
     replicated,
 )
 from specauf_jax.training.blocks import eligible_anchors
+from specauf_jax.training.flops import step_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
@@ -112,6 +113,13 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
     """Parameters, jitted step and data of a training run, spread over the mesh."""
     settings = config.train
     placed_step = make_placed_step(config, drafter, target, mesh)
+    parts = step_flops(
+        drafter,
+        target,
+        rows=settings.batch_size,
+        sequence_length=manifest["sequence_length"],
+        num_anchors=settings.num_anchors,
+    )
     target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
 
     def step(state, batch):
@@ -129,6 +137,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         out=Path(config.out),
         train=settings,
         hosts=config.hosts,
+        flops={"target": parts.pop("target"), "drafter": sum(parts.values())},
         config=record,
         environment=announce(Path(config.out), mesh, console),
         step=step,
@@ -143,7 +152,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         batch_sharding=placed_step.rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
-        measure=_decode_measure(config, drafter, target, target_params, manifest, mesh) if settings.decode_every else None,
+        measure=_decode_measure(config, drafter, target, target_params, manifest, mesh),
         measure_every=settings.decode_every,
     )
 
@@ -231,7 +240,9 @@ def _check_rows(config: Train, drafter: Drafter, manifest: dict) -> None:
 
 
 def _decode_measure(config: Train, drafter: Drafter, target: Target, target_params, manifest: dict, mesh):
-    """state → tau of real decoding on held-out prompts."""
+    """state → tau of real decoding on held-out prompts; None if it is not asked for."""
+    if not config.train.decode_every:
+        return None
     files = config.train.decode_files or [str(Path(config.data) / name) for name in manifest["prompts"].values()]
     if not files:
         raise SpecaufError(

@@ -12,6 +12,7 @@ from jax import lax
 from specauf_jax.config import Sampling
 from specauf_jax.decoding.speculate import draft_and_verify, prefill
 from specauf_jax.decoding.state import DecodeState, Decoding, init_state
+from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import init_kv_cache
 from specauf_jax.sharding import batch_sharding, cache_sharding
@@ -96,11 +97,13 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     index: int = 0,
+    mesh=None,
 ) -> Iterator[tuple[list[int], int]]:
     """Continue one prompt, round by round, with the same step as `generate`.
 
     Args:
       index: the prompt's place among others; with `seed` it fixes the draws, as in `generate`.
+      mesh: that the parameters are spread over, along `tensor` alone; None for one device.
       Others as for `generate`.
 
     Yields:
@@ -109,7 +112,14 @@ def stream(
     [batch] = prompt_batches([prompt], 1)
     batch = dataclasses.replace(batch, draws=np.asarray([index]))
     state = start(
-        drafter_params, target_params, batch, config=config, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed
+        drafter_params,
+        target_params,
+        batch,
+        config=config,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        mesh=mesh,
     )
     while not state.done[0]:
         state, done = _round(drafter_params, target_params, state, config=config)
@@ -208,8 +218,8 @@ _round = functools.partial(jax.jit, static_argnames="config", donate_argnames="s
 
 
 def collect(batch: PromptBatch, state: DecodeState, accepted) -> Iterator[tuple[int, Generation]]:
-    """(index of the prompt, its Generation) for every busy row."""
-    tokens, length, accepted = jax.device_get((state.tokens, state.length, accepted))
+    """(index of the prompt, its Generation) for every busy row; all processes call it together."""
+    tokens, length, accepted = to_host((state.tokens, state.length, accepted))
     for row, index in enumerate(batch.indices):
         begin = batch.length[row]
         history = accepted[row]

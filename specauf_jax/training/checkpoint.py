@@ -19,7 +19,15 @@ from specauf_jax.errors import SpecaufError
 # What may differ between a run and its continuation: a name, or all that begins so. The first line changes no weight,
 # the second one nothing but the order in which numbers are added.
 _FREE = (
-    *("out", "hosts.", "train.log_every", "train.checkpoint_every", "train.keep_last", "train.decode_"),
+    *(
+        "out",
+        "hosts.",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.decode_",
+        "train.profile_",
+    ),
     *("mesh.", "train.accumulation", "train.anchor_chunk", "train.remat"),
 )
 
@@ -133,9 +141,7 @@ class Checkpoints:
 def _check_config(folder, saved: dict, current: dict) -> None:
     saved, current = _flat(saved), _flat(current)
     differing = sorted(
-        key
-        for key in saved.keys() | current.keys()
-        if not key.startswith(_FREE) and saved.get(key) != current.get(key)
+        key for key in saved.keys() | current.keys() if not key.startswith(_FREE) and saved.get(key) != current.get(key)
     )
     if differing:
         key = differing[0]

@@ -5,6 +5,16 @@ Attention counts what is visible on average in rows without packing; recomputati
 
 from specauf_jax.architecture import Drafter, Target
 
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153e12,  # half a chip, which JAX counts as a device
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 FLOP/s of one device by JAX's name for its kind, from the makers' data sheets."""
+
 
 def step_flops(
     drafter: Drafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int
@@ -39,6 +49,14 @@ def step_flops(
         gru = 2 * 3 * (D + R) * R
         parts["correction"] = 3 * A * N * (gru + 2 * (D + R) * rank + 2 * rank * V)
     return {name: float(rows * count) for name, count in parts.items()}
+
+
+def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[str, float]:
+    """Floating-point operations of one step that trains the target itself: forward, and twice that backward."""
+    S = sequence_length
+    causal = 2 * S * S * target.num_attention_heads * target.head_dim
+    layers = target.num_hidden_layers * (2 * S * _layer_weights(target) + causal)
+    return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
 
 def _layer_weights(config: Target | Drafter) -> int:

@@ -21,7 +21,10 @@ from specauf_jax.files import write_text
 from specauf_jax.sharding import put_rows
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
+from specauf_jax.training.flops import PEAK_FLOPS
 from specauf_jax.training.step import TrainState, learning_rate_schedule
+
+_STEPS_BEFORE_TRACE = 3  # the first one compiles
 
 
 @dataclasses.dataclass
@@ -31,6 +34,7 @@ class Run:
     out: Path
     train: Optimisation
     hosts: Hosts
+    flops: dict[str, float]  # of a step, by what the metrics tell apart
     config: dict  # stored with every checkpoint, and compared on resume
     environment: dict
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
@@ -57,18 +61,22 @@ def train_loop(run: Run, console: Console) -> TrainState:
         if is_primary():
             record = run.config | {"environment": run.environment}
             write_text(run.out / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-        log = MetricsLog(run.out, first)
+        log = MetricsLog(run, first)
         watch.beat()
-        with _progress(console) as progress:
+        with _progress(console) as progress, Trace(run, first + _STEPS_BEFORE_TRACE, console) as trace:
             bar = progress.add_task("", total=run.train.steps, completed=first, text="compiling")
             for number in range(first + 1, run.train.steps + 1):
-                state, metrics = run.step(state, put_batch(next(run.loader), run))
-                log.add(number, metrics)
-                last = number == run.train.steps
-                stopping = watch.stopping(run.batch_sharding.mesh) and not last
+                trace.before(number)
+                # In the steady loop nothing goes between host and device but what is sent by name.
+                with jax.transfer_guard("disallow"):
+                    batch = log.waited_for(lambda: put_batch(next(run.loader), run))
+                    state, metrics = run.step(state, batch)
+                    log.add(number, metrics)
+                    last = number == run.train.steps
+                    stopping = watch.stopping(run.batch_sharding.mesh) and not last
                 saving = last or stopping or number % run.train.checkpoint_every == 0
                 if saving or number == first + 1 or number % run.train.log_every == 0:
-                    text = log.write(number, run)
+                    text = log.write(number)
                     progress.update(bar, completed=number, text=text)
                     if not console.is_terminal and number % (10 * run.train.log_every) == 0:
                         console.print(f"step {number}/{run.train.steps}  {text}", highlight=False)
@@ -77,9 +85,10 @@ def train_loop(run: Run, console: Console) -> TrainState:
                 if saving:  # log.write has checked the step: one that went wrong never becomes a checkpoint
                     score = log.score(run.score, number)
                     checkpoints.save(number, state, run.loader.get_state(), run.config, score)
+                    log.restart_clock()
                 if stopping:
                     checkpoints.wait()
-                    saved = f"saved at step {number} of {run.train.steps} in {run.out}"
+                    saved = f"stopped by SIGTERM, saved at step {number} of {run.train.steps} in {run.out}"
                     raise Stopped(saved, run.hosts.stopped_code)
         return state
 
@@ -117,18 +126,55 @@ def _progress(console: Console) -> Progress:
     )
 
 
+class Trace:
+    """An XProf trace of `train.profile_steps` steps, once the run is warm, in `out/profile`."""
+
+    def __init__(self, run: Run, after: int, console: Console):
+        self._folder, self._console, self._running = run.out / "profile", console, False
+        self._first, self._last = after + 1, after + run.train.profile_steps
+
+    def before(self, number: int) -> None:
+        """To be called before each step."""
+        if number == self._first and self._last >= self._first:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        if number == self._last + 1:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            self._console.print(f"trace written to {self._folder}, for XProf or TensorBoard", highlight=False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard: means over the steps since the last line."""
 
-    def __init__(self, out: Path, first: int):
-        self._path = out / "metrics.jsonl"
+    def __init__(self, run: Run, first: int):
+        self._run, self._path = run, run.out / "metrics.jsonl"
         self._newest: dict[str, tuple[int, float]] = {}  # of each measure: step and value
         if is_primary():
             _cut(self._path, first)
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first or None)
+            self._board = SummaryWriter(str(run.out / "tensorboard"), purge_step=first or None)
         self._window: list[dict] = []
         self._pending: tuple[int, dict] | None = None
-        self._clock = time.perf_counter()
+        self._began = self._clock = time.perf_counter()
+        self._waited = self._productive = 0.0
+        self._warm = False
+
+    def waited_for(self, work: Callable):
+        """What `work` returns; its time counts as waiting for data."""
+        begin = time.perf_counter()
+        result = work()
+        self._waited += time.perf_counter() - begin
+        return result
 
     def add(self, step: int, metrics: dict) -> None:
         """Take a step's metrics; those of the step before are read now, while the device works on."""
@@ -147,31 +193,48 @@ class MetricsLog:
             raise _diverged(step, metrics["loss"], [name for name, bad in nonfinite.items() if bad])
         self._window.append({name: float(value) for name, value in metrics.items()})
 
-    def write(self, step: int, run: Run) -> str:
+    def write(self, step: int) -> str:
         """One line of means; returns the text for the progress bar."""
         self.settle()
-        seconds = time.perf_counter() - self._clock
-        window, self._window = self._window, []
+        now = time.perf_counter()
+        seconds, window, self._window = now - self._clock, self._window, []
         means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
-        rate = len(window) * run.train.batch_size * self._row_length(run) / seconds
-        means |= {"learning_rate": float(learning_rate_schedule(run.train)(step - 1)), "tokens_per_s": rate}
+        means["learning_rate"] = float(learning_rate_schedule(self._run.train)(step - 1))
+        # The first step of a process compiles: its time is real, but no step's.
+        self._productive += seconds if self._warm else 0.0
+        self._warm = True
+        means |= self._speed(seconds / len(window))
+        means |= {"data_wait": self._waited / seconds, "goodput": self._productive / (now - self._began)}
         self._emit(step, means)
-        self._clock = time.perf_counter()
-        return "  ".join(f"{name} {means[name]:.3f}" for name in run.shown) + f"  {rate:,.0f} tokens/s"
+        self.restart_clock()
+        shown = "  ".join(f"{name} {means[name]:.3f}" for name in self._run.shown)
+        return f"{shown}  {means['tokens_per_s']:,.0f} tokens/s"
+
+    def _speed(self, step_s: float) -> dict[str, float]:
+        tokens = self._run.train.batch_size * self._run.config["sequence_length"]
+        speed = {"step_s": step_s, "tokens_per_s": tokens / step_s}
+        peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        for part, count in self._run.flops.items():
+            rate = count / step_s / jax.device_count()
+            speed[f"tflop_per_s_{part}"] = rate / 1e12
+            if peak:
+                speed[f"mfu_{part}"] = rate / peak
+        return speed
 
     def write_measured(self, step: int, measures: dict) -> None:
-        """A line of slower measures; their time does not count into tokens_per_s."""
+        """A line of slower measures; their time does not count into the speed of steps."""
         self._emit(step, measures)
-        self._clock = time.perf_counter()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What was done since the last line counts as nothing but lost goodput."""
+        self._clock, self._waited = time.perf_counter(), 0.0
 
     def score(self, name: str, step: int) -> float | None:
         """A measure (of "-name": negated) at this very step; None if it was not measured there."""
         sign, name = (-1, name[1:]) if name.startswith("-") else (1, name)
         at, value = self._newest.get(name, (None, 0.0))
         return sign * value if at == step else None
-
-    def _row_length(self, run: Run) -> int:
-        return run.config["sequence_length"]
 
     def _emit(self, step: int, values: dict) -> None:
         self._newest |= {name: (step, value) for name, value in values.items()}

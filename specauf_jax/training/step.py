@@ -32,6 +32,7 @@ def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
             b1=0.9,
             b2=0.95,
             weight_decay=train.weight_decay,
+            mu_dtype=train.mu_dtype,
             mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params),
         ),
     )
