@@ -4,6 +4,7 @@ Each carries a checksum of every array, over the numbers themselves: whatever ha
 mesh it is read, what comes back is what was saved, or is refused.
 """
 
+import json
 import time
 
 import jax
@@ -40,7 +41,22 @@ class Checkpoints:
     """The `checkpoints/` folder of a run. Each step appears whole or not at all, written in the background."""
 
     def __init__(self, folder, keep_last: int | None):
-        """Keep the newest `keep_last` steps and the best; None only reads what is there."""
+        """Keep the newest `keep_last` steps and the best; None only reads what is there.
+
+        Steps whose score cannot be read, without which Orbax opens no folder, are set aside at once.
+        """
+        self.folder = epath.Path(folder).resolve()
+        self._manager = None
+        self.aside = {}
+        """Damaged step → where it went and why."""
+        for step, reason in _bad_scores(self.folder).items():
+            if keep_last is None:
+                raise SpecaufError(
+                    f"checkpoint {self.folder / str(step)} is damaged: {reason}",
+                    "whole checkpoints",
+                    "run the training again, which sets it aside",
+                )
+            self.set_aside(step, reason)
         newest = checkpoint_managers.LatestN(keep_last)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -50,7 +66,6 @@ class Checkpoints:
             cleanup_tmp_directories=keep_last is not None,
             read_only=keep_last is None,
         )
-        self.folder = epath.Path(folder).resolve()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state, iterator: dict, config: dict, score: float | None) -> None:
@@ -102,15 +117,16 @@ class Checkpoints:
             raise Damaged(f"the numbers of {wrong[0]} and {len(wrong) - 1} more are not those that were saved")
         return found["state"], found["iterator"]
 
-    def set_aside(self, step: int) -> epath.Path:
-        """Move a damaged step out of the way, into `damaged_checkpoints/` beside; returns where it went."""
+    def set_aside(self, step: int, reason: str) -> None:
+        """Move a damaged step out of the way, into `damaged_checkpoints/` beside; all processes call it together."""
         aside = self.folder.parent / "damaged_checkpoints" / f"{step}.{int(time.time())}"
         if is_primary():
             aside.parent.mkdir(parents=True, exist_ok=True)
             (self.folder / str(step)).rename(aside)
         everywhere(True)  # no process looks again before it is gone
-        self._manager.reload()
-        return aside
+        if self._manager is not None:
+            self._manager.reload()
+        self.aside[step] = f"{aside}: {reason}"
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
@@ -138,6 +154,18 @@ class Checkpoints:
                 raise Damaged(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
 
 
+def _bad_scores(folder) -> dict[int, str]:
+    """Step → what is wrong with its score's file, if it has one."""
+    bad = {}
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            _score(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            bad[int(path.parent.parent.name)] = f"metrics: {error}"
+    everywhere(True)  # no process moves anything before all have looked
+    return bad
+
+
 def _check_config(folder, saved: dict, current: dict) -> None:
     saved, current = _flat(saved), _flat(current)
     differing = sorted(
@@ -161,13 +189,16 @@ def _checksums(state) -> dict[str, int]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Σ word · odd number of its place, modulo 2³²: addition in any order gives the same."""
-    size = x.dtype.itemsize
-    words = lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
-    place = jnp.ones_like(words)
-    for axis in range(x.ndim):
-        place = place * jnp.uint32(2654435761) + 2 * lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(words * place, dtype=jnp.uint32)
+    """Σ hash(word, place) modulo 2³²: addition in any order gives the same, on any number of devices."""
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    words = lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.zeros_like(words)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    h = words ^ (place * jnp.uint32(0x9E3779B1))  # then MurmurHash3's finaliser, which lets every bit reach every other
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 def _score(metrics: dict) -> float:

@@ -101,14 +101,18 @@ def put_batch(arrays: dict, run: Run) -> Batch:
 
 def _resume(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[TrainState, int]:
     """State and step of the newest checkpoint that is whole; what is damaged is said, and moved aside."""
+    state = None
     for step in reversed(checkpoints.steps()):
         try:
             state, iterator = checkpoints.restore(step, run.like, run.config)
         except Damaged as damage:
-            aside = checkpoints.set_aside(step)
-            text = f"checkpoint {step} is damaged and was moved to {aside}, going on from the one before: {damage}"
-            console.print(text, style="yellow", highlight=False, markup=False)
+            checkpoints.set_aside(step, str(damage))
             continue
+        break
+    for damaged, where in checkpoints.aside.items():
+        text = f"checkpoint {damaged} is damaged and was moved to {where}"
+        console.print(text, style="yellow", highlight=False, markup=False)
+    if state is not None:
         run.loader.set_state(iterator)
         console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
         return state, step
