@@ -82,7 +82,8 @@ def start(arguments: argparse.Namespace, out: Path) -> list[subprocess.Popen]:
 
 def end(processes: list[subprocess.Popen], kind: str, moment: float, run: Path, draw: random.Random) -> None:
     """Wait for the moment of this kind of end, then send its signal."""
-    while running(processes) and logged(run) < moment:
+    began = time.time()
+    while running(processes) and not (logged(run) >= moment and (kind == "kill one" or at_work(run, began))):
         time.sleep(0.05)
     if kind == "kill in a write":
         while running(processes) and not any("tmp" in path.name for path in (run / "checkpoints").glob("*")):
@@ -92,6 +93,11 @@ def end(processes: list[subprocess.Popen], kind: str, moment: float, run: Path, 
     victims = processes if kind == "terminate all" else [draw.choice(processes)]
     for process in victims:
         process.send_signal(signal.SIGTERM if kind == "terminate all" else signal.SIGKILL)
+
+
+def at_work(run: Path, began: float) -> bool:
+    """Whether a run that was started at `began` has come to its loop, before which there is nothing to save."""
+    return (run / "config.json").stat().st_mtime > began
 
 
 def running(processes: list[subprocess.Popen]) -> bool:

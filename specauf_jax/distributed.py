@@ -41,21 +41,34 @@ def joined(hosts: Hosts) -> Iterator[None]:
         return
     # SIGTERM is for `Watch`, which also hears it while a program compiles.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX would end the process with a stack trace of its own.
+    late = threading.Timer(
+        hosts.join_s,
+        lambda: _leave(
+            f"not all processes of the run came within {hosts.join_s} s (--hosts.join-s): look at the other hosts, "
+            "and whether --hosts.coordinator can be reached",
+            1,
+        ),
+    )
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             hosts.coordinator,
             hosts.count,
             hosts.index,
-            initialization_timeout=hosts.join_s,
+            initialization_timeout=hosts.join_s + 60,
             heartbeat_timeout_seconds=hosts.heartbeat_s,
             shutdown_timeout_seconds=hosts.heartbeat_s,
         )
     except (RuntimeError, ValueError) as error:
         raise SpecaufError(
             f"the run's other processes cannot be joined: {str(error).strip().splitlines()[0]}",
-            f"all of them, started with the same command within {hosts.join_s} s",
-            "look at the other hosts, or say --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I",
+            "a machine that tells of them (Cloud TPU, GKE, SLURM), or the flags that do",
+            "say --hosts.coordinator HOST:PORT --hosts.count N --hosts.index I",
         ) from error
+    finally:
+        late.cancel()
     try:
         yield
     finally:
@@ -180,5 +193,5 @@ _any = jax.jit(lambda flags: flags.any())
 
 def _leave(reason: str, code: int) -> None:
     """End this process from a thread of it, whatever the others are doing."""
-    print(f"specauf: process {jax.process_index()}: {reason}", file=sys.stderr, flush=True)
+    print(f"specauf: {reason}", file=sys.stderr, flush=True)
     os._exit(code)

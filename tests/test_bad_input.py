@@ -438,12 +438,6 @@ CASES = {
         None,
         "objective.name = 'auf', not 'full' (and 1 more differences)",
     ),
-    "checkpoint truncated": (
-        "train",
-        {"out": "run"},
-        truncate("run/checkpoints/2/state/d/*"),
-        "checkpoints/2 cannot be read; delete",
-    ),
     # generate
     "no prompts": ("generate", {"prompts": "nowhere.jsonl"}, None, "nowhere.jsonl does not exist"),
     "prompt line": (

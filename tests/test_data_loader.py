@@ -7,7 +7,6 @@ import pytest
 from specauf_jax.data.dataset import write_dataset
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.packing import document_positions
-from specauf_jax.errors import SpecaufError
 
 S, ROWS = 8, 10
 
@@ -61,9 +60,10 @@ def test_batch_larger_than_the_dataset(folder):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_shards_make_up_the_global_batch(folder, count):
+def test_processes_rows_make_up_the_global_batch(folder, count):
     whole = numbers(take(make_loader(folder, 4, seed=3), 7))
-    shards = [numbers(take(make_loader(folder, 4, 3, shard_index=i, shard_count=count), 7)) for i in range(count)]
+    parts = np.split(np.arange(4), count)
+    shards = [numbers(take(make_loader(folder, 4, 3, rows=rows), 7)) for rows in parts]
     assert [list(itertools.chain(*parts)) for parts in zip(*shards, strict=True)] == whole
 
 
@@ -80,14 +80,9 @@ def test_resume_from_json_state_in_the_middle_of_an_epoch(folder):
             np.testing.assert_array_equal(batch[name], want[name])
 
 
-def test_state_carries_over_to_another_number_of_shards(folder):
+def test_state_carries_over_to_another_number_of_processes(folder):
     whole = make_loader(folder, 4, seed=5)
     take(whole, 3)
-    shard = make_loader(folder, 4, seed=5, shard_index=1, shard_count=2)
+    shard = make_loader(folder, 4, seed=5, rows=np.array([2, 3]))
     shard.set_state(whole.get_state())
     assert numbers([next(shard)]) == [numbers([next(whole)])[0][2:]]
-
-
-def test_batch_that_does_not_divide(folder):
-    with pytest.raises(SpecaufError, match="batch_size 4 over 3 data shards"):
-        make_loader(folder, 4, seed=0, shard_count=3)

@@ -57,7 +57,7 @@ def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
         state, _ = checkpoints.restore(step, _abstract_state(drafter, optimizer), record)
     except Damaged as damage:
         raise SpecaufError(
-            f"checkpoint {step} of {run} cannot be read: {damage}",
+            f"{run}/checkpoints/{step} cannot be read: {damage}",
             "a whole checkpoint of this architecture",
             f"pass --step with another one of {checkpoints.steps()}",
         ) from damage
