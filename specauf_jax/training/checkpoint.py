@@ -45,7 +45,7 @@ class Checkpoints:
 
         Steps whose score cannot be read, without which Orbax opens no folder, are set aside at once.
         """
-        self.folder = epath.Path(folder).resolve()
+        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).resolve()
         self._manager = None
         self.aside = {}
         """Damaged step → where it went and why."""
