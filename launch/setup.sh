@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with the pinned requirements. Prints nothing but errors
 # and one line of what it does; does nothing when the pins have not changed.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || return
 
 find_python() {
   local candidate
