@@ -5,7 +5,7 @@
         | kubectl apply -f -
 
 The cluster needs JobSet (v0.6 or newer) and a TPU node pool a slice, or auto-provisioning; its service account must
-reach the gs:// paths. The image (launch/Dockerfile makes one) needs specauf and jax[tpu], and the recipe where --config says.
+reach the gs:// paths. The image (launch/Dockerfile makes one) needs specauf, jax[tpu] and the recipe named.
 A Pod that SIGTERM stops ends with code 75: all start again, and the run goes on from its newest checkpoint, at most
 --max-restarts times. Exit code 2, bad input, ends the JobSet at once. `kubectl delete jobset NAME` removes it.
 """
