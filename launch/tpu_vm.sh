@@ -276,6 +276,12 @@ run_once() { # sets outcome: an exit code, or why to start again
   fi
 }
 
+interrupted() {
+  jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true
+  say "interrupted; what runs on $name goes on: the same line joins it, --delete ends it"
+  exit 130
+}
+
 main() {
   parse "$@"
   check
@@ -291,7 +297,7 @@ main() {
     remove || fail "not deleted; see above"
     exit 0
   fi
-  trap 'say "interrupted; what runs on $name goes on: the same line joins it, --delete ends it"; exit 130' INT TERM
+  trap interrupted INT TERM
   if [[ ${command[*]} != *gs://* ]]; then say "warning: no gs:// path in the command; a new machine's disk is empty"; fi
   quoted=$(printf '%q ' "${command[@]}" --hosts.stopped-code "$stopped_code")
   while true; do

@@ -29,7 +29,7 @@ set_up() {
   fi
   cd "$project"
   # uv brings a Python along: the one of a TPU VM's image may be older than 3.11.
-  python3 -m pip install --quiet --user uv
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv # the variable: for Debian's newer Pythons
   python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
   python3 -m uv pip install --quiet --python .venv -r requirements.txt --editable '.[tpu]'
 }
@@ -61,12 +61,12 @@ start() {
 }
 
 follow() {
-  tail -n "$1" -f --pid="$(cat "$run/pid")" "$run/log"
+  tail -n "$1" -f -s 0.5 --pid="$(cat "$run/pid")" "$run/log"
 }
 
 code() {
   local found
-  while alive; do sleep 1; done
+  while alive; do sleep 0.5; done
   found=$(cat "$run/code" 2>/dev/null || echo lost)
   if [ "$found" != 0 ]; then tail -n 5 "$run/log" 2>/dev/null | sed "s/^/[$HOSTNAME] /" >&2; fi
   echo "specauf-exit $found"

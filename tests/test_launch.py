@@ -111,7 +111,7 @@ class Cloud:
 
     def __init__(self, world: Path):
         self.world = world
-        executable(world / "bin/gcloud", sys.executable, FAKE_GCLOUD)
+        executable(world / "bin/gcloud", f"{sys.executable} -IS", FAKE_GCLOUD)  # which start sooner so
         executable(world / "worker_bin/python3", "/bin/bash", FAKE_PYTHON)
         executable(world / "specauf", "/bin/bash", FAKE_SPECAUF)
         (world / "granted").write_text("ACTIVE")
@@ -326,6 +326,29 @@ def test_tpu_vm_deletes_on_request(cloud):
     assert cloud.run("--delete", command=[]).returncode == 3  # nothing there
 
 
+def test_tpu_worker_follows_a_repository(tmp_path):
+    executable(tmp_path / "bin/python3", "/bin/bash", "exit 0")
+    repository, home = tmp_path / "repository", tmp_path / "home"
+    home.mkdir()
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(home)}
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(
+            ["git", "-C", str(repository), *who, *arguments], env=environment, check=True, capture_output=True
+        )
+
+    repository.mkdir()
+    git("init", "--initial-branch", "main")
+    for text in ("first", "second"):
+        (repository / "requirements.txt").write_text(text)
+        git("add", "-A")
+        git("commit", "--message", text)
+        line = [*HELP["tpu_worker"], "setup", f"file://{repository}", "HEAD"]
+        subprocess.run(line, env=environment, check=True, capture_output=True, timeout=30)
+        assert (home / "specauf_jax/requirements.txt").read_text() == text
+
+
 # GKE -----------------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +451,7 @@ with joined(Hosts(join_s=40)):
 
 def slurm_job(world: Path, body: str, interpreter="/bin/bash", **environment) -> subprocess.CompletedProcess:
     """The script as in a job of two tasks, `body` in place of specauf."""
-    executable(world / "bin/srun", sys.executable, FAKE_SRUN)
+    executable(world / "bin/srun", f"{sys.executable} -IS", FAKE_SRUN)
     executable(world / "bin/squeue", "/bin/bash", 'echo "$JOB_STATE"')
     executable(world / "bin/scontrol", "/bin/bash", 'echo "$*" >> "$WORLD/scontrol"')
     executable(world / "bin/specauf", interpreter, body)
