@@ -276,6 +276,7 @@ run_once() { # sets outcome: an exit code, or why to start again
   fi
 }
 
+# shellcheck disable=SC2329 # the trap calls it
 interrupted() {
   jobs -p | xargs --no-run-if-empty kill 2>/dev/null || true
   say "interrupted; what runs on $name goes on: the same line joins it, --delete ends it"

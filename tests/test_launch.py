@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -304,10 +305,10 @@ def test_tpu_vm_joins_a_run_that_goes_on_and_no_other(cloud):
     cloud.plan("pod.0", "waits")
     cloud.plan("pod.1", "waits")
     first = subprocess.Popen([*cloud.line(), "--", *TRAIN], env=cloud.environment, stdout=subprocess.PIPE, text=True,
-                             start_new_session=True)  # fmt: skip
-    assert "hello" in first.stdout.readline()
-    os.killpg(first.pid, 9)  # the terminal it ran in is gone
-    first.stdout.close()
+                             stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    assert any("hello" in line for line in first.stdout)
+    os.killpg(first.pid, signal.SIGTERM)
+    assert "the same line joins it" in first.stdout.read() and first.wait(30) == 130
     other = cloud.run(command=[*TRAIN, "--train.steps", "7"])
     assert other.returncode == 3 and "another command is running" in other.stderr
     again = subprocess.Popen([*cloud.line(), "--", *TRAIN], env=cloud.environment, stdout=subprocess.PIPE, text=True,
