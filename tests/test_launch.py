@@ -29,7 +29,7 @@ STOPPED = ["--hosts.stopped-code", "75"]
 WITH_HOSTS = {name for name, (settings, *_) in COMMANDS.items() if "hosts" in settings.__dataclass_fields__}
 
 FAKE_GCLOUD = """
-import json, os, pathlib, shutil, subprocess, sys, time
+import json, os, pathlib, shutil, signal, subprocess, sys, time
 world = pathlib.Path(os.environ["WORLD"])
 arguments = sys.argv[3:]  # after: compute tpus
 with open(world / "calls", "a") as log:
@@ -70,13 +70,18 @@ else:
     environment = {"PATH": f"{world}/worker_bin:/usr/bin:/bin", "WORLD": str(world)}
     jobs = [subprocess.Popen(["bash", "-c", option("--command")], cwd=home, start_new_session=True,
                              env=environment | {"HOME": str(home), "HOSTNAME": home.name}) for home in workers]
+
+    def lost(*_):
+        for job in jobs:
+            if job.poll() is None:
+                os.killpg(job.pid, 9)
+        sys.exit("ERROR: connection lost")
+
+    signal.signal(signal.SIGTERM, lost)
     while any(job.poll() is None for job in jobs):
         time.sleep(0.02)
         if not state.exists() or state.read_text() != "ACTIVE":
-            for job in jobs:
-                if job.poll() is None:
-                    os.killpg(job.pid, 9)
-            sys.exit("ERROR: connection lost")
+            lost()
     sys.exit(next((job.returncode for job in jobs if job.returncode), 0))
 """
 FAKE_PYTHON = """
@@ -140,8 +145,9 @@ class Cloud:
 
 
 @pytest.fixture
-def cloud(tmp_path) -> Cloud:
-    return Cloud(tmp_path)
+def cloud(tmp_path):
+    yield Cloud(tmp_path)
+    (tmp_path / "enough").touch()  # for what still waits
 
 
 def dry_run(line: list[str], *command: str, **options) -> list[list[str]]:
