@@ -333,6 +333,25 @@ def test_tpu_vm_deletes_on_request(cloud):
     assert cloud.run("--delete", command=[]).returncode == 3  # nothing there
 
 
+def test_tpu_worker_starts_once_however_often_gcloud_asks(tmp_path):
+    waits = 'echo "$*" >> "$HOME/ran"; until [ -e "$HOME/enough" ]; do sleep 0.1; done; exit 9'
+    (tmp_path / "specauf_jax/.venv").mkdir(parents=True)
+    executable(tmp_path / "specauf_jax/.venv/bin/specauf", "/bin/bash", waits)
+
+    def worker(*words):
+        line, environment = [*HELP["tpu_worker"], *words], {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=30)
+
+    assert worker("running", *TRAIN).returncode == 1
+    assert [worker("start", *TRAIN).returncode for _ in range(2)] == [0, 0]
+    assert [worker("running", *TRAIN).returncode, worker("start", "specauf", "evaluate").returncode] == [0, 4]
+    (tmp_path / "enough").touch()
+    assert worker("code").stdout == "specauf-exit 9\n"
+    assert (tmp_path / "ran").read_text() == f"{' '.join(TRAIN[1:])}\n"
+    (tmp_path / ".specauf_run/code").unlink()  # as if the machine had gone down under it
+    assert worker("code").stdout == "specauf-exit lost\n"
+
+
 def test_tpu_worker_follows_a_repository(tmp_path):
     executable(tmp_path / "bin/python3", "/bin/bash", "exit 0")
     repository, home = tmp_path / "repository", tmp_path / "home"
