@@ -75,7 +75,7 @@ def serving(*buckets: str) -> Iterator[FakeStorage]:
             thread.join()
 
 
-class _Failed(Exception):
+class Failed(Exception):
     """With the HTTP status as its argument."""
 
 
@@ -110,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._bucket(match[1])
                 self._json({"kind": "storage#bucket", "name": match[1], "id": match[1]})
             else:
-                raise _Failed(404)
-        except _Failed as failed:
+                raise Failed(404)
+        except Failed as failed:
             code = failed.args[0]
             self._json({"error": {"code": code, "message": "refused", "errors": []}}, code)
 
@@ -134,14 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _bucket(self, name: str) -> dict:
         if name not in self.server.objects:
-            raise _Failed(404)
+            raise Failed(404)
         return self.server.objects[name]
 
     def _object(self, bucket: str, name: str) -> None:
         kind = {"DELETE": "delete"}.get(self.command, "read" if self.query.get("alt") == "media" else "look")
         objects = self._begin(kind, bucket, name)
         if name not in objects:
-            raise _Failed(404)
+            raise Failed(404)
         generation, data = objects[name]
         self._check(generation)
         if kind == "delete":
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             begin = int(first) if first else max(len(whole) - int(last), 0)
             end = min(int(last) + 1, len(whole)) if first and last else len(whole)
             if begin >= len(whole):
-                raise _Failed(416)
+                raise Failed(416)
             data, code = whole[begin:end], 206
             headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(whole)}"
         self._send(data, code, headers)
@@ -167,9 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _check(self, generation: int) -> None:
         wanted, unwanted = self.query.get("ifGenerationMatch"), self.query.get("ifGenerationNotMatch")
         if wanted is not None and int(wanted) != generation:
-            raise _Failed(412)
+            raise Failed(412)
         if unwanted is not None and int(unwanted) == generation:
-            raise _Failed(304)
+            raise Failed(304)
 
     def _upload(self, bucket: str) -> None:
         kind, name, data = self.query["uploadType"], self.query.get("name"), self.body
@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         objects = self._begin("copy", bucket, new)
         self._bucket(to_bucket)
         if old not in objects:
-            raise _Failed(404)
+            raise Failed(404)
         stored = self.server.write(new, objects[old][1], to_bucket)
         resource = _described(to_bucket, new, *stored)
         self._json({"kind": "storage#rewriteResponse", "done": True, "resource": resource})
