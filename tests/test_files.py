@@ -112,10 +112,11 @@ def test_a_missing_bucket_object_or_folder_is_told(storage):
     assert storage.names("") == ["file"]
 
 
-def test_a_refused_write_is_told(storage):
+@pytest.mark.parametrize("code", [400, 403])
+def test_a_refused_write_is_told(storage, code):
     def refuse(what, name):
         if what == "write":
-            raise gcs.Failed(403)
+            raise gcs.Failed(code)
 
     storage.before = refuse
     with pytest.raises(SpecaufError, match="gs://bucket/a.txt cannot be written: .*"):

@@ -14,7 +14,7 @@ from specauf_jax.cli import main
 from specauf_jax.commands import regenerate as regenerate_module
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.tokenizer import copy_tokenizer
-from specauf_jax.files import local_copy
+from specauf_jax.files import local_copy, write_text
 from specauf_jax.models.weights import load_drafter, save_target
 
 TRAIN = ["train", "--target", "gs://bucket/target", "--data", "gs://bucket/data", "--drafter.block-size", "4",
@@ -56,7 +56,9 @@ def steps(log: bytes) -> list[int]:
     return [json.loads(line)["step"] for line in log.splitlines()]
 
 
-def test_a_killed_training_goes_on_to_the_same_bits(storage, tmp_path, capsys):
+def test_a_killed_training_goes_on_to_the_same_bits(storage, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: write_text(folder / "trace", "x"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: None)
     assert steps(storage.read("run/metrics.jsonl")) == list(range(1, 9))  # of which 5 to 8 come again
     run(*TRAIN, "--out", str(tmp_path / "whole"))
     capsys.readouterr()
@@ -69,7 +71,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(storage, tmp_path, capsys):
     assert steps(log) == steps(whole) == list(range(1, 13))
     assert json.loads(log.splitlines()[-1])["loss"] == json.loads(whole.splitlines()[-1])["loss"]
     assert json.loads(storage.read("run/config.json"))["target"] == "gs://bucket/target"
-    assert len(storage.names("run/tensorboard/")) == 2 and storage.names("run/profile/")
+    assert len(storage.names("run/tensorboard/")) == 2 and storage.names("run/profile") == ["run/profile/trace"]
     assert not [name for name in storage.names("") if ".part" in name]
 
 
