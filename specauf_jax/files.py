@@ -234,10 +234,13 @@ def check_absent(folder) -> None:
 
 
 def move_folder(folder: AnyPath, to: AnyPath) -> None:
-    """Rename; at gs:// object by object."""
+    """Rename; at gs:// copy all, then delete all, so that a kill loses nothing."""
     if is_remote(folder):
         with _storage_errors():
-            _storage().mv(str(folder), str(to), recursive=True)
+            names = _storage().find(str(folder))
+            begin = len(folder.as_posix().removeprefix("gs://"))
+            _storage().copy(names, [f"{to}{name[begin:]}" for name in names])
+            _storage().rm(names)
     else:
         to.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(to)
@@ -336,12 +339,12 @@ def _upload(new: Path, folder: AnyPath) -> None:
 
     All go to `.NAME.part/` beside first, which takes the time that it takes: a kill leaves the old folder as it was.
     Then the store itself copies them over, one by one, what readers look for first last, and what the old folder
-    had more is deleted. A kill in this short part leaves files of both; the same command, run again, puts it right.
+    had more is deleted. A kill in this short part leaves files of both; the same command, run again, puts it right,
+    and deletes what a kill left beside.
     """
     names = [str(path.relative_to(new)) for path in sorted(new.rglob("*")) if path.is_file()]
     names.sort(key=lambda name: name in _READ_FIRST)
     part, storage = folder.with_name(f".{folder.name}.part"), _storage()
-    remove_folder(part)  # of one that was killed
     with _storage_errors():
         storage.put([str(new / name) for name in names], [f"{part}/{name}" for name in names])
         surplus = set(storage.find(str(folder))) - {storage._strip_protocol(f"{folder}/{name}") for name in names}

@@ -58,6 +58,10 @@ class FakeStorage(ThreadingHTTPServer):
             self.objects[bucket][name] = stored = (next(self.generations), bytes(data))
         return stored
 
+    def delete(self, name: str, bucket: str = "bucket") -> None:
+        with self.lock:
+            del self.objects[bucket][name]
+
     def handle_error(self, *_):
         pass  # clients that were killed
 
@@ -98,10 +102,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self._upload(re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", url.path)[1])
             elif match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/rewriteTo/b/([^/]+)/o/([^/]+)", url.path):
                 self._copy(*map(unquote, match.groups()))
-            elif match := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", url.path):
-                bucket, old, new = map(unquote, match.groups())
-                self._copy(bucket, old, bucket, new)
-                self.server.objects[bucket].pop(old)
             elif match := re.fullmatch(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)", url.path):
                 self._object(*map(unquote, match.groups()))
             elif match := re.fullmatch(r"/storage/v1/b/([^/]+)/o", url.path):
@@ -145,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         generation, data = objects[name]
         self._check(generation)
         if kind == "delete":
-            del objects[name]
+            self.server.delete(name, bucket)
             self._send(b"", 204)
         elif kind == "read":
             self._media(generation, data)

@@ -131,6 +131,7 @@ def test_small_files_come_back(storage):
     files.write_text("gs://bucket/a/b.json", '{"ä": 1}')
     assert storage.read("a/b.json") == '{"ä": 1}'.encode()
     assert files.read_json("gs://bucket/a/b.json", "settings") == {"ä": 1}
+    assert [path.name for path in files.as_path("gs://bucket/a").iterdir()] == ["b.json"]
     storage.write("a/b.json", b'{"other": "host"}')  # no stale listing or content
     assert files.read_json("gs://bucket/a/b.json", "settings") == {"other": "host"}
     storage.write("a/c.json", b"{}")
@@ -156,7 +157,8 @@ def test_a_folder_that_changes_under_the_reading_is_read_again(storage):
     storage.write("model/b", b"old")
 
     def change(what, name):
-        if what == "read" and storage.read("model/a") == b"old":
+        if what == "read" and len(fetches(storage)) == 2:
+            time.sleep(0.2)  # the other one has its answer
             storage.write("model/a", b"new")
             storage.write("model/b", b"new")
 
@@ -223,12 +225,14 @@ with files.replace_folder('gs://bucket/model') as new:
     assert storage.names("") == ["model/a"]  # nothing of the killed one is left
 
 
-def test_an_error_while_building_leaves_the_old_folder(storage):
+def test_an_error_while_building_leaves_the_old_folder(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     build("gs://bucket/model", a="old")
     with pytest.raises(ValueError), files.replace_folder("gs://bucket/model") as new:
         (new / "a").write_text("new")
         raise ValueError
     assert storage.read("model/a") == b"old" and storage.names("") == ["model/a"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fresh_folder_takes_no_place_that_is_taken(storage):
