@@ -1,12 +1,10 @@
 """The one layer under every path of a user: local files, and gs:// objects of Google Cloud Storage.
 
 Nothing already written is ever damaged: files are written beside, then renamed. Objects appear whole by themselves, but
-know neither folders, nor renaming, nor appending: `_upload`, `local_copy` and `GrowingFolder` say what is done instead.
+know neither folders, nor renaming, nor appending: `local_copy`, `storage.upload` and `GrowingFolder` say what is done.
 """
 
 import contextlib
-import fcntl
-import functools
 import glob
 import hashlib
 import json
@@ -18,10 +16,11 @@ from pathlib import Path
 
 from etils import epath
 
+from specauf_jax import storage
 from specauf_jax.errors import SpecaufError
 
 AnyPath = Path | epath.Path
-_READ_FIRST = ("config.json", "manifest.json")  # what a reader of a folder looks for first, hence written last
+_READINGS = 5  # of objects that change under the reading
 
 
 def is_remote(path) -> bool:
@@ -37,7 +36,7 @@ def as_path(path) -> AnyPath:
     """
     text = str(path)
     if is_remote(text):
-        _check_bucket(text.removeprefix("gs://").partition("/")[0])
+        storage.check_bucket(text.removeprefix("gs://").partition("/")[0])
         return epath.Path(text)
     if "://" in text:
         raise SpecaufError(f"{text}", "a local path, or gs://bucket/…", "copy it to one of them")
@@ -72,8 +71,8 @@ def read_bytes(path) -> bytes:
     path = as_path(path)
     if not is_remote(path):
         return path.read_bytes()
-    with _storage_errors():
-        return _storage().cat_file(str(path))
+    with storage.storage_errors():
+        return storage.storage().cat_file(str(path))
 
 
 def read_json(path, what: str) -> dict:
@@ -107,40 +106,13 @@ def local_copy(path) -> Path:
     if not is_remote(path):
         return _put_back(path)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specauf"
-    while True:
-        found = _generations(path)
+    for _ in range(_READINGS):
+        found = storage.generations(path)
         state = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-        try:
-            _fetch(found, cache, state)
-        except FileNotFoundError:  # deleted since: look again
-            continue
-        if _generations(path) == found:  # else it changed under the reading
+        if storage.fetch(path, found, cache / state):
             return cache / state / str(path).removeprefix("gs://")
-        shutil.rmtree(cache / state)
-
-
-def _fetch(objects: dict[str, str], cache: Path, state: str) -> None:
-    """Copy objects to cache/state, if that is not there."""
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".{state}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process, however it ends
-        part, names = cache / f".{state}.part", sorted(objects)
-        if (cache / state).is_dir():
-            return
-        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
-        with _storage_errors():
-            _storage().get(names, [str(part / name) for name in names])
-        part.rename(cache / state)
-
-
-def _generations(path) -> dict[str, str]:
-    """Name with bucket → generation, which changes at every write, of an object or of all in a folder."""
-    with _storage_errors():
-        found = _storage().find(str(path), detail=True)
-    found = {name: facts["generation"] for name, facts in found.items() if not name.endswith("/")}
-    if not found:
-        raise SpecaufError(f"{path} does not exist", "an object, or a folder of objects", "check the path")
-    return found
+    raise SpecaufError(f"{path} changed while it was read, {_READINGS} times", "objects that stay as they are",
+                       "wait until they are written")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,8 +129,8 @@ def write_bytes(path, data: bytes) -> None:
     path = as_path(path)
     try:
         if is_remote(path):
-            with _storage_errors():
-                _storage().pipe_file(str(path), data)
+            with storage.storage_errors():
+                storage.storage().pipe_file(str(path), data)
         else:
             _write_beside(path, data)
     except OSError as error:
@@ -195,7 +167,7 @@ def replace_folder(folder) -> Iterator[Path]:
     with _built(folder) as new:
         yield new
         if is_remote(folder):
-            _upload(new, folder)
+            storage.upload(new, folder)
         else:
             _swap(new, folder)
 
@@ -213,7 +185,7 @@ def fresh_folder(folder) -> Iterator[Path]:
         yield new
         check_absent(folder)
         if is_remote(folder):
-            _upload(new, folder)
+            storage.upload(new, folder)
         else:
             new.replace(folder)
 
@@ -234,13 +206,9 @@ def check_absent(folder) -> None:
 
 
 def move_folder(folder: AnyPath, to: AnyPath) -> None:
-    """Rename; at gs:// copy all, then delete all, so that a kill loses nothing."""
+    """Rename it; the place is free."""
     if is_remote(folder):
-        with _storage_errors():
-            names = _storage().find(str(folder))
-            begin = len(folder.as_posix().removeprefix("gs://"))
-            _storage().copy(names, [f"{to}{name[begin:]}" for name in names])
-            _storage().rm(names)
+        storage.move(folder, to)
     else:
         to.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(to)
@@ -249,8 +217,7 @@ def move_folder(folder: AnyPath, to: AnyPath) -> None:
 def remove_folder(folder: AnyPath) -> None:
     """Delete it and all in it; it may be absent at gs://."""
     if is_remote(folder):
-        with _storage_errors(), contextlib.suppress(FileNotFoundError):
-            _storage().rm(str(folder), recursive=True)
+        storage.remove(folder)
     else:
         shutil.rmtree(folder)
 
@@ -332,68 +299,3 @@ def _put_back(folder: AnyPath) -> AnyPath:
 def _hidden(folder: Path) -> list[Path]:
     """What `folder` was before replacements that did not end, oldest first."""
     return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"), key=lambda path: path.stat().st_mtime)
-
-
-def _upload(new: Path, folder: AnyPath) -> None:
-    """Put a local folder's files in the place of gs://….
-
-    All go to `.NAME.part/` beside first, which takes the time that it takes: a kill leaves the old folder as it was.
-    Then the store itself copies them over, one by one, what readers look for first last, and what the old folder
-    had more is deleted. A kill in this short part leaves files of both; the same command, run again, puts it right,
-    and deletes what a kill left beside.
-    """
-    names = [str(path.relative_to(new)) for path in sorted(new.rglob("*")) if path.is_file()]
-    names.sort(key=lambda name: name in _READ_FIRST)
-    part, storage = folder.with_name(f".{folder.name}.part"), _storage()
-    with _storage_errors():
-        storage.put([str(new / name) for name in names], [f"{part}/{name}" for name in names])
-        surplus = set(storage.find(str(folder))) - {storage._strip_protocol(f"{folder}/{name}") for name in names}
-        for name in names:
-            storage.cp_file(f"{part}/{name}", f"{folder}/{name}")
-        if surplus:
-            storage.rm(sorted(surplus))
-    remove_folder(part)
-
-
-# ---------------------------------------------------------------------------------------------
-# Google Cloud Storage
-
-
-@functools.cache
-def _storage():
-    """gcsfs's file system. Its cache of listings is off, also for epath: it would hide what other hosts write."""
-    try:
-        import fsspec
-        import gcsfs  # noqa: F401
-    except ImportError as error:
-        raise SpecaufError(
-            f"a gs:// path, but {error.name} is not installed", "gcsfs", "pip install 'specauf-jax[gcs]'"
-        ) from error
-    os.environ["EPATH_USE_TF"] = "false"  # else epath takes TensorFlow's file system wherever that is installed
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return fsspec.filesystem("gcs")
-
-
-@functools.cache
-def _check_bucket(bucket: str) -> None:
-    try:
-        with _storage_errors():
-            _storage().ls(f"gs://{bucket}", detail=False, max_results=1)
-    except OSError as error:
-        absent = isinstance(error, FileNotFoundError) or not bucket
-        raise SpecaufError(
-            f"gs://{bucket} {'does not exist' if absent else f'cannot be listed: {error}'}",
-            "a bucket that this account may read and write",
-            "check its name; `gcloud auth application-default login` says who you are",
-        ) from error
-
-
-@contextlib.contextmanager
-def _storage_errors():
-    """gcsfs, aiohttp and google.auth have kinds of errors of their own; here they become OSError."""
-    try:
-        yield
-    except (OSError, SpecaufError):
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -220,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         entries = sorted(items + prefixes)
         begin, size = int(self.query.get("pageToken", 0)), int(self.query.get("maxResults", 1000))
         page = set(entries[begin : begin + size])
-        objects = self.server.objects[bucket]
+        with self.server.lock:
+            objects = dict(self.server.objects[bucket])
         answer = {
             "kind": "storage#objects",
             "items": [_described(bucket, name, *objects[name]) for name in items if name in page and name in objects],
