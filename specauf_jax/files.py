@@ -1,34 +1,90 @@
-"""Reading and replacing files so that nothing already written is ever damaged."""
+"""The one layer under every path of a user: local files, and gs:// objects of Google Cloud Storage.
+
+Nothing already written is ever damaged: files are written beside, then renamed. Objects appear whole by themselves, but
+know neither folders, nor renaming, nor appending: `local_copy`, `storage.upload` and `GrowingFolder` say what is done.
+"""
 
 import contextlib
+import glob
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from etils import epath
+
+from specauf_jax import storage
 from specauf_jax.errors import SpecaufError
 
+AnyPath = Path | epath.Path
+_READINGS = 5  # of objects that change under the reading
 
-def existing_folder(folder, what: str) -> Path:
+
+def is_remote(path) -> bool:
+    """Whether it is a gs:// path."""
+    return str(path).startswith("gs://")
+
+
+def as_path(path) -> AnyPath:
+    """A path that a user gave, with pathlib's methods whatever it names.
+
+    Raises:
+      SpecaufError: another scheme than gs://, no gcsfs, or a bucket that is not there or not open to this account.
+    """
+    text = str(path)
+    if is_remote(text):
+        storage.check_bucket(text.removeprefix("gs://").partition("/")[0])
+        return epath.Path(text)
+    if "://" in text:
+        raise SpecaufError(f"{text}", "a local path, or gs://bucket/…", "copy it to one of them")
+    return Path(text)
+
+
+def absolute(path) -> AnyPath:
+    """The same without "." and "..", so that it has a name and siblings."""
+    return as_path(path) if is_remote(path) else Path(os.path.abspath(path))
+
+
+def existing_folder(folder, what: str) -> AnyPath:
     """`folder` as a path; the error says that it should hold `what`."""
-    folder = Path(folder)
+    folder = as_path(folder)
+    _put_back(folder)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise SpecaufError(f"{folder} {found}", f"a folder with {what}", "check the path")
     return folder
 
 
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_bytes(path) -> bytes:
+    """A file or object whole.
+
+    Raises:
+      OSError: it cannot be read; FileNotFoundError if it does not exist.
+    """
+    path = as_path(path)
+    if not is_remote(path):
+        return path.read_bytes()
+    with storage.storage_errors():
+        return storage.storage().cat_file(str(path))
+
+
 def read_json(path, what: str) -> dict:
     """A JSON object from a file; the error says that it should hold `what`."""
-    path = Path(path)
-    if not path.is_file():
-        raise SpecaufError(f"{path} does not exist", f"a file with {what}", "check the path")
+    path = as_path(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_bytes(path))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise SpecaufError(f"{path} does not exist", f"a file with {what}", "check the path") from error
     except OSError as error:
         raise SpecaufError(
-            f"{path} cannot be read: {error.strerror}", f"a file with {what}", "check the file"
+            f"{path} cannot be read: {error.strerror or error}", f"a file with {what}", "check the file"
         ) from error
     except ValueError as error:  # UnicodeDecodeError is one
         raise SpecaufError(f"{path} is not JSON: {error}", f"a file with {what}", "restore the file") from error
@@ -37,25 +93,65 @@ def read_json(path, what: str) -> dict:
     return values
 
 
+def local_copy(path) -> Path:
+    """`path` itself; of gs://, a copy of the object or folder in $XDG_CACHE_HOME/specauf, for readers that need files.
+
+    Each host fetches for itself, once for each state of the objects: a change is fetched anew. A copy is there whole
+    or not at all; processes that want the same one wait for the first.
+
+    Raises:
+      SpecaufError: there is nothing at gs://….
+    """
+    path = as_path(path)
+    if not is_remote(path):
+        return _put_back(path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specauf"
+    for _ in range(_READINGS):
+        found = storage.generations(path)
+        state = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+        if storage.fetch(path, found, cache / state):
+            return cache / state / str(path).removeprefix("gs://")
+    raise SpecaufError(f"{path} changed while it was read, {_READINGS} times", "objects that stay as they are",
+                       "wait until they are written")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
 def write_text(path, text: str) -> None:
-    """Write beside, then rename: `path` holds the old text or the new one, never a part."""
-    path = Path(path)
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data: bytes) -> None:
+    """Write beside, then rename: `path` holds the old content or the new one, never a part."""
+    path = as_path(path)
+    try:
+        if is_remote(path):
+            with storage.storage_errors():
+                storage.storage().pipe_file(str(path), data)
+        else:
+            _write_beside(path, data)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _write_beside(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # it was renamed, or never made
             beside.unlink()
 
 
-def _unwritable(path: Path, error: OSError) -> SpecaufError:
+def _unwritable(path: AnyPath, error: OSError) -> SpecaufError:
     return SpecaufError(
         f"{path} cannot be written: {error.strerror or error}",
         "a writable path and free space",
@@ -65,22 +161,33 @@ def _unwritable(path: Path, error: OSError) -> SpecaufError:
 
 @contextlib.contextmanager
 def replace_folder(folder) -> Iterator[Path]:
-    """A new, empty folder beside; it takes `folder`'s place when the block ends without an error."""
-    folder = Path(os.path.abspath(folder))  # "." has no sibling of its own name
-    beside, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
-    try:
-        beside.mkdir(parents=True)
-        yield beside
-        if folder.exists():
-            folder.replace(old)
-        beside.replace(folder)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(beside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    """A new, empty local folder; it takes `folder`'s place when the block ends without an error."""
+    folder = absolute(folder)  # "." has no sibling of its own name
+    _put_back(folder)
+    with _built(folder) as new:
+        yield new
+        if is_remote(folder):
+            storage.upload(new, folder)
+        else:
+            _swap(new, folder)
+
+
+@contextlib.contextmanager
+def fresh_folder(folder) -> Iterator[Path]:
+    """A new, empty local folder to write into; it becomes `folder` when the block ends without an error.
+
+    Raises:
+      SpecaufError: `folder` already holds something, or its parent cannot be written.
+    """
+    folder = absolute(folder)  # "." has no sibling of its own name
+    check_absent(folder)
+    with _built(folder) as new:
+        yield new
+        check_absent(folder)
+        if is_remote(folder):
+            storage.upload(new, folder)
+        else:
+            new.replace(folder)
 
 
 def check_absent(folder) -> None:
@@ -89,31 +196,106 @@ def check_absent(folder) -> None:
     Raises:
       SpecaufError: it does.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
-    if os.path.lexists(folder):
+    if folder.exists() or os.path.lexists(folder):
         what = "a prepared dataset" if (folder / "manifest.json").exists() else "files that would be overwritten"
         raise SpecaufError(f"{folder} already holds {what}", "a folder that does not exist yet",
                            "choose another --out, or delete the folder first")  # fmt: skip
 
 
-@contextlib.contextmanager
-def fresh_folder(folder) -> Iterator[Path]:
-    """A temporary sibling to write into; it takes the name `folder` when the block ends without an error.
+def move_folder(folder: AnyPath, to: AnyPath) -> None:
+    """Rename it; the place is free."""
+    if is_remote(folder):
+        storage.move(folder, to)
+    else:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
 
-    Raises:
-      SpecaufError: `folder` already holds something, or its parent cannot be written.
+
+def remove_folder(folder: AnyPath) -> None:
+    """Delete it and all in it; it may be absent at gs://."""
+    if is_remote(folder):
+        storage.remove(folder)
+    else:
+        shutil.rmtree(folder)
+
+
+class GrowingFolder:
+    """For files that grow, in `path`: the folder itself, or, as objects cannot grow, a local one that `push` copies.
+
+    What grew since the last push is copied whole, and lost if the process is killed before the next one.
     """
-    folder = Path(os.path.abspath(folder))  # "." has no sibling of its own name
-    check_absent(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+
+    def __init__(self, folder):
+        self._to = self.path = as_path(folder)
+        self._pushed: dict[Path, tuple[int, int]] = {}  # size and time
+        if is_remote(folder):
+            self.path = _scratch()
+
+    def push(self) -> None:
+        """Copy to gs:// what has changed; nothing to do for a local folder."""
+        if not is_remote(self._to):
+            return
+        for file in (file for file in self.path.rglob("*") if file.is_file()):
+            stamp = file.stat().st_size, file.stat().st_mtime_ns
+            if self._pushed.get(file) != stamp:
+                write_bytes(self._to / str(file.relative_to(self.path)), file.read_bytes())
+                self._pushed[file] = stamp
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if is_remote(self._to):
+            self.push()
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# One folder in another's place
+
+
+@contextlib.contextmanager
+def _built(folder: AnyPath) -> Iterator[Path]:
+    """A new local folder, beside where that can be; gone at the end unless it was renamed."""
+    new = _scratch() if is_remote(folder) else folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        check_absent(folder)
-        partial.replace(folder)
+        if not is_remote(folder):
+            new.mkdir(parents=True)
+        yield new
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _scratch() -> Path:
+    return Path(tempfile.mkdtemp(prefix="specauf-"))
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Two renames; a kill between them leaves `folder` under the hidden name from which `_put_back` restores it."""
+    try:
+        if folder.exists():
+            folder.replace(folder.with_name(f".{folder.name}.{os.getpid()}.old"))
+        new.replace(folder)
+    finally:
+        _put_back(folder)
+        for old in _hidden(folder):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(folder: AnyPath) -> AnyPath:
+    """Undo a replacement that was killed between its two renames; every reader and writer does so first."""
+    if not is_remote(folder) and not folder.exists():
+        for old in _hidden(folder)[-1:]:
+            with contextlib.suppress(OSError):  # another process was quicker, or may write here
+                old.rename(folder)
+    return folder
+
+
+def _hidden(folder: Path) -> list[Path]:
+    """What `folder` was before replacements that did not end, oldest first."""
+    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"), key=lambda path: path.stat().st_mtime)

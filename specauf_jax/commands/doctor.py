@@ -26,7 +26,7 @@ from specauf_jax.evaluation.doctor.measured import Measured, gain, measure
 from specauf_jax.evaluation.doctor.pair import Finding, Pair, read_pair, repaired, repaired_folder
 from specauf_jax.evaluation.doctor.reading import read_findings
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.files import existing_folder, write_text
+from specauf_jax.files import as_path, existing_folder, local_copy, write_text
 from specauf_jax.models.hf_config import read_drafter
 from specauf_jax.models.weights import load_drafter, target_config
 
@@ -36,7 +36,8 @@ _ENGINE_STYLES = {"yes": "green", "converted": "green", "differently": "yellow",
 
 def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
-    folder = existing_folder(config.target, "a target")
+    out = None if config.out is None else as_path(config.out)
+    folder = existing_folder(local_copy(config.target), "a target")
     architecture = target_config(folder)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     pair = read_pair(config.drafter, folder, architecture, tokenizer)
@@ -55,7 +56,7 @@ def doctor(config: Doctor, console: Console) -> int:
     levels = [finding.level for finding in findings]
     summary = {f"{level}s": levels.count(level) for level in _MARKS} | {"tau": taus.get("given")}
     _show(findings, measured, engines, summary, console)
-    if config.out is not None:
+    if out is not None:
         result = {
             "findings": [dataclasses.asdict(finding) for finding in findings],
             "measured": [_row(m, measured) for m in measured],
@@ -63,7 +64,7 @@ def doctor(config: Doctor, console: Console) -> int:
             "summary": summary,
             "meta": describe_environment() | {"config": dataclasses.asdict(config)},
         }
-        write_text(config.out, json.dumps(result, indent=2) + "\n")
+        write_text(out, json.dumps(result, indent=2) + "\n")
     return int("error" in levels)
 
 

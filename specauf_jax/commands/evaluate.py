@@ -18,7 +18,7 @@ from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
-from specauf_jax.files import existing_folder, read_json, write_text
+from specauf_jax.files import as_path, existing_folder, read_json, write_text
 from specauf_jax.sharding import make_mesh
 
 
@@ -33,7 +33,7 @@ class Timed:
 
 def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
-    sets = _read_sets(config.prompts)
+    out, sets = as_path(config.out), _read_sets(config.prompts)
     origin = _origin(config.drafter)
     if config.max_prompts:
         sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
@@ -50,7 +50,7 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     overall = _part(_joined(list(measured.values())), models)
     results = {"overall": overall, "sets": parts, "meta": _meta(config, models, origin)}
     if is_primary():
-        write_text(config.out, json.dumps(results, indent=2) + "\n")
+        write_text(out, json.dumps(results, indent=2) + "\n")
     _show(results, console)
     return results
 

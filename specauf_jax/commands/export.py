@@ -1,7 +1,5 @@
 """`specauf export`: a drafter folder for other systems, from a training run's checkpoint or another folder."""
 
-from pathlib import Path
-
 import jax
 from rich.console import Console
 
@@ -9,7 +7,7 @@ from specauf_jax.architecture import Drafter
 from specauf_jax.commands.train import provenance
 from specauf_jax.config import Export, TrainOptimisation, from_dict
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import existing_folder, read_json
+from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.weights import load_drafter, save_drafter
 from specauf_jax.sharding import placed
@@ -21,14 +19,14 @@ def export(config: Export, console: Console) -> None:
     """Write `config.out`."""
     if config.drafter is not None:
         params, drafter = load_drafter(config.drafter)
-        origin = Path(config.drafter) / "specauf.json"
+        origin = as_path(config.drafter) / "specauf.json"
         facts = read_json(origin, "a drafter's origin") if origin.is_file() else None
         source, target = config.drafter, config.target
     else:
         params, drafter, facts, source = _from_run(config)
         target = config.target or facts["target"]
     how = {"layout": config.layout, "dtype": config.dtype, "verifier": target}
-    save_drafter(params, drafter, Path(config.out), provenance=facts, **how)
+    save_drafter(params, drafter, config.out, provenance=facts, **how)
     console.print(f"{source} written to {config.out}", highlight=False)
 
 

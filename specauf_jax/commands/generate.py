@@ -15,7 +15,7 @@ from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
-from specauf_jax.files import write_text
+from specauf_jax.files import AnyPath, as_path, write_text
 from specauf_jax.sharding import make_mesh
 
 
@@ -32,6 +32,7 @@ def generate(config: Generate, console: Console) -> None:
     drafter = config.drafter if config.method == "speculative" else None
     if config.out is None and jax.process_count() > 1:
         raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
+    out = None if config.out is None else as_path(config.out)
     # What streams is one row, which only a mesh without batch axes can spread.
     devices = None if config.out is not None else jax.devices()[: max(config.mesh.tensor, 1)]
     mesh = make_mesh(config.mesh, devices)
@@ -41,10 +42,12 @@ def generate(config: Generate, console: Console) -> None:
         if config.out is None:
             _stream_all(models, prompts, config, sampling, console)
         else:
-            _write_all(models, prompts, config, sampling, console)
+            _write_all(models, prompts, out, config, sampling, console)
 
 
-def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
+def _write_all(
+    models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, sampling: Sampling, console: Console
+) -> None:
     def run(requests, indices):
         models.check_room(requests, config.max_new_tokens)
         return generate_tokens(
@@ -65,7 +68,7 @@ def _write_all(models: Models, prompts: list[Prompt], config: Generate, sampling
     rows = [_row(models.tokenizer, turns) for turns in answers]
     if not is_primary():
         return
-    write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tau = tau_micro([g.accepted for turns in answers for g in turns])
     console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}", highlight=False)
 

@@ -1,7 +1,6 @@
 """`specauf pretrain`: a small target from a prepared dataset."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -10,6 +9,7 @@ from specauf_jax.commands.setup import announce, float32_precision, read_data, r
 from specauf_jax.config import Pretrain
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.files import as_path
 from specauf_jax.models.target import init_target
 from specauf_jax.models.weights import save_target
 from specauf_jax.sharding import (
@@ -28,7 +28,7 @@ from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_
 
 def pretrain(config: Pretrain, console: Console) -> None:
     """Train, then write `out/target` in Hugging Face layout with the tokenizer."""
-    data, out, train = Path(config.data), Path(config.out), config.train
+    data, out, train = as_path(config.data), as_path(config.out), config.train
     manifest = read_data(data)
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, vocab_size=manifest["vocab_size"]))
     mesh = make_mesh(config.mesh)

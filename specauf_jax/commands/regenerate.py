@@ -1,11 +1,9 @@
 """`specauf regenerate`: a dataset whose supervised tokens are the target's own."""
 
 import dataclasses
+import io
 import json
-import os
-import shutil
 import zipfile
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +18,19 @@ from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import from_primary, is_primary
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import check_absent, fresh_folder, read_json, write_text
+from specauf_jax.files import (
+    AnyPath,
+    absolute,
+    as_path,
+    check_absent,
+    fresh_folder,
+    local_copy,
+    read_bytes,
+    read_json,
+    remove_folder,
+    write_bytes,
+    write_text,
+)
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import target_config
 from specauf_jax.sharding import make_mesh
@@ -34,12 +44,13 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     Several processes decode the same batches together; the first one writes, the others return {}.
     """
     check_absent(config.out)
-    data, parts = Path(config.data), Path(f"{os.path.abspath(config.out)}.parts")
+    data, out = as_path(config.data), absolute(config.out)
+    parts = out.with_name(f"{out.name}.parts")
     target = target_config(config.target)
     manifest = read_data(data, target)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
-    announce(Path(config.out), mesh, console)
+    announce(config.out, mesh, console)
     params, _ = load_target_with_bar(config.target, config.dtype, console, mesh)
     stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
     decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
@@ -68,7 +79,8 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         _begin(parts, config)
     size = config.batch_size * _BATCHES_PER_PART
     chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
-    finished = from_primary(np.asarray([(parts / f"{number}.npz").exists() for number in range(len(chunks))]))
+    there = {path.name for path in parts.iterdir()} if is_primary() else set()
+    finished = from_primary(np.asarray([f"{number}.npz" in there for number in range(len(chunks))]))
     with float32_precision(config.dtype):
         for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
             if not finished[number]:
@@ -78,7 +90,7 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     if not is_primary():
         return {}
     written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))])
-    shutil.rmtree(parts)
+    remove_folder(parts)
     dropped = len(documents) - written["documents"]
     console.print(
         f"{written['documents']} documents ({dropped} more had nothing to answer, or no room), "
@@ -88,7 +100,7 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     return written
 
 
-def _chosen(data: Path, count: int) -> list[Document]:
+def _chosen(data: AnyPath, count: int) -> list[Document]:
     """All documents, or `count` of them spread evenly."""
     rows = open_dataset(data)
     documents = [document for i in range(len(rows)) for document in unpack(rows[i])]
@@ -134,7 +146,7 @@ def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
     return kept
 
 
-def _begin(parts: Path, config: Regenerate) -> None:
+def _begin(parts: AnyPath, config: Regenerate) -> None:
     """Make the folder of finished parts, or check that those there were made with the same settings."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     settings = {name: value for name, value in settings.items() if name not in ("mesh", "hosts")}
@@ -150,21 +162,20 @@ def _begin(parts: Path, config: Regenerate) -> None:
     write_text(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
 
 
-def _save(path: Path, documents: list[Document]) -> None:
-    beside = path.with_suffix(".part")
-    with beside.open("wb") as file:
-        np.savez(
-            file,
-            lengths=np.asarray([len(d.tokens) for d in documents], np.int64),
-            tokens=np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in documents)]),
-            loss_mask=np.concatenate([np.zeros(0, bool), *(d.loss_mask for d in documents)]),
-        )
-    beside.replace(path)
+def _save(path: AnyPath, documents: list[Document]) -> None:
+    content = io.BytesIO()
+    np.savez(
+        content,
+        lengths=np.asarray([len(d.tokens) for d in documents], np.int64),
+        tokens=np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in documents)]),
+        loss_mask=np.concatenate([np.zeros(0, bool), *(d.loss_mask for d in documents)]),
+    )
+    write_bytes(path, content.getvalue())
 
 
-def _load(path: Path) -> list[Document]:
+def _load(path: AnyPath) -> list[Document]:
     try:
-        with np.load(path) as arrays:
+        with np.load(io.BytesIO(read_bytes(path))) as arrays:
             ends = np.cumsum(arrays["lengths"])[:-1]
             tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -180,10 +191,10 @@ def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]]) -
         tokens = sum(len(d.tokens) for d in documents)
         supervised = sum(int(d.loss_mask.sum()) for d in documents)
         rows = write_dataset(pack(documents, manifest["sequence_length"]), folder, manifest["sequence_length"])
-        copy_tokenizer(Path(config.data) / "tokenizer", folder / "tokenizer")
+        data = local_copy(config.data)
+        copy_tokenizer(data / "tokenizer", folder / "tokenizer")
         for name in manifest["prompts"].values():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(config.data) / name, folder / name)
+            write_bytes(folder / name, (data / name).read_bytes())
         manifest = manifest | {
             "rows": rows,
             "documents": len(documents),

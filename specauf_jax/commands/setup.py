@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 from rich.console import Console
@@ -28,7 +27,7 @@ def run_record(config, manifest: dict, **resolved) -> dict:
     }
 
 
-def announce(out: Path, mesh, console: Console) -> dict:
+def announce(out, mesh, console: Console) -> dict:
     """Print where and on what a command runs; returns the environment's description."""
     environment = describe_environment(mesh)
     shape = " ".join(f"{axis}={size}" for axis, size in environment["mesh"].items())

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
+from specauf_jax.files import as_path
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
@@ -44,7 +44,7 @@ _ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before
 
 def train(config: Train, console: Console) -> None:
     """Train, then write `out/drafter` in z-lab layout."""
-    data, out = Path(config.data), Path(config.out)
+    data, out = as_path(config.data), as_path(config.out)
     target = target_config(config.target)
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
@@ -134,12 +134,12 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         return jax.jit(lambda params: init_state(params, make_optimizer(settings)), out_shardings=sharding)(params)
 
     return Run(
-        out=Path(config.out),
+        out=as_path(config.out),
         train=settings,
         hosts=config.hosts,
         flops={"target": parts.pop("target"), "drafter": sum(parts.values())},
         config=record,
-        environment=announce(Path(config.out), mesh, console),
+        environment=announce(as_path(config.out), mesh, console),
         step=step,
         loader=make_loader(
             config.data,
@@ -243,14 +243,14 @@ def _decode_measure(config: Train, drafter: Drafter, target: Target, target_para
     """state → tau of real decoding on held-out prompts; None if it is not asked for."""
     if not config.train.decode_every:
         return None
-    files = config.train.decode_files or [str(Path(config.data) / name) for name in manifest["prompts"].values()]
+    files = config.train.decode_files or [str(as_path(config.data) / name) for name in manifest["prompts"].values()]
     if not files:
         raise SpecaufError(
             "train.decode_every is set, but the dataset has no held-out prompts",
             "prompts to decode",
             "pass --train.decode-files FILE.jsonl, or set --train.decode-every 0",
         )
-    tokenizer = load_tokenizer(Path(config.data) / "tokenizer")
+    tokenizer = load_tokenizer(as_path(config.data) / "tokenizer")
     share = -(-config.train.decode_prompts // len(files))
     prompts = [encode_first_turn(tokenizer, prompt) for file in files for prompt in read_prompts(file)[:share]]
     step = TargetStep(target, drafter.target_layer_ids)

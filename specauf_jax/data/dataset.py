@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import fresh_folder
+from specauf_jax.files import as_path, fresh_folder, local_copy, read_bytes
 
 NAME = "specauf"
 MANIFEST_KEYS = ("sequence_length", "rows", "documents", "tokens", "supervised_tokens", "supervised_share",
@@ -115,7 +115,7 @@ def open_dataset(folder) -> PackedRows:
     """
     import tensorflow_datasets as tfds
 
-    folder = Path(folder)
+    folder = local_copy(folder)
     if not (folder / "dataset").is_dir():
         raise SpecaufError(f"{folder} has no dataset/ folder", "a folder written by `specauf prepare`",
                            "check the path, or run `specauf prepare --out` with it")  # fmt: skip
@@ -161,9 +161,9 @@ def read_manifest(folder) -> dict:
     Raises:
       SpecaufError: missing or not a manifest.
     """
-    path = Path(folder) / "manifest.json"
+    path = as_path(folder) / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(path))
     except FileNotFoundError as error:
         raise SpecaufError(f"{path} does not exist", "a folder written by `specauf prepare`",
                            "check the path, or run `specauf prepare --out` with it") from error  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import local_copy
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -67,7 +68,7 @@ def input_files(paths: Iterable[str]) -> list[Path]:
       SpecaufError: a path does not exist, or a folder holds no file.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in map(local_copy, paths):
         if not path.exists():
             raise SpecaufError(f"input {path} does not exist", "a JSONL file, a text file or a folder of text",
                                "check the path")  # fmt: skip

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import as_path, local_copy, write_bytes
 
 END_OF_TEXT, TURN_START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 STOP_TOKENS = (TURN_END, END_OF_TEXT, "<|eot_id|>")
@@ -30,7 +30,8 @@ def load_tokenizer(folder):
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
-    path = Path(folder) / "tokenizer.json"
+    folder = local_copy(folder)
+    path = folder / "tokenizer.json"
     if not path.is_file():
         raise SpecaufError(f"{path} does not exist", "a Hugging Face folder with tokenizer.json",
                            "check the path; a slow tokenizer is converted with `AutoTokenizer.from_pretrained(...)"
@@ -88,10 +89,10 @@ def hashes(folder) -> tuple[str, str | None]:
 
 def copy_tokenizer(source, destination) -> None:
     """Copy the tokenizer's files from one folder into another (made if needed)."""
-    Path(destination).mkdir(parents=True, exist_ok=True)
+    source, destination = local_copy(source), as_path(destination)
     for name in FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(destination) / name)
+        if (source / name).is_file():
+            write_bytes(destination / name, (source / name).read_bytes())
 
 
 def eos_token_ids(tokenizer) -> tuple[int, ...]:

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from specauf_jax.data.chat import encode_prompt
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import as_path, read_bytes
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ def read_prompts(path) -> list[Prompt]:
     Raises:
       SpecaufError: naming the file and line that cannot be used.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise SpecaufError(f"{path} does not exist", "a JSONL file of prompts", "check the path")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold other line ends
+        lines = read_bytes(path).decode("utf-8").split("\n")  # JSON strings may hold other line ends
     except UnicodeDecodeError as error:
         raise SpecaufError(f"{path} is not UTF-8: {error}", "a JSONL file of prompts", "convert it") from error
     prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

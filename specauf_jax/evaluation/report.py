@@ -18,7 +18,7 @@ from rich.table import Table
 
 from specauf_jax.config import Report
 from specauf_jax.evaluation.runs import CURVES, Run, flatten, read_runs
-from specauf_jax.files import write_text
+from specauf_jax.files import as_path, write_text
 
 DASH = "—"
 INK = "#010203"  # stands for the page's text colour, light or dark, until the SVG is written
@@ -308,10 +308,10 @@ def render(runs: list[Run]) -> str:
 
 def write_report(config: Report, console: Console) -> str:
     """Read the runs, print their tau, write the page (a failure leaves any older page as it was); returns its path."""
-    runs = read_runs(config.runs)
+    out, runs = as_path(config.out), read_runs(config.runs)
     with matplotlib.rc_context(PLOT_STYLE):
         page = render(runs)
-    write_text(config.out, page)
+    write_text(out, page)
     print_tau(runs, console)
     console.print(f"report written to {config.out}", highlight=False)
     return config.out

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import AnyPath, absolute, as_path, read_bytes
 
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 PART_KINDS = {
@@ -54,9 +54,9 @@ class Run:
         return (self.results["overall"] if name is None else self.results["sets"].get(name, {})).get(key)
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: AnyPath) -> dict:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise SpecaufError(f"{path} cannot be read ({error})", "a JSON object", "write the file again") from error
     if not isinstance(value, dict):
@@ -64,10 +64,10 @@ def _read_object(path: Path) -> dict:
     return value
 
 
-def read_metrics(path: Path) -> dict[int, dict]:
+def read_metrics(path: AnyPath) -> dict[int, dict]:
     """Step: metrics. Of lines with the same step (after a resume) the later wins; a last line cut off is dropped."""
     rows: dict[int, dict] = {}
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -87,7 +87,7 @@ def read_metrics(path: Path) -> dict[int, dict]:
     return rows
 
 
-def _check_keys(path: Path, where: str, holder: dict, kinds: dict) -> None:
+def _check_keys(path: AnyPath, where: str, holder: dict, kinds: dict) -> None:
     remedy = "evaluate again with this version, or leave the file out of the runs"
     for key, kind in kinds.items():
         if key not in holder:
@@ -97,7 +97,7 @@ def _check_keys(path: Path, where: str, holder: dict, kinds: dict) -> None:
             raise SpecaufError(f"{where}{key} of {path} is {holder[key]!r}", " or ".join(names), remedy)
 
 
-def read_results(path: Path) -> dict:
+def read_results(path: AnyPath) -> dict:
     """A results JSON of `specauf evaluate`, with every key that the page uses checked, and the `speedup` added."""
     results = _read_object(path)
     _check_keys(path, "", results, dict.fromkeys(("overall", "sets", "meta"), dict))
@@ -121,16 +121,16 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def parse_run(text: str) -> tuple[str, list[Path]]:
+def parse_run(text: str) -> tuple[str, list[AnyPath]]:
     """Name and paths of `[NAME=]PATH[,PATH]`; a NAME holds no slash, so that paths may hold an equals sign."""
     head, equals, tail = text.partition("=")
     named = equals and "/" not in head
-    paths = [Path(part) for part in (tail if named else text).split(",") if part]
+    paths = [as_path(part) for part in (tail if named else text).split(",") if part]
     if not paths or (named and not head):
         raise SpecaufError(
             f"the run {text!r} has no name or no path", "[NAME=]PATH[,PATH]", "name a run folder or a results JSON"
         )
-    first = paths[0].absolute()
+    first = absolute(paths[0])
     return (head if named else first.name if first.is_dir() else first.stem), paths
 
 
@@ -148,7 +148,7 @@ def read_run(text: str) -> list[tuple]:
         if (path / "config.json").is_file():
             config |= flatten(_read_object(path / "config.json"))
         files += sorted(path.glob("results*.json")) if path.is_dir() else [path]
-    files = list({file.resolve(): file for file in files}.values())
+    files = list({absolute(file): file for file in files}.values())
     if not metrics and not files:
         raise SpecaufError(
             f"{text} holds no metrics and no results",

@@ -12,7 +12,7 @@ from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Dtype
 from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import existing_folder, read_json, replace_folder
+from specauf_jax.files import AnyPath, as_path, existing_folder, local_copy, read_json, replace_folder
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
@@ -37,7 +37,7 @@ def load_target(
     Raises:
       SpecaufError: naming the file, tensor or key that does not fit, before any device memory is used.
     """
-    folder, config = Path(folder), target_config(folder)
+    config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
     shapes = target_shapes(config)
     # Files of tied models may hold the head a second time.
@@ -74,7 +74,7 @@ def load_drafter(folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | Non
     Raises:
       SpecaufError: naming the file, tensor or key that does not fit.
     """
-    folder, config = Path(folder), drafter_config(folder)
+    config, folder = drafter_config(folder), local_copy(folder)
     # Early Domino files keep the head under a prefix of its own.
     old = any(name.startswith("logit_head.") for name in tensor_files(folder))
 
@@ -182,7 +182,7 @@ def _check_tokenizer(folder: Path, config: Target) -> None:
 
 def _write(folder, tensors: dict, json_files: dict[str, dict], replaceable: tuple[str, ...]) -> None:
     """All files beside, then one rename, so that a reader sees the old folder or the new one."""
-    _check_replaceable(Path(folder), replaceable)
+    _check_replaceable(as_path(folder), replaceable)
     if not is_primary():
         return
     with replace_folder(folder) as new:
@@ -191,7 +191,7 @@ def _write(folder, tensors: dict, json_files: dict[str, dict], replaceable: tupl
             (new / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _check_replaceable(folder: Path, architectures: tuple[str, ...]) -> None:
+def _check_replaceable(folder: AnyPath, architectures: tuple[str, ...]) -> None:
     """Only a model of the same kind, or an empty folder, gives way to a new one."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -10,12 +10,12 @@ import time
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from specauf_jax.distributed import everywhere, is_primary
 from specauf_jax.errors import SpecaufError
+from specauf_jax.files import absolute, move_folder, read_bytes
 
 # What may differ between a run and its continuation: a name, or all that begins so. The first line changes no weight,
 # the second one nothing but the order in which numbers are added.
@@ -45,7 +45,7 @@ class Checkpoints:
 
         Steps whose score cannot be read, without which Orbax opens no folder, are set aside at once.
         """
-        self.folder = epath.Path(folder) if "://" in str(folder) else epath.Path(folder).resolve()
+        self.folder = absolute(folder)
         self._manager = None
         self.aside = {}
         """Damaged step → where it went and why."""
@@ -121,8 +121,7 @@ class Checkpoints:
         """Move a damaged step out of the way, into `damaged_checkpoints/` beside; all processes call it together."""
         aside = self.folder.parent / "damaged_checkpoints" / f"{step}.{int(time.time())}"
         if is_primary():
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / str(step)).rename(aside)
+            move_folder(self.folder / str(step), aside)
         everywhere(True)  # no process looks again before it is gone
         if self._manager is not None:
             self._manager.reload()
@@ -159,7 +158,7 @@ def _bad_scores(folder) -> dict[int, str]:
     bad = {}
     for path in folder.glob("*/metrics/metrics"):
         try:
-            _score(json.loads(path.read_text()))
+            _score(json.loads(read_bytes(path)))
         except (ValueError, KeyError, TypeError) as error:
             bad[int(path.parent.parent.name)] = f"metrics: {error}"
     everywhere(True)  # no process moves anything before all have looked

@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from specauf_jax.config import Hosts, Optimisation
 from specauf_jax.distributed import Watch, is_primary
 from specauf_jax.errors import SpecaufError, Stopped
-from specauf_jax.files import write_text
+from specauf_jax.files import AnyPath, GrowingFolder, read_bytes, write_text
 from specauf_jax.sharding import put_rows
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
@@ -31,7 +31,7 @@ _STEPS_BEFORE_TRACE = 3  # the first one compiles
 class Run:
     """What the loop needs of a training command."""
 
-    out: Path
+    out: AnyPath
     train: Optimisation
     hosts: Hosts
     flops: dict[str, float]  # of a step, by what the metrics tell apart
@@ -56,14 +56,14 @@ def train_loop(run: Run, console: Console) -> TrainState:
       Stopped: by SIGTERM, after saving.
     """
     checkpoints = Checkpoints(run.out / "checkpoints", run.train.keep_last)
-    with contextlib.closing(checkpoints), Watch(run.hosts) as watch:
+    with contextlib.closing(checkpoints), Watch(run.hosts) as watch, GrowingFolder(run.out) as files:
         state, first = _resume(run, checkpoints, console)
         if is_primary():
             record = run.config | {"environment": run.environment}
             write_text(run.out / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-        log = MetricsLog(run, first)
+        log = MetricsLog(run, files.path, first)
         watch.beat()
-        with _progress(console) as progress, Trace(run, first + _STEPS_BEFORE_TRACE, console) as trace:
+        with _progress(console) as progress, Trace(run, files, first + _STEPS_BEFORE_TRACE, console) as trace:
             bar = progress.add_task("", total=run.train.steps, completed=first, text="compiling")
             for number in range(first + 1, run.train.steps + 1):
                 trace.before(number)
@@ -84,6 +84,7 @@ def train_loop(run: Run, console: Console) -> TrainState:
                     log.write_measured(number, run.measure(state))
                 if saving:  # log.write has checked the step: one that went wrong never becomes a checkpoint
                     score = log.score(run.score, number)
+                    files.push()  # first: a resume drops lines after its checkpoint, but cannot make those before it
                     checkpoints.save(number, state, run.loader.get_state(), run.config, score)
                     log.restart_clock()
                 if stopping:
@@ -133,14 +134,14 @@ def _progress(console: Console) -> Progress:
 class Trace:
     """An XProf trace of `train.profile_steps` steps, once the run is warm, in `out/profile`."""
 
-    def __init__(self, run: Run, after: int, console: Console):
-        self._folder, self._console, self._running = run.out / "profile", console, False
+    def __init__(self, run: Run, files: GrowingFolder, after: int, console: Console):
+        self._out, self._files, self._console, self._running = run.out / "profile", files, console, False
         self._first, self._last = after + 1, after + run.train.profile_steps
 
     def before(self, number: int) -> None:
         """To be called before each step."""
         if number == self._first and self._last >= self._first:
-            jax.profiler.start_trace(self._folder)
+            jax.profiler.start_trace(self._files.path / "profile")
             self._running = True
         if number == self._last + 1:
             self._stop()
@@ -149,7 +150,8 @@ class Trace:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            self._console.print(f"trace written to {self._folder}, for XProf or TensorBoard", highlight=False)
+            self._files.push()
+            self._console.print(f"trace written to {self._out}, for XProf or TensorBoard", highlight=False)
 
     def __enter__(self):
         return self
@@ -161,12 +163,12 @@ class Trace:
 class MetricsLog:
     """metrics.jsonl and TensorBoard: means over the steps since the last line."""
 
-    def __init__(self, run: Run, first: int):
-        self._run, self._path = run, run.out / "metrics.jsonl"
+    def __init__(self, run: Run, folder: Path, first: int):
+        self._run, self._path = run, folder / "metrics.jsonl"
         self._newest: dict[str, tuple[int, float]] = {}  # of each measure: step and value
         if is_primary():
-            _cut(self._path, first)
-            self._board = SummaryWriter(str(run.out / "tensorboard"), purge_step=first or None)
+            _cut(run.out / "metrics.jsonl", self._path, first)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
         self._window: list[dict] = []
         self._pending: tuple[int, dict] | None = None
         self._began = self._clock = time.perf_counter()
@@ -250,12 +252,12 @@ class MetricsLog:
             self._board.flush()
 
 
-def _cut(path: Path, step: int) -> None:
+def _cut(log: AnyPath, path: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint, as those steps come again."""
-    if not path.exists():
+    if not log.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in read_bytes(log).decode(errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

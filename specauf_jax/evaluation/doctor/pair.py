@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from specauf_jax.architecture import Drafter, Target, default_target_layer_ids
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import existing_folder, read_json
+from specauf_jax.files import existing_folder, local_copy, read_json
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
 from specauf_jax.models.tensors import file_names, tensor_files
@@ -141,7 +141,7 @@ def read_pair(drafter, target, architecture: Target, tokenizer) -> Pair:
     Raises:
       SpecaufError: there is no drafter to check.
     """
-    drafter, target = existing_folder(drafter, "a drafter"), Path(target)
+    drafter, target = existing_folder(local_copy(drafter), "a drafter"), local_copy(target)
     path, origin = drafter / "config.json", drafter / "specauf.json"
     values = read_json(path, "a drafter's configuration")
     named = values.get("architectures")
