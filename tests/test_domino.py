@@ -223,7 +223,7 @@ def drawn_blocks(seed, num_anchors=8):
     """A batch and the anchors that `loss_fn` draws from the key `seed`; one row has few, one has none."""
     batch = random_batch([[5, 9, 10], [24], [3, 2], []], seed=seed, supervised=0.9)
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
-    return batch, *sample_anchors(jax.random.key(seed), eligible, num_anchors)
+    return batch, *sample_anchors(jax.random.key(seed), eligible, batch.document_ids, num_anchors)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -102,7 +102,8 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
     Returns:
       float32 [] loss, and LossAux.
     """
-    anchors, keep = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), config.num_anchors)
+    eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
+    anchors, keep = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
     numerators, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
     return numerators @ lax.stop_gradient(branch_factors(aux, lambda_base)), aux
 
