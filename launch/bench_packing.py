@@ -4,8 +4,8 @@
     python launch/bench_packing.py --data runs/packing/data
 
 The documents are those of a prepared dataset, short and long ones mixed: of every five, four stay and the fifth grows
-by the next ones up to a length drawn between an eighth and the whole of a row. Each layout trains on all of them once, in
-batches of the same number of tokens and with an anchor for every fourth position. A step is timed for every shape of
+by the next ones up to a length drawn between an eighth and the whole of a row. Each layout trains on all of them once,
+in batches of the same number of tokens and with an anchor for every fourth position. A step is timed for every shape of
 batch, in turn within each repeat, and counted as often as the layout needs it. Useful tokens are supervised ones.
 Weights are random.
 """
