@@ -21,6 +21,7 @@ from specauf_jax.errors import SpecaufError
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "layers"]
+HeadSlots = Literal["support", "all"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,12 @@ class TrainOptimisation(Optimisation):
     num_anchors: int | None = None
     """A: blocks sampled per row; None takes 512, for domino 256."""
     anchor_chunk: int = 32
-    """Blocks whose scores and logits exist at one time; memory against speed."""
+    """Blocks whose attention scores exist at one time; memory against speed."""
+    slot_chunk: int = 256
+    """Slots whose logits exist at one time, of every device."""
+    head_slots: HeadSlots = "support"
+    """Which slots meet the LM head under auf, auf_decay and griffin: those up to each block's first failure, or all,
+    which costs a few times as much and tells common_token_accuracy. Domino and the other objectives need all."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it: nothing, all but products with weights (dots), or
     all of each drafter layer (layers). Changes memory and speed, not results."""
@@ -156,7 +162,7 @@ class TrainOptimisation(Optimisation):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "num_anchors", "anchor_chunk", "decode_prompts", "decode_tokens")
+        positive(self, "num_anchors", "anchor_chunk", "slot_chunk", "decode_prompts", "decode_tokens")
         not_negative(self, "decode_every", "lambda_base_decay_ratio")
 
 

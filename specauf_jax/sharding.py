@@ -1,7 +1,7 @@
 """The mesh and every PartitionSpec of the system.
 
 Axes of the mesh: `replica` (batch only), `fsdp` (batch and parameters), `tensor` (heads, MLP,
-vocabulary). GSPMD does the rest: no collective is written by hand anywhere.
+vocabulary). GSPMD does the rest; only kernels whose loops depend on data say for themselves what a device does.
 """
 
 import math
@@ -137,6 +137,29 @@ def spread_rows(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % batch_shards(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+
+
+def rows_spec(rows: int) -> PartitionSpec:
+    """Rows over all batch axes of the mesh in use; whole where there is none, or where it does not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec() if mesh.empty or rows % batch_shards(mesh) else PartitionSpec(BATCH)
+
+
+def vocabulary_spec(vocabulary: int) -> PartitionSpec:
+    """An LM head `[D, V]` with V over `tensor` of the mesh in use; whole as in `rows_spec`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec() if mesh.empty or vocabulary % mesh.shape["tensor"] else PartitionSpec(None, "tensor")
+
+
+def per_device(f, in_specs, out_specs):
+    """`f` on each device's own parts under the mesh in use, for what GSPMD cannot cut: loops as long as the data says.
+
+    Without a mesh, `f` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return f
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def placed(shapes, sharding):

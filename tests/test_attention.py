@@ -313,7 +313,9 @@ def test_no_array_holds_the_logits_or_scores_of_all_blocks():
     arguments = tiny.drafter_params(drafter), target_head(tiny.target_params(target)), batch, jax.random.key(0)
 
     def largest(chunk):
-        config = LossConfig(drafter=drafter, objective=Objective(), num_anchors=A, anchor_chunk=chunk)
+        config = LossConfig(
+            drafter=drafter, objective=Objective(), num_anchors=A, anchor_chunk=chunk, slot_chunk=chunk * (K - 1)
+        )
         gradient = jax.make_jaxpr(lambda *x: jax.grad(loss_fn, has_aux=True)(*x, config=config))(*arguments)
         return largest_intermediate(gradient.jaxpr)
 

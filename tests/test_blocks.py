@@ -10,7 +10,7 @@ from specauf_jax.training import blocks as under_test
 from specauf_jax.training.blocks import Batch
 
 eligible_anchors = jax.jit(under_test.eligible_anchors)
-sample_anchors = jax.jit(under_test.sample_anchors, static_argnums=2)
+sample_anchors = jax.jit(under_test.sample_anchors, static_argnums=3)
 make_blocks = jax.jit(under_test.make_blocks, static_argnames="config")
 
 
@@ -38,8 +38,9 @@ def test_sampled_anchors_are_distinct_eligible_ascending_and_as_many_as_there_ar
     eligible = np.zeros((len(counts), 24), bool)
     for row, count in enumerate(counts):
         eligible[row, rng.permutation(24)[:count]] = True
+    documents = np.repeat([1, 2, 3], 8)[None] * np.ones((len(counts), 1), np.int32)
     for seed in range(20):
-        anchors, keep = map(np.asarray, sample_anchors(jax.random.key(seed), jnp.asarray(eligible), 5))
+        anchors, keep = map(np.asarray, sample_anchors(jax.random.key(seed), eligible, documents, 5))
         assert anchors.shape == keep.shape == (6, 5) and anchors.dtype == np.int32
         for row, count in enumerate(counts):
             kept = anchors[row, keep[row]]
@@ -48,11 +49,11 @@ def test_sampled_anchors_are_distinct_eligible_ascending_and_as_many_as_there_ar
             assert (np.diff(kept) > 0).all() and eligible[row, kept].all()
 
 
-def test_every_set_of_anchors_is_equally_likely():
+def test_every_set_of_anchors_of_one_document_is_equally_likely():
     eligible = np.zeros((1, 14), bool)
     eligible[0, [0, 2, 3, 4, 7, 8, 11, 12]] = True
     draws = 14_000
-    anchors, keep = jax.jit(jax.vmap(lambda key: under_test.sample_anchors(key, eligible, 3)))(
+    anchors, keep = jax.jit(jax.vmap(lambda key: under_test.sample_anchors(key, eligible, jnp.ones((1, 14), int), 3)))(
         jax.random.split(jax.random.key(0), draws)
     )
     assert keep.all()
@@ -64,8 +65,25 @@ def test_every_set_of_anchors_is_equally_likely():
     assert sum((found[s] - expected) ** 2 / expected for s in sets) < 93.2
 
 
+def test_documents_get_their_share_and_every_position_the_same_chance():
+    """Of 6 anchors for 14 eligible positions, documents with 7, 3 and 4 of them are due 3, 9/7 and 12/7."""
+    documents = np.array([[1] * 9 + [2] * 4 + [3] * 6 + [0]])
+    eligible = np.array([[1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0]], bool)
+    draws = 7_000
+    anchors, keep = jax.jit(jax.vmap(lambda key: under_test.sample_anchors(key, eligible, documents, 6)))(
+        jax.random.split(jax.random.key(1), draws)
+    )
+    anchors = np.asarray(anchors[:, 0])
+    assert keep.all() and eligible[0, anchors].all()
+    shares = [(documents[0, anchors] == number).sum(1) for number in (1, 2, 3)]
+    assert (shares[0] == 3).all() and set(shares[1]) == set(shares[2]) == {1, 2}
+    found = np.bincount(anchors.ravel(), minlength=20)[eligible[0]]
+    expected = draws * 6 / 14
+    assert np.abs(found / expected - 1).max() < 0.06  # four standard deviations of a binomial count: 0.055
+
+
 def test_rows_draw_their_anchors_independently():
-    anchors, _ = sample_anchors(jax.random.key(0), jnp.ones((8, 24), bool), 5)
+    anchors, _ = sample_anchors(jax.random.key(0), jnp.ones((8, 24), bool), jnp.ones((8, 24), int), 5)
     assert len({tuple(row) for row in anchors.tolist()}) > 1
 
 
@@ -121,7 +139,7 @@ def test_random_blocks_equal_plain_loops():
     K = 4
     batch = tiny.random_batch([[5, 9, 4], [24], [], [2, 20]], supervised=0.7)
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
-    anchors, keep = sample_anchors(jax.random.key(3), eligible, 6)
+    anchors, keep = sample_anchors(jax.random.key(3), eligible, batch.document_ids, 6)
     blocks = make_blocks(batch, anchors, keep, config=tiny.drafter_config(block_size=K))
     batch, anchors, keep, blocks = jax.device_get((batch, anchors, keep, blocks))
     tokens, mask, ids = batch.tokens, batch.loss_mask, batch.document_ids

@@ -66,7 +66,7 @@ def make_run(out, steps=6, **changes) -> Run:
         "out": out,
         "train": c.Optimisation(steps=steps, batch_size=2, checkpoint_every=2, keep_last=9),
         "hosts": c.Hosts(),
-        "flops": {"target": 1e9},
+        "flops": lambda _: {"target": 1e9},
         "config": CONFIG,
         "environment": {},
         "step": jax.jit(step),

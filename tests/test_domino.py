@@ -22,7 +22,7 @@ from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.speculate import prefill, propose
 from specauf_jax.decoding.state import Decoding, init_state
-from specauf_jax.kernels.lm_head import corrected_cross_entropy, lm_head_cross_entropy
+from specauf_jax.kernels.lm_head import corrected_cross_entropy, frozen_head_cross_entropy
 from specauf_jax.models.domino import next_state, prefix_states
 from specauf_jax.models.layers import init_kv_cache
 from specauf_jax.models.target import TargetStep, init_target, target_features, target_head
@@ -223,7 +223,7 @@ def drawn_blocks(seed, num_anchors=8):
     """A batch and the anchors that `loss_fn` draws from the key `seed`; one row has few, one has none."""
     batch = random_batch([[5, 9, 10], [24], [3, 2], []], seed=seed, supervised=0.9)
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
-    return batch, *sample_anchors(jax.random.key(seed), eligible, num_anchors)
+    return batch, *sample_anchors(jax.random.key(seed), eligible, batch.document_ids, num_anchors)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -467,9 +467,9 @@ def trained_logits(params, target_params, batch, anchors, keep, *, config, targe
     """Base and final logits `[B, A, N, V]` of training; of a plain drafter twice the same."""
     seen = []
 
-    def plain(hidden, lm_head, labels, *, chunk):
+    def plain(hidden, lm_head, labels, valid, *, chunk, top_n):
         seen.append((hidden @ lm_head, hidden @ lm_head))
-        return lm_head_cross_entropy(hidden, lm_head, labels, chunk=chunk)
+        return frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=chunk, top_n=top_n)
 
     def corrected(hidden, features, lm_head, up, labels, *, chunk):
         seen.append((hidden @ lm_head, hidden @ lm_head + features @ up))
@@ -477,7 +477,7 @@ def trained_logits(params, target_params, batch, anchors, keep, *, config, targe
 
     batch = batch.replace(features=features_of(batch, target_params, target, config.drafter.target_layer_ids))
     with (
-        mock.patch.object(loss_module, "lm_head_cross_entropy", plain),
+        mock.patch.object(loss_module, "frozen_head_cross_entropy", plain),
         mock.patch.object(loss_module, "corrected_cross_entropy", corrected),
     ):
         loss_sums(params, target_head(target_params), batch, anchors, keep, config=config)

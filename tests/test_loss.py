@@ -18,7 +18,8 @@ TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
 TARGET_PARAMS, PARAMS = tiny.target_params(), tiny.drafter_params()
 HEAD = target_head(TARGET_PARAMS)
 EVERY_OTHER = jnp.arange(24) % 2 == 1  # a loss mask without an eligible anchor
-AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, anchor_chunk=2)
+AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, anchor_chunk=2, slot_chunk=7)
+EVERY_SLOT = dataclasses.replace(AUF, head_slots="all")
 
 
 def features_of(target_params, batch):
@@ -184,9 +185,13 @@ def test_the_loss_equals_plain_loops_over_the_logits():
             accepted += prefix
         count["blocks"] += 1
         count["emitted"] += accepted + 1
-    aux, _ = sums_and_grads(PARAMS, with_features(batch), anchors, keep)
-    for name, expected in count.items():
-        np.testing.assert_allclose(aux[name], expected, rtol=1e-5, err_msg=name)
+    for config in (AUF, EVERY_SLOT):
+        aux, _ = sums_and_grads(PARAMS, with_features(batch), anchors, keep, config)
+        for name, expected in count.items():
+            if name == "correct" and config is AUF:
+                assert aux.correct is None and "common_token_accuracy" not in aux.measures()
+            else:
+                np.testing.assert_allclose(aux[name], expected, rtol=1e-5, err_msg=name)
     assert count["support"] > count["support_correct"] > 1 and count["emitted"] > count["blocks"]  # some are right
     measures = aux.measures()
     np.testing.assert_allclose(measures["loss"], count["numerator"] / count["denominator"], rtol=1e-5)

@@ -113,7 +113,8 @@ def test_the_denominator_is_one_for_all_parts():
     """The loss is a ratio of sums over the whole batch; the mean of the parts' means is another number."""
     batch = with_features(tiny.random_batch(ROWS))
     rng = jax.random.fold_in(jax.random.key(SEED), 0)
-    drawn = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), AUF.num_anchors)
+    eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
+    drawn = sample_anchors(rng, eligible, batch.document_ids, AUF.num_anchors)
 
     @jax.jit
     def sums(batch, anchors, keep):

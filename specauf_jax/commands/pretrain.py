@@ -48,7 +48,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
             out=out,
             train=train,
             hosts=config.hosts,
-            flops={"target": sum(parts.values())},
+            flops=lambda _: {"target": sum(parts.values())},
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
             step=step,

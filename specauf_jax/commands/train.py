@@ -33,7 +33,7 @@ from specauf_jax.sharding import (
     replicated,
 )
 from specauf_jax.training.blocks import eligible_anchors
-from specauf_jax.training.flops import step_flops
+from specauf_jax.training.flops import needed_flops, step_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
@@ -64,6 +64,7 @@ def train(config: Train, console: Console) -> None:
 class PlacedStep:
     """The jitted step of a training run, with the shapes and shardings of what it takes."""
 
+    loss: LossConfig
     jitted: Callable  # (state, target_params, batch) -> (state, metrics)
     random_state: Callable[[], TrainState]
     state: TrainState
@@ -80,6 +81,8 @@ def make_placed_step(config: Train, drafter: Drafter, target: Target, mesh: jax.
         base_objective=config.base_objective,
         num_anchors=settings.num_anchors,
         anchor_chunk=settings.anchor_chunk,
+        slot_chunk=settings.slot_chunk,
+        head_slots=settings.head_slots,
         dtype=settings.dtype,
         remat=settings.remat,
     )
@@ -106,7 +109,7 @@ def make_placed_step(config: Train, drafter: Drafter, target: Target, mesh: jax.
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
     )
-    return PlacedStep(jitted, random_state, state, target_params, rows)
+    return PlacedStep(loss, jitted, random_state, state, target_params, rows)
 
 
 def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, mesh, record, console: Console) -> Run:
@@ -137,7 +140,7 @@ def make_run(config: Train, drafter: Drafter, target: Target, manifest: dict, me
         out=as_path(config.out),
         train=settings,
         hosts=config.hosts,
-        flops={"target": parts.pop("target"), "drafter": sum(parts.values())},
+        flops=lambda means: needed_flops(parts, means["active_ratio"] if placed_step.loss.support_top_n else 1.0),
         config=record,
         environment=announce(as_path(config.out), mesh, console),
         step=step,

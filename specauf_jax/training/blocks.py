@@ -39,23 +39,34 @@ def eligible_anchors(loss_mask: jax.Array, document_ids: jax.Array) -> jax.Array
     return jnp.pad(loss_mask[:, :-1] & loss_mask[:, 1:] & same_document, ((0, 0), (0, 1)))
 
 
-def sample_anchors(rng: jax.Array, eligible: jax.Array, num_anchors: int) -> tuple[jax.Array, jax.Array]:
-    """Anchors of each row, uniform without replacement, ascending.
+def sample_anchors(rng: jax.Array, eligible: jax.Array, document_ids: jax.Array, num_anchors: int):
+    """Anchors of each row, without replacement, ascending; every document gets its share of them.
+
+    Every eligible position is drawn with the same probability. Of A anchors a document with a share s of the row's
+    eligible positions gets A·s, rounded up or down, and which of its own they are is uniform: in a row of a single
+    document this is a uniform sample. A packed row thus never passes over a document that is due an anchor.
 
     Args:
       rng: a key.
       eligible: bool `[B, S]`.
+      document_ids: int32 `[B, S]`.
       num_anchors: A, at most S.
 
     Returns:
       int32 `[B, A]` indices and bool `[B, A]` keep; what is not kept (fewer eligible positions than
       A) stands last, at index 0.
     """
-    S = eligible.shape[1]
-    # The A largest of independent uniform draws are a uniform sample without replacement.
-    draws = jnp.where(eligible, jax.random.uniform(rng, eligible.shape), -1.0)
-    highest, index = jax.lax.top_k(draws, num_anchors)
-    index = jnp.sort(jnp.where(highest >= 0, index, S), axis=-1)
+    B, S = eligible.shape
+    shuffle, offset = jax.random.split(rng)
+    # Documents one after another, each in random order, what is not eligible last; of that, evenly spaced places.
+    document = jnp.where(eligible, document_ids, jnp.iinfo(jnp.int32).max)
+    order = jnp.lexsort((jax.random.uniform(shuffle, (B, S)), document))
+    count = eligible.sum(axis=1, keepdims=True)
+    drawn = jnp.clip(count, 1, num_anchors)
+    first = jax.random.randint(offset, (B, 1), 0, jnp.maximum(count, 1))
+    i = jnp.arange(num_anchors)
+    index = jnp.take_along_axis(order, (i * count + first) // drawn, axis=1, mode="clip")
+    index = jnp.sort(jnp.where(i < jnp.minimum(count, drawn), index, S), axis=-1).astype(jnp.int32)
     keep = index < S
     return jnp.where(keep, index, 0), keep
 

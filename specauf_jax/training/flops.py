@@ -51,6 +51,12 @@ def step_flops(
     return {name: float(rows * count) for name, count in parts.items()}
 
 
+def needed_flops(parts: dict[str, float], head_share: float) -> dict[str, float]:
+    """`step_flops` as target and drafter, of a step whose LM head sees this share of the slots (`active_ratio`)."""
+    drafter = sum(count for name, count in parts.items() if name not in ("target", "lm_head"))
+    return {"target": parts["target"], "drafter": drafter + head_share * parts["lm_head"]}
+
+
 def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[str, float]:
     """Floating-point operations of one step that trains the target itself: forward, and twice that backward."""
     S = sequence_length

@@ -34,7 +34,7 @@ class Run:
     out: AnyPath
     train: Optimisation
     hosts: Hosts
-    flops: dict[str, float]  # of a step, by what the metrics tell apart
+    flops: Callable[[dict], dict[str, float]]  # a step's measures → its operations, by what the metrics tell apart
     config: dict  # stored with every checkpoint, and compared on resume
     environment: dict
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
@@ -209,18 +209,18 @@ class MetricsLog:
         # The first step of a process compiles: its time is real, but no step's.
         self._productive += seconds if self._warm else 0.0
         self._warm = True
-        means |= self._speed(seconds / len(window))
+        means |= self._speed(seconds / len(window), means)
         means |= {"data_wait": self._waited / seconds, "goodput": self._productive / (now - self._began)}
         self._emit(step, means)
         self.restart_clock()
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in self._run.shown)
         return f"{shown}  {means['tokens_per_s']:,.0f} tokens/s"
 
-    def _speed(self, step_s: float) -> dict[str, float]:
+    def _speed(self, step_s: float, means: dict) -> dict[str, float]:
         tokens = self._run.train.batch_size * self._run.config["sequence_length"]
         speed = {"step_s": step_s, "tokens_per_s": tokens / step_s}
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        for part, count in self._run.flops.items():
+        for part, count in self._run.flops(means).items():
             rate = count / step_s / jax.device_count()
             speed[f"tflop_per_s_{part}"] = rate / 1e12
             if peak:

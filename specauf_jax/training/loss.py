@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Dtype, Objective, Remat
-from specauf_jax.kernels.lm_head import corrected_cross_entropy, lm_head_cross_entropy
+from specauf_jax.config import Dtype, HeadSlots, Objective, Remat
+from specauf_jax.kernels.lm_head import corrected_cross_entropy, frozen_head_cross_entropy
 from specauf_jax.models.domino import correction_features, prefix_states
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
@@ -27,8 +27,17 @@ class LossConfig:
     base_objective: Objective = Objective()  # of Domino's base branch
     num_anchors: int = 512
     anchor_chunk: int = 32
+    slot_chunk: int = 256
+    head_slots: HeadSlots = "support"
     dtype: Dtype = "float32"
     remat: Remat = "none"
+
+    @property
+    def support_top_n(self) -> int | None:
+        """A label within so many best tokens keeps its block going; None where every slot meets the LM head."""
+        if self.head_slots == "all" or self.drafter.projector_type != "dflash":
+            return None
+        return {"auf": 1, "auf_decay": 1, "griffin": self.objective.griffin_top_n}.get(self.objective.name)
 
 
 @chex.dataclass(frozen=True)
@@ -40,20 +49,21 @@ class LossAux:
     blocks: jax.Array  # kept blocks
     emitted: jax.Array  # tokens that a round would emit, summed over kept blocks
     valid: jax.Array  # slots with a label
-    correct: jax.Array  # … of which the drafter's argmax is right
+    correct: jax.Array | None  # … of which the drafter's argmax is right; None where not every slot met the LM head
     support: jax.Array  # slots with weight
     support_correct: jax.Array
     base: "LossAux | None" = None  # Domino: the same of the base branch
 
     def measures(self) -> dict:
-        """Names of the README's table of measures; 0 where nothing was counted. Domino's base branch as `base_…`."""
+        """Names of the README's measures; 0 where nothing was counted. Domino's base branch as `base_…`."""
         ratio = {
             "loss": (self.numerator, self.denominator),
             "tau": (self.emitted, self.blocks),
-            "common_token_accuracy": (self.correct, self.valid),
             "support_accuracy": (self.support_correct, self.support),
             "active_ratio": (self.support, self.valid),
         }
+        if self.correct is not None:
+            ratio["common_token_accuracy"] = self.correct, self.valid
         measures = {name: safe_ratio(*pair) for name, pair in ratio.items()}
         if self.base is not None:
             measures |= {f"base_{name}": value for name, value in self.base.measures().items()}
@@ -92,7 +102,8 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
     Returns:
       float32 [] loss, and LossAux.
     """
-    anchors, keep = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), config.num_anchors)
+    eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
+    anchors, keep = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
     numerators, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
     return numerators @ lax.stop_gradient(branch_factors(aux, lambda_base)), aux
 
@@ -110,11 +121,14 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
     lm_head = lax.stop_gradient(head.lm_head).astype(config.dtype)
     if drafter.projector_type == "dflash":
-        seen = lm_head_cross_entropy(hidden, lm_head, blocks.labels, chunk=config.anchor_chunk)
-        branches = [_branch(config.objective, seen, None, blocks, drafter)]
+        top_n = config.support_top_n
+        seen = frozen_head_cross_entropy(
+            hidden, lm_head, blocks.labels, blocks.valid, chunk=config.slot_chunk, top_n=top_n
+        )
+        branches = [_branch(config.objective, seen, None, blocks, drafter, every_slot=top_n is None)]
     else:
         features, up = _correction(cast(drafter_params, config.dtype), head, hidden, blocks, config=config)
-        base, final = corrected_cross_entropy(hidden, features, lm_head, up, blocks.labels, chunk=config.anchor_chunk)
+        base, final = corrected_cross_entropy(hidden, features, lm_head, up, blocks.labels, chunk=config.slot_chunk)
         witness = base if config.objective.witness == "base" else None
         branches = [
             _branch(config.objective, final, witness, blocks, drafter),
@@ -152,7 +166,7 @@ def _correction(params: dict, head: Head, hidden, blocks: BlockBatch, *, config:
     return correction_features(params, hidden, states, n, config=config.drafter), params["embed_proj"]["up"]["kernel"]
 
 
-def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Drafter):
+def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Drafter, every_slot: bool = True):
     """Numerator and LossAux of one set of logits, from the labels' cross-entropy and rank."""
     ce, rank = seen
     sums = objective_sums(objective, ce, rank, blocks.valid, block_size=drafter.block_size, witness=witness)
@@ -166,7 +180,7 @@ def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Dr
         blocks=_total(blocks.keep),
         emitted=_total(jnp.where(blocks.keep, accepted + 1, 0)),
         valid=_total(blocks.valid),
-        correct=_total(correct),
+        correct=_total(correct) if every_slot else None,
         support=_total(support),
         support_correct=_total(correct & support),
     )

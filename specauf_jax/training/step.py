@@ -101,7 +101,7 @@ def make_train_step(
     def step(state: TrainState, target_params: dict, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
-        drawn = sample_anchors(rng, eligible, config.num_anchors)
+        drawn = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
         share = lambda_base(state.step)
 
         # A branch's gradient is divided by its own denominator, which is known when all parts are summed: of several
@@ -116,7 +116,7 @@ def make_train_step(
         factors = branch_factors(aux, share)
         weights = [1.0] if accumulation == 1 else list(factors)
         grads = jax.tree.map(lambda *branches: sum(w * g for w, g in zip(weights, branches, strict=True)), *grads)
-        metrics = aux.measures()
+        metrics = aux.measures() | {"anchor_coverage": safe_ratio(aux.blocks, eligible.sum(dtype=jnp.float32))}
         if aux.base is not None:
             metrics |= {"final_loss": metrics["loss"], "lambda_base": share}
             metrics["loss"] = jnp.stack([branch.numerator for branch in aux.branches()]) @ factors

@@ -174,7 +174,7 @@ def test_losses_and_gradients_equal_those_of_specforge(name, objective, pair, ta
     params, config, theirs, backend = pair
     model, (target_params, _) = peers.read_target(target), load_target(target)
     objective, settings = OBJECTIVES[objective]
-    loss_config = LossConfig(drafter=config, objective=objective)
+    loss_config = LossConfig(drafter=config, objective=objective, head_slots="all")
     arguments = target_head(target_params), our_batch(target_params, config, *rows()), ANCHORS, KEEP
     (loss, (_, aux)), gradients = loss_and_gradient(params, *arguments, 0.0, config=loss_config)
     online = peers.training(theirs, model, ANCHORS, KEEP, backend, **settings)

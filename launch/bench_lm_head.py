@@ -1,0 +1,123 @@
+"""Time the LM head's cross-entropy with its gradient: all slots against those up to each block's first failure.
+
+    python launch/bench_lm_head.py                                          # 2 CPU cores, under 2 minutes
+    python launch/bench_lm_head.py --width 4096 --vocabulary 151936 --dtype bfloat16 --chunk 256     # an accelerator
+
+Labels are the drafter's own best token with a probability that gives the active ratio asked for: the share of slots
+up to first failures. Forms are timed in turn within each repeat; ratios are of medians. `--memory v5e:2x2` asks the
+compiler for a TPU (libtpu) for temporary bytes of one device, at the sizes given.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from scipy.optimize import brentq
+
+from specauf_jax.config import Objective
+from specauf_jax.kernels.lm_head import frozen_head_cross_entropy, lm_head_cross_entropy
+from specauf_jax.objectives import objective_sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=512)
+    parser.add_argument("--slots", type=int, default=15, help="of a block, N")
+    parser.add_argument("--width", type=int, default=512, help="D")
+    parser.add_argument("--vocabulary", type=int, default=18_992, help="V")
+    parser.add_argument("--active", type=float, nargs="+", default=[0.25], help="active ratios")
+    parser.add_argument("--chunk", type=int, default=128, help="slots whose logits exist at one time")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", metavar="TOPOLOGY", help="compile only, for one device of it")
+    parser.add_argument("--out", help="JSON to write")
+    arguments = parser.parse_args()
+    measured = {"settings": vars(arguments), "device": jax.devices()[0].device_kind}
+    if arguments.memory:
+        measured["temporary_mib"] = {name: _memory(form, arguments) for name, form in forms(arguments).items()}
+        for name, mib in measured["temporary_mib"].items():
+            print(f"{name:<24} {mib:10,.0f} MiB of temporaries")
+    else:
+        measured["seconds"] = {ratio: _times(ratio, arguments) for ratio in arguments.active}
+        for ratio, times in measured["seconds"].items():
+            for name, seconds in times.items():
+                print(f"active {ratio:<6} {name:<24} {seconds:8.3f} s   {seconds / times['all slots']:.2f} x")
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            json.dump(measured, file, indent=2)
+
+
+def forms(arguments) -> dict:
+    """Name → value and gradient of auf's loss, of (hidden, lm_head, labels, valid)."""
+    slots, chunk = arguments.slots, arguments.chunk
+
+    def checkpointed(hidden, lm_head, labels, valid):
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        seen = lm_head_cross_entropy(flat, lm_head, labels.reshape(1, -1), chunk=chunk)
+        return [x.reshape(labels.shape) for x in seen]
+
+    seen = {
+        "recomputing all slots": checkpointed,
+        "all slots": functools.partial(frozen_head_cross_entropy, chunk=chunk),
+        "up to first failures": functools.partial(frozen_head_cross_entropy, chunk=chunk, top_n=1),
+    }
+
+    def value_and_gradient(form):
+        def loss(hidden, lm_head, labels, valid):
+            ce, rank = form(hidden, lm_head, labels, valid)
+            sums = objective_sums(Objective("auf"), ce, rank, valid, block_size=slots + 1)
+            return sums.numerator / sums.denominator
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    return {name: value_and_gradient(form) for name, form in seen.items()}
+
+
+def problem(ratio: float, arguments):
+    """Random slots whose blocks live as long as the ratio says."""
+    blocks, slots = arguments.blocks, arguments.slots
+    survive = brentq(lambda p: sum(p**k for k in range(slots)) / slots - ratio, 0.0, 1.0) if ratio < 1 else 1.0
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (1, blocks, slots, arguments.width), arguments.dtype)
+    lm_head = jax.random.normal(keys[1], (arguments.width, arguments.vocabulary), arguments.dtype) * 0.02
+    best = jax.lax.map(lambda h: jnp.argmax(jnp.dot(h, lm_head, preferred_element_type=jnp.float32), -1),
+                       hidden[0])[None]  # fmt: skip
+    right = jax.random.bernoulli(keys[2], survive, best.shape)
+    labels = jnp.where(right, best, (best + 1) % arguments.vocabulary).astype(jnp.int32)
+    return hidden, lm_head, labels, jnp.ones(best.shape, bool)
+
+
+def _times(ratio: float, arguments) -> dict[str, float]:
+    arrays, compiled = problem(ratio, arguments), forms(arguments)
+    values = {name: jax.block_until_ready(form(*arrays)) for name, form in compiled.items()}
+    losses = [float(loss) for loss, _ in values.values()]
+    assert max(losses) - min(losses) < 1e-3 * max(losses), losses
+    seconds = {name: [] for name in compiled}
+    for _ in range(arguments.repeats):
+        for name, form in compiled.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(form(*arrays))
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _memory(form, arguments) -> float:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=arguments.memory).devices[0]
+    shape = (1, arguments.blocks, arguments.slots)
+    D, V = arguments.width, arguments.vocabulary
+    kinds = ((*shape, D), arguments.dtype), ((D, V), arguments.dtype), (shape, "int32"), (shape, "bool")
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arrays = [jax.ShapeDtypeStruct(size, dtype, sharding=sharding) for size, dtype in kinds]
+    return form.lower(*arrays).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+if __name__ == "__main__":
+    main()
