@@ -29,12 +29,13 @@ from specauf_jax.training.blocks import Batch
 from specauf_jax.training.flops import round_flops, step_flops
 
 _GIB = 2**30
-# Of one device as JAX counts them: memory that XLA may use in bytes, and bfloat16 FLOP/s (Google Cloud's TPU pages).
+# Of one device as JAX counts them: memory that XLA may use in bytes, bfloat16 FLOP/s (Google Cloud's TPU pages), and
+# how many are a chip.
 _DEVICES = {
-    "v5e": (15.75 * _GIB, 197e12),
-    "v5p": (95.0 * _GIB, 459e12),
-    "v6e": (31.25 * _GIB, 918e12),
-    "tpu7x": (94.75 * _GIB, 1153e12),  # half a chip
+    "v5e": (15.75 * _GIB, 197e12, 1),
+    "v5p": (95.0 * _GIB, 459e12, 1),
+    "v6e": (31.25 * _GIB, 918e12, 1),
+    "tpu7x": (94.75 * _GIB, 1153e12, 2),
 }
 
 
@@ -48,41 +49,46 @@ def compile_recipe(config: Compile, console: Console) -> int:
     target = _target(recipe.target)
     drafter = resolve_drafter(recipe.drafter, target)
     recipe = with_anchors(recipe, drafter)
-    devices = _devices(config)
-    mesh = make_mesh(recipe.mesh, devices)
+    mesh = make_mesh(recipe.mesh, _devices(config))
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
-    rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
-    flops = {
-        "train": step_flops(drafter, target, rows=recipe.train.batch_size, sequence_length=config.sequence_length,
-                            num_anchors=recipe.train.num_anchors),
-        "decode": round_flops(drafter, target, rows=rows, context=config.decode_length),
-    }  # fmt: skip
-    found = {}
-    with float32_precision(recipe.train.dtype):
-        with console.status(f"compiling the train step for {len(devices)} devices of {config.topology}"):
-            found["train"] = _train_step(recipe, drafter, target, mesh, config.sequence_length)
-        with console.status(f"compiling the decode round for {len(devices)} devices of {config.topology}"):
-            found["decode"] = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
-    hbm, speed = _DEVICES[kind]
-    programs = {name: _judged(found[name], flops[name], len(devices), hbm, speed) for name in found}
-    report = {
-        "fits": all(program["fits"] for program in programs.values()),
-        "peak_bytes": max(program["peak_bytes"] for program in programs.values()),
-        "hbm_bytes": int(hbm),
-        "flops_per_step": programs["train"]["flops"],
-        "collectives": programs["train"]["collectives"],
-        "devices": len(devices),
-        "devices_per_chip": len(devices) // len({(getattr(d, "slice_index", 0), *d.coords) for d in devices}),
-        "mesh": dict(mesh.shape),
-        "rows": {"train": recipe.train.batch_size, "decode": rows},
-        **programs,
-    }
+    report = _report(config, recipe, drafter, target, mesh, console)
     _show(report, recipe, console)
     if config.out is not None:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
-        meta["versions"] = describe_environment()["versions"]
+        meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
         write_text(config.out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
     return int(not report["fits"])
+
+
+def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, mesh, console: Console) -> dict:
+    """Everything that is written, but where it came from."""
+    hbm, speed, per_chip = _DEVICES[config.topology.partition(":")[0]]
+    settings, S = recipe.train, config.sequence_length
+    rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
+    place = f"for {mesh.size} devices of {config.topology}"
+    with float32_precision(settings.dtype):
+        with console.status(f"compiling the train step {place}"):
+            train = _train_step(recipe, drafter, target, mesh, S)
+        with console.status(f"compiling the decode round {place}"):
+            decode = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
+    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": settings.num_anchors}
+    train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
+    decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
+    for program in (train, decode):
+        program["fits"] = program["peak_bytes"] <= hbm
+    return {
+        "fits": train["fits"] and decode["fits"],
+        "peak_bytes": max(train["peak_bytes"], decode["peak_bytes"]),
+        "hbm_bytes": int(hbm),
+        "flops_per_step": train["flops"],
+        "collectives": train["collectives"],
+        "devices": mesh.size,
+        "devices_per_chip": per_chip,
+        "mesh": dict(mesh.shape),
+        "rows": {"train": settings.batch_size, "decode": rows},
+        "train": train,
+        "decode": decode,
+    }
 
 
 def _recipe(config: Compile) -> Train:
@@ -146,16 +152,11 @@ def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: i
     return measure(decode_round.lower(*arguments, config=decoding), arguments)
 
 
-def _judged(memory: dict, flops: dict, devices: int, hbm: float, speed: float) -> dict:
-    """What a program needs, beside what there is."""
-    seconds = sum(flops.values()) / devices / speed
-    return {
-        "fits": memory["peak_bytes"] <= hbm,
-        **memory,
-        "flops": sum(flops.values()),
-        "flops_by_part": flops,
-        "seconds": {"at_100_percent": seconds, "at_40_percent": seconds / 0.4},
-    }
+def _time(parts: dict[str, float], speed: float) -> dict:
+    """Operations, and the seconds that they take at least."""
+    flops = sum(parts.values())
+    seconds = {"at_100_percent": flops / speed, "at_40_percent": flops / speed / 0.4}
+    return {"flops": flops, "flops_by_part": parts, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------
