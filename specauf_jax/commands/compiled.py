@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Between slices, a TPU's program has send in the place of these.
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _LARGEST = 8
 _NAME = r"%([\w.\-]+)"
