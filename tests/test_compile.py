@@ -198,8 +198,8 @@ def test_a_tpu7x_chip_is_two_devices(run, measured):
 
 
 def test_a_compiler_that_gives_up_for_want_of_room(monkeypatch):
-    def step(x, unused):
-        return jnp.sort(x @ x.T, axis=1) @ x
+    def step(x, unused, keys):
+        return jnp.sort(x @ x.T, axis=1) @ x, jax.vmap(jax.random.bits)(keys)
 
     real = jax.stages.Lowered.compile
 
@@ -207,13 +207,15 @@ def test_a_compiler_that_gives_up_for_want_of_room(monkeypatch):
         real(lowered, compiler_options)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: temporaries (106.55G) exceeds available HBM (15.75G).")
 
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    lowered = jax.jit(step).lower(x, x)
-    fitting = measure(lowered, (x, x))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)
+    keys = jax.ShapeDtypeStruct((5,), jax.random.key(0).dtype, sharding=place)
+    lowered = jax.jit(step).lower(x, x, keys)
+    fitting = measure(lowered, (x, x, keys))
     monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
-    found = measure(lowered, (x, x))
+    found = measure(lowered, (x, x, keys))
     assert found["temporary_bytes"] >= 64 * 64 * 4 and found["largest"] == fitting["largest"] != []
-    assert found["argument_bytes"] == 2 * 64 * 32 * 4 and found["code_bytes"] is found["output_bytes"] is None
+    assert found["argument_bytes"] == 2 * 64 * 32 * 4 + 5 * 8 and found["code_bytes"] is found["output_bytes"] is None
     assert found["peak_bytes"] == found["argument_bytes"] + found["temporary_bytes"]
 
 

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import jax
-import numpy as np
 
 # Between slices, a TPU's program has send in the place of these.
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
@@ -57,7 +56,7 @@ def _dumped(folder: str, ending: str) -> str:
 
 
 def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # of a PRNG key, too
 
 
 def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
