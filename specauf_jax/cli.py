@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
     "export": (config.Export, "specauf_jax.commands.export", "export"),
     "doctor": (config.Doctor, "specauf_jax.commands.doctor", "doctor"),
-    "compile": (config.Compile, "specauf_jax.commands.compile", "compile_step"),
+    "compile": (config.Compile, "specauf_jax.commands.compile", "compile_recipe"),
     "report": (config.Report, "specauf_jax.evaluation.report", "write_report"),
 }
 """Name → its settings, and the module and function that does it."""

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import jax
 
-_PACKAGES = ("specauf-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
+_PACKAGES = (
+    "specauf-jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorflow-datasets",
+    "numpy",
+)
 
 
 def describe_environment(mesh: jax.sharding.Mesh | None = None) -> dict:

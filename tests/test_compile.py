@@ -1,20 +1,34 @@
-"""Ahead-of-time reports: FLOPs against a count of every product in the traced program, bytes against plain sums."""
+"""Ahead-of-time reports: FLOPs against a count of every product in the traced program, bytes against plain sums; and
+one program that libtpu compiles for a TPU."""
 
+import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractMesh, AxisType
 
 from specauf_jax import cli
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter, resolve_drafter
 from specauf_jax.commands import compile as command
+from specauf_jax.commands.compiled import measure, read_buffers, read_collectives
 from specauf_jax.config import Objective
-from specauf_jax.models.target import target_features, target_head, target_shapes
-from specauf_jax.training.flops import step_flops
+from specauf_jax.decoding.generate import decode_round, prompt_batches, start
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models import hf_config
+from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
+from specauf_jax.sharding import cache_sharding, parameter_sharding
+from specauf_jax.training.flops import round_flops, step_flops
 from specauf_jax.training.loss import LossConfig, loss_sums
 
 B, S, A = 2, 32, 4
@@ -71,6 +85,25 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
     assert ("correction" in found) == domino
 
 
+@pytest.mark.parametrize("domino", [False, True])
+def test_flops_equal_those_of_every_product_in_a_round(domino):
+    drafter = (tiny.domino_config if domino else tiny.drafter_config)(TARGET, target_layer_ids=(1, 3))
+    K, context = drafter.block_size, 21
+    arguments = (tiny.drafter_params(drafter), tiny.target_params(TARGET))
+    decoding = Decoding(target_step=TargetStep(TARGET, drafter.target_layer_ids), drafter=drafter)
+    [batch] = prompt_batches([[1] * 16] * B, B)
+    state = start(*arguments, batch, config=decoding, max_new_tokens=context - 16 + 1)
+    room = state.target_cache.k.shape[2]
+    program = jax.make_jaxpr(lambda state: decode_round(*arguments, state, config=decoding))(state)
+    found = round_flops(drafter, TARGET, rows=B, context=context)
+    # The program looks at the whole cache: the target's includes its own block, the drafter's does not.
+    unseen = B * K * 4 * TARGET.num_attention_heads * TARGET.head_dim * TARGET.num_hidden_layers
+    unseen *= room - (context + K / 2)
+    unseen += B * K * 4 * drafter.num_attention_heads * drafter.head_dim * drafter.num_hidden_layers * (room - context)
+    assert products(program.jaxpr) == sum(found.values()) + unseen
+    assert ("correction" in found) == domino
+
+
 def test_flops_of_a_published_target():
     """A row of Qwen3-8B's training, in the field's round numbers: 43, 47 and 20 TFLOP."""
     target = KNOWN_TARGETS["Qwen3-8B"]
@@ -86,66 +119,277 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_devices", lambda config: jax.devices()[:1])
     monkeypatch.setattr(command, "KNOWN_TARGETS", {"Tiny": TARGET})
 
-    def run(target="Tiny", topology="v5e:1x1"):
+    def run(*more, target="Tiny", topology="v5e:1x1"):
         recipe, out = tmp_path / "recipe.py", tmp_path / "out.json"
         recipe.write_text(RECIPE.format(target=target))
         code = cli.main(["compile", "--config", str(recipe), "--topology", topology, "--sequence-length", str(S),
-                         "--out", str(out)])  # fmt: skip
+                         "--decode-batch-size", "3", "--decode-length", "20", "--out", str(out), *more])  # fmt: skip
         return code, json.loads(out.read_text()) if out.exists() else None
 
     return run
 
 
-def test_a_step_that_fits(run, capsys):
+def test_a_recipe_that_fits(run, capsys):
     code, report = run()
-    assert code == 0 and report["fits"] and "fits:" in capsys.readouterr().out
+    assert code == 0 and report["fits"] and "train step fits:" in (said := capsys.readouterr().out)
+    assert "decode round fits:" in said
+    train, decode = report["train"], report["decode"]
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(target_shapes(TARGET)))
     drafter = tiny.drafter_config(TARGET, target_layer_ids=None)
-    state = sum(x.size for x in jax.tree.leaves(tiny.drafter_params(drafter))) * 3  # parameters and two moments
+    weights = sum(x.size for x in jax.tree.leaves(tiny.drafter_params(drafter)))
     batch = 4 * S * (3 * 4 + 1)
     counters, unused = 3 * 4, TARGET.hidden_size * 4  # the final norm, which no feature needs, is not passed
-    assert report["argument_bytes"] == 4 * (parameters + state) + batch + counters - unused
-    assert report["peak_bytes"] > report["temporary_bytes"] > 0 and report["hbm_bytes"] == int(15.75 * 2**30)
-    assert report["flops_per_step"] == sum(
-        step_flops(drafter, TARGET, rows=4, sequence_length=S, num_anchors=4).values()
-    )
-    assert report["step_seconds"]["at_40_percent"] == report["step_seconds"]["at_100_percent"] / 0.4 > 0
-    assert report["largest"] and report["collectives"] == {}  # one device
+    assert train["argument_bytes"] == 4 * (parameters + 3 * weights) + batch + counters - unused  # two moments
+    assert train["peak_bytes"] > train["temporary_bytes"] > 0 and report["hbm_bytes"] == int(15.75 * 2**30)
+    assert train["output_bytes"] < 1000  # metrics: the state takes its own place
+    rows, room = 3, 20 + 3
+    caches = 2 * rows * room * TARGET.num_key_value_heads * TARGET.head_dim * (TARGET.num_hidden_layers + 2)
+    state = rows * (4 * 20 + 4 + 4 + 1 + 8 + 3 * 4)  # tokens, length, limit, done, key, how
+    assert decode["argument_bytes"] == 4 * (parameters + weights + caches) + state
+    assert decode["output_bytes"] < 1000  # what the round did
+    assert report["peak_bytes"] == max(train["peak_bytes"], decode["peak_bytes"])
+    parts = step_flops(drafter, TARGET, rows=4, sequence_length=S, num_anchors=4)
+    assert report["flops_per_step"] == train["flops"] == sum(parts.values())
+    assert train["seconds"]["at_40_percent"] == train["seconds"]["at_100_percent"] / 0.4 > 0
+    assert decode["flops"] == sum(round_flops(drafter, TARGET, rows=3, context=20).values())
+    for program in (train, decode):
+        sizes = [buffer["bytes"] for buffer in program["largest"]]
+        assert sizes == sorted(sizes)[::-1] and sizes[0] > 0 and program["collectives"] == {}  # one device
 
 
-def test_a_step_that_does_not_fit(run, monkeypatch, capsys):
-    monkeypatch.setitem(command._CHIPS, "v5e", (1000, 1e12))
+@pytest.fixture
+def measured(monkeypatch):
+    """No compilation: these peaks in its place, for the train step and the decode round."""
+    rest = dict.fromkeys(("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes"), 1)
+    found = {name: rest | {"peak_bytes": 10, "collectives": {name: {}}, "largest": []} for name in ("train", "decode")}
+    monkeypatch.setattr(command, "_train_step", lambda *_: dict(found["train"]))
+    monkeypatch.setattr(command, "_decode_round", lambda *_: dict(found["decode"]))
+    monkeypatch.setattr(command, "_show_program", lambda *_: None)
+    return found
+
+
+def test_settings_take_the_place_of_the_recipe_s(run, measured, capsys):
+    code, report = run("--batch-size", "6", "--accumulation", "3", "--mesh.tensor", "1", "--mesh.fsdp", "-1")
+    settings = report["meta"]["recipe"]
+    assert code == 0 and report["rows"] == {"train": 6, "decode": 3} and settings["train"]["accumulation"] == 3
+    assert settings["mesh"] == {"replica": 1, "fsdp": -1, "tensor": 1}
+    for more, said in (("--mesh.tensor", "tensor=2 on 1 devices"), ("--slices", "replica=2")):
+        code, _ = run(more, "2")
+        assert code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "decode"])
+def test_one_program_too_large_is_enough(run, measured, monkeypatch, capsys, name):
+    monkeypatch.setitem(command._DEVICES, "v5e", (10, 1e12, 1))
+    assert run()[0] == 0
+    measured[name]["peak_bytes"] = 11
     code, report = run()
-    assert code == 1 and not report["fits"] and report["peak_bytes"] > 1000
-    assert "does not fit" in (said := capsys.readouterr().out) and 'remat="layers"' in said
+    assert code == 1 and not report["fits"] and report["peak_bytes"] == 11
+    assert [report[other]["fits"] for other in ("train", "decode")] == [name != "train", name != "decode"]
+    assert report["collectives"] == {"train": {}}
+    said = capsys.readouterr().out
+    assert ("train step does not fit" in said) == ('remat="layers"' in said) == (name == "train")
+    assert ("decode round does not fit" in said) == ("--decode-batch-size" in said) == (name == "decode")
 
 
-def test_a_compiler_that_gives_up_for_want_of_room(run, monkeypatch):
-    def give_up(*_, **__):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (106.55G) "
-            "exceeds available HBM (15.75G)."
-        )
+def test_a_tpu7x_chip_is_two_devices(run, measured):
+    _, report = run(topology="tpu7x:1x1x1")
+    assert report["devices_per_chip"] == 2 and report["hbm_bytes"] == int(94.75 * 2**30)
 
+
+def test_a_compiler_that_gives_up_for_want_of_room(monkeypatch):
+    def step(x, unused, keys):
+        return jnp.sort(x @ x.T, axis=1) @ x, jax.vmap(jax.random.bits)(keys)
+
+    real = jax.stages.Lowered.compile
+
+    def give_up(lowered, compiler_options):
+        real(lowered, compiler_options)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: temporaries (106.55G) exceeds available HBM (15.75G).")
+
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)
+    keys = jax.ShapeDtypeStruct((5,), jax.random.key(0).dtype, sharding=place)
+    lowered = jax.jit(step).lower(x, x, keys)
+    fitting = measure(lowered, (x, x, keys))
     monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
-    code, report = run()
-    assert code == 1 and not report["fits"]
-    assert report["peak_bytes"] == report["argument_bytes"] + int(106.55 * 2**30)
+    found = measure(lowered, (x, x, keys))
+    assert found["temporary_bytes"] >= 64 * 64 * 4 and found["largest"] == fitting["largest"] != []
+    assert found["argument_bytes"] == 2 * 64 * 32 * 4 + 5 * 8 and found["code_bytes"] is found["output_bytes"] is None
+    assert found["peak_bytes"] == found["argument_bytes"] + found["temporary_bytes"]
 
 
-def test_collectives_and_buffers_are_read_from_the_program():
+def test_another_error_of_the_compiler_is_not_hidden(monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        measure(jax.jit(jnp.sin).lower(1.0), ())
+
+
+def test_collectives_are_counted_as_often_as_their_loops_run():
     text = """
-  %all-gather.1 = bf16[8,4]{1,0} all-gather(bf16[1,4]{1,0} %p), metadata={op_name="a"}
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(36)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%fused (p: bf16[1,4]) -> bf16[8,4] {
+  ROOT %all-gather.1 = bf16[8,4]{1,0} all-gather(bf16[1,4]{1,0} %p), metadata={op_name="a"}
+}
+
+%inner (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %fusion.1 = bf16[8,4]{1,0} fusion(bf16[1,4]{1,0} %p), kind=kCustom, calls=%fused
+}
+
+%outer.2 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %while.1 = (s32[], f32[4]) while((s32[], f32[4]) %q), condition=%cond, body=%inner, backend_config={}
   %ags = (f32[2,2]{1,0}, f32[4,2]{1,0}) all-gather-start(f32[2,2]{1,0} %p), metadata={op_name="b"}
-  ROOT %fusion.2 = f32[10,10]{1,0} fusion(f32[] %x), kind=kLoop, metadata={op_name="jit(step)/mul"}
-  %bitcast.1 = f32[1000]{0} bitcast(f32[10,100]{1,0} %y)
+}
+
+%cond.2 (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[] constant(2)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %while.2 = (s32[], f32[4]) while((s32[], f32[4]) %q), condition=%cond.2, body=%outer.2
+  ROOT %all-reduce.7 = f32[4]{0} all-reduce(f32[4]{0} %p), to_apply=%add
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(f32[] %a, f32[] %b)
+}
 """
-    collectives, largest = command._read(text)
-    assert collectives == {"all-gather": {"count": 2, "bytes": 64 + 32}}
-    assert largest == [{"bytes": 400, "shape": "f32[10,10]", "source": "jit(step)/mul"}]
+    assert read_collectives(text) == {
+        "all-gather": {"count": 2 * 36 + 2, "bytes": 2 * 36 * 64 + 2 * 32},
+        "all-reduce": {"count": 1, "bytes": 16},
+    }
+
+
+def test_buffers_are_those_of_the_main_memory_s_temporaries():
+    assignment = """BufferAssignment:
+allocation 0: size 4000, page 0, parameter 3, shape |f32[1000]| at ShapeIndex {}:
+ value: <1 param.3 @0> (size=4000,offset=0): f32[1000]{0}
+allocation 1: size 900, page 0, preallocated-temp:
+ value: <2 copy.1{0} @0> (size=400,offset=0): f32[10,10]{1,0:T(8,128)}
+ value: <3 fusion.2 @0> (size=400,offset=0): f32[10,10]{1,0:T(8,128)}
+ value: <4 dot.3 @0> (size=500,offset=400): f32[5,25]{1,0}
+allocation 2: size 8000, color 1, page 0, preallocated-temp:
+ value: <5 fusion.9 @1> (size=8000,offset=0): f32[2000]{0:S(1)}
+"""
+    program = '  %fusion.2 = f32[10,10]{1,0} fusion(%x), kind=kLoop, metadata={op_name="jit(step)/mul"}'
+    total, largest = read_buffers(assignment, program)
+    assert total == 900
+    assert largest == [
+        {"bytes": 500, "shape": "f32[5,25]", "name": "dot.3", "source": ""},
+        {"bytes": 400, "shape": "f32[10,10]", "name": "fusion.2", "source": "jit(step)/mul"},
+    ]
 
 
 @pytest.mark.parametrize(("change", "said"), [({"target": "Qwen9"}, "'Qwen9'"), ({"topology": "h200"}, "'h200'")])
 def test_refused(run, capsys, change, said):
     code, report = run(**change)
     assert code == 2 and report is None and said in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------
+# Meshes larger than this machine
+
+
+def abstract_mesh(replica: int, fsdp: int, tensor: int) -> AbstractMesh:
+    axes = ("replica", "fsdp", "tensor")
+    return AbstractMesh((replica, fsdp, tensor), axes, axis_types=(AxisType.Auto,) * 3)
+
+
+def published_shapes(name: str, projector_type: str):
+    target = KNOWN_TARGETS[name]
+    drafter = resolve_drafter(Drafter(mask_token_id=0, projector_type=projector_type), target)
+    return target_shapes(target), drafter_shapes(drafter)
+
+
+@pytest.mark.parametrize(
+    ("projector_type", "axes"),
+    [("dflash", (1, 512, 1)), ("dflash", (1, 32, 16)), ("domino", (2, 16, 16)), ("domino", (2, 256, 1))],
+)
+@pytest.mark.parametrize("name", KNOWN_TARGETS)
+def test_published_models_spread_over_512_devices(name, projector_type, axes):
+    shapes, mesh = published_shapes(name, projector_type), abstract_mesh(*axes)
+    leaves = jax.tree.leaves(shapes)
+    shardings = jax.tree.leaves(parameter_sharding(shapes, mesh))
+    held = [math.prod(s.shard_shape(x.shape)) for s, x in zip(shardings, leaves, strict=True)]
+    for count, x in zip(held, leaves, strict=True):
+        assert x.size <= 2**20 or count * axes[1] <= x.size
+    assert sum(held) < 1.2 * sum(x.size for x in leaves) / (axes[1] * axes[2])  # fc is spread over fsdp alone
+
+
+def test_a_size_that_no_dimension_takes_is_refused_with_those_that_would():
+    with pytest.raises(SpecaufError, match=r"(?s)256 × 151936 over fsdp=512.*divides one of them: .*, 128, 256\n"):
+        parameter_sharding(published_shapes("Qwen3-8B", "domino"), abstract_mesh(1, 512, 1))
+
+
+def test_heads_that_a_tensor_axis_does_not_divide_stay_together():
+    cache = jax.ShapeDtypeStruct((36, 32, 64, 8, 128), jnp.bfloat16)
+    for tensor, shape in ((16, (36, 16, 64, 8, 128)), (8, (36, 16, 64, 1, 128))):
+        assert cache_sharding(cache, abstract_mesh(1, 2, tensor)).shard_shape(cache.shape) == shape
+
+
+SERVED = """
+import jax, tiny
+from specauf_jax.config import Mesh
+from specauf_jax.decoding.generate import abstract_state, decode_round, prompt_batches, start
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.models.target import TargetStep
+from specauf_jax.sharding import make_mesh, parameter_sharding
+
+target, mesh = tiny.target_config(), make_mesh(Mesh(replica=2, fsdp=2, tensor=2))
+drafter = tiny.drafter_config(target)
+params = tiny.drafter_params(drafter), tiny.target_params(target)
+params = jax.device_put(params, parameter_sharding(params, mesh))
+config = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
+[batch] = prompt_batches([[1] * 16] * 8, 8)
+state = start(*params, batch, config=config, max_new_tokens=5, mesh=mesh)
+said = abstract_state(*params, config=config, batch_size=8, length=16, max_new_tokens=5, mesh=mesh)
+for _ in range(2):
+    same = jax.tree.map(
+        lambda x, y: x.shape == y.shape and x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim),
+        state, said)
+    assert jax.tree.all(same), same
+    state, _ = decode_round(*params, state, config=config)
+assert decode_round._cache_size() == 1
+print("same")
+"""
+
+
+def python(*arguments, flags: str = "") -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_the_state_that_is_compiled_is_the_state_that_is_served():
+    done = python("-c", SERVED, flags=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------
+# libtpu itself
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs")
+def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
+    target, recipe, out = tmp_path / "target", tmp_path / "recipe.py", tmp_path / "out.json"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(hf_config.write_target(TARGET)))
+    recipe.write_text(RECIPE.format(target=str(target)))
+    sizes = ("--batch-size", "65536", "--sequence-length", "2048", "--decode-batch-size", "8", "--decode-length", "64")
+    # libtpu ends at a flag that it does not know, such as those of the other tests.
+    done = python("-m", "specauf_jax", "compile", "--config", recipe, "--topology", "v5e:2x2", *sizes, "--out", out)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "train step does not fit" in done.stdout and "decode round fits" in done.stdout
+    report = json.loads(out.read_text())
+    train, decode = report["train"], report["decode"]
+    assert not report["fits"] and report["peak_bytes"] == train["peak_bytes"] > report["hbm_bytes"]
+    assert report["devices"] == 4 and report["mesh"]["fsdp"] == 4
+    assert train["largest"][0]["bytes"] >= 2**30 and train["largest"][0]["source"].startswith("jit(step)")
+    assert train["collectives"]["all-gather"]["bytes"] > 0
+    assert decode["fits"] and 0 < decode["code_bytes"] < decode["peak_bytes"]

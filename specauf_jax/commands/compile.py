@@ -1,86 +1,106 @@
-"""`specauf compile`: the train step of a recipe, compiled ahead of time for a TPU topology on a machine without one."""
+"""`specauf compile`: a recipe's train step and decode round, compiled for a TPU topology on a machine without one."""
 
 import dataclasses
 import json
-import math
 import os
-import re
-import tempfile
-from collections import Counter
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.architecture import KNOWN_TARGETS, Target, resolve_drafter
+from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
+from specauf_jax.commands.compiled import measure
 from specauf_jax.commands.setup import float32_precision
 from specauf_jax.commands.train import make_placed_step, with_anchors
 from specauf_jax.config import Compile, Train, read_recipe
+from specauf_jax.decoding.generate import abstract_state, decode_round
+from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import write_text
+from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import target_config
-from specauf_jax.sharding import check_batch, make_mesh
+from specauf_jax.sharding import batch_shards, check_batch, make_mesh, parameter_sharding, placed
 from specauf_jax.training.blocks import Batch
-from specauf_jax.training.flops import step_flops
+from specauf_jax.training.flops import round_flops, step_flops
 
 _GIB = 2**30
-# Of one device as JAX counts them: memory that XLA may use in bytes, and bfloat16 FLOP/s (Google Cloud's TPU pages).
-_CHIPS = {
-    "v5e": (15.75 * _GIB, 197e12),
-    "v5p": (95.0 * _GIB, 459e12),
-    "v6e": (31.25 * _GIB, 918e12),
-    "tpu7x": (94.75 * _GIB, 1153e12),
+# Of one device as JAX counts them: memory that XLA may use in bytes, bfloat16 FLOP/s (Google Cloud's TPU pages), and
+# how many are a chip.
+_DEVICES = {
+    "v5e": (15.75 * _GIB, 197e12, 1),
+    "v5p": (95.0 * _GIB, 459e12, 1),
+    "v6e": (31.25 * _GIB, 918e12, 1),
+    "tpu7x": (94.75 * _GIB, 1153e12, 2),
 }
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-_LARGEST = 8
 
 
-def compile_step(config: Compile, console: Console) -> int:
-    """Print and write the report; returns the exit code: 1 if the step does not fit."""
+def compile_recipe(config: Compile, console: Console) -> int:
+    """Print and write the report; returns the exit code: 1 if the step or the round does not fit."""
     kind = config.topology.partition(":")[0]
-    if kind not in _CHIPS:
-        raise SpecaufError(f"topology {config.topology!r}", f"one of {', '.join(_CHIPS)}, as in v5e:4x4",
+    if kind not in _DEVICES:
+        raise SpecaufError(f"topology {config.topology!r}", f"one of {', '.join(_DEVICES)}, as in v5e:4x4",
                            "correct --topology")  # fmt: skip
-    recipe = read_recipe(Train, config.config)
+    recipe = _recipe(config)
     target = _target(recipe.target)
     drafter = resolve_drafter(recipe.drafter, target)
     recipe = with_anchors(recipe, drafter)
-    devices = _devices(config)
-    if config.slices > 1:
-        recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, replica=config.slices))
-    mesh = make_mesh(recipe.mesh, devices)
+    mesh = make_mesh(recipe.mesh, _devices(config))
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
-    hbm, peak_flops = _CHIPS[kind]
-    with (
-        console.status(f"compiling for {len(devices)} devices of {config.topology}"),
-        float32_precision(recipe.train.dtype),
-    ):
-        memory = _compile(recipe, drafter, target, mesh, config.sequence_length)
-    parts = step_flops(drafter, target, rows=recipe.train.batch_size, sequence_length=config.sequence_length,
-                       num_anchors=recipe.train.num_anchors)  # fmt: skip
-    seconds = sum(parts.values()) / len(devices) / peak_flops
-    report = {
-        "fits": memory["peak_bytes"] <= hbm,
-        "hbm_bytes": int(hbm),
-        **memory,
-        "flops_per_step": sum(parts.values()),
-        "flops_by_part": parts,
-        "step_seconds": {"at_100_percent": seconds, "at_40_percent": seconds / 0.4},
-        "devices": len(devices),
-        "mesh": dict(mesh.shape),
-    }
+    report = _report(config, recipe, drafter, target, mesh, console)
     _show(report, recipe, console)
     if config.out is not None:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
-        meta["versions"] = describe_environment()["versions"]
+        meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
         write_text(config.out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
     return int(not report["fits"])
+
+
+def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, mesh, console: Console) -> dict:
+    """Everything that is written, but where it came from."""
+    hbm, speed, per_chip = _DEVICES[config.topology.partition(":")[0]]
+    settings, S = recipe.train, config.sequence_length
+    rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
+    place = f"for {mesh.size} devices of {config.topology}"
+    with float32_precision(settings.dtype):
+        with console.status(f"compiling the train step {place}"):
+            train = _train_step(recipe, drafter, target, mesh, S)
+        with console.status(f"compiling the decode round {place}"):
+            decode = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
+    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": settings.num_anchors}
+    train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
+    decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
+    for program in (train, decode):
+        program["fits"] = program["peak_bytes"] <= hbm
+    return {
+        "fits": train["fits"] and decode["fits"],
+        "peak_bytes": max(train["peak_bytes"], decode["peak_bytes"]),
+        "hbm_bytes": int(hbm),
+        "flops_per_step": train["flops"],
+        "collectives": train["collectives"],
+        "devices": mesh.size,
+        "devices_per_chip": per_chip,
+        "mesh": dict(mesh.shape),
+        "rows": {"train": settings.batch_size, "decode": rows},
+        "train": train,
+        "decode": decode,
+    }
+
+
+def _recipe(config: Compile) -> Train:
+    """The recipe with what the command line puts in its place."""
+    recipe = read_recipe(Train, config.config)
+    changes = {"batch_size": config.batch_size, "accumulation": config.accumulation}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    axes = {name: size for name, size in dataclasses.asdict(config.mesh).items() if size != 0}
+    mesh = dataclasses.replace(recipe.mesh, **axes)
+    if config.slices > 1 and "replica" not in axes:
+        mesh = dataclasses.replace(mesh, replica=config.slices)
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes), mesh=mesh)
 
 
 def _target(name: str) -> Target:
@@ -95,6 +115,8 @@ def _target(name: str) -> Target:
 
 def _devices(config: Compile) -> list:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a cloud machine's metadata server
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # and complain that there is none
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
     try:
         slices = {"num_slices": config.slices} if config.slices > 1 else {}
         return list(topologies.get_topology_desc(platform="tpu", topology_name=config.topology, **slices).devices)
@@ -106,8 +128,7 @@ def _devices(config: Compile) -> list:
         ) from error
 
 
-def _compile(recipe: Train, drafter, target: Target, mesh, sequence_length: int) -> dict:
-    """Bytes per device, largest buffers and collectives of the compiled step."""
+def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_length: int) -> dict:
     step = make_placed_step(recipe, drafter, target, mesh)
     names = ("tokens", "loss_mask", "document_ids", "positions")
     batch = Batch(**{
@@ -116,63 +137,26 @@ def _compile(recipe: Train, drafter, target: Target, mesh, sequence_length: int)
         for name in names
     })  # fmt: skip
     arguments = (step.state, step.target_params, batch)
-    held = sum(map(_device_bytes, jax.tree.leaves(arguments)))
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
-        lowered = step.jitted.lower(*arguments)
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-        try:
-            sizes = lowered.compile(compiler_options=options).memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM", str(error))
-            if found is None:
-                raise
-            needed = int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
-            sizes = None
-        text = "".join(path.read_text() for path in Path(dump).glob("*jit_step*after_optimizations.txt"))
-    if sizes is None:  # the compiler gave up for want of room, and says only how much the temporaries need
-        return {"argument_bytes": held, "temporary_bytes": needed, "output_bytes": None, "code_bytes": None,
-                "peak_bytes": held + needed, "collectives": {}, "largest": []}  # fmt: skip
-    collectives, largest = _read(text)
-    peak = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    peak += sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-    return {
-        "argument_bytes": sizes.argument_size_in_bytes,
-        "temporary_bytes": sizes.temp_size_in_bytes,
-        "output_bytes": sizes.output_size_in_bytes,
-        "code_bytes": sizes.generated_code_size_in_bytes,
-        "peak_bytes": peak,
-        "collectives": collectives,
-        "largest": largest,
-    }
+    with jax.set_mesh(mesh):  # as training does, for `spread_rows`
+        return measure(step.jitted.lower(*arguments), arguments)
 
 
-def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
-    return math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: int, length: int) -> dict:
+    dtype = recipe.train.dtype
+    shapes = (drafter_shapes(drafter), target_shapes(target))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    params = placed(params, parameter_sharding(params, mesh))
+    decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
+    size = {"batch_size": rows, "length": length - 1, "max_new_tokens": 1}
+    arguments = (*params, abstract_state(*params, config=decoding, mesh=mesh, **size))
+    return measure(decode_round.lower(*arguments, config=decoding), arguments)
 
 
-def _read(text: str) -> tuple[dict, list]:
-    """Collectives by kind (count and bytes of results, a loop's body once), and the largest temporary buffers."""
-    collectives, buffers = {}, Counter()
-    for line in text.splitlines():
-        found = re.match(r"\s*(?:ROOT )?%\S+ = (\(?)(\w+)\[([\d,]*)\].*? ([\w-]+)\(", line)
-        if found is None or found[2] not in _BYTES:
-            continue
-        name = found[4].removesuffix("-start")
-        if name in _COLLECTIVES:
-            result = line.partition(f" {found[4]}(")[0]
-            entry = collectives.setdefault(name, {"count": 0, "bytes": 0})
-            entry["count"] += 1
-            entry["bytes"] += max(_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", result))
-        elif not found[1] and name in ("fusion", "copy", "dot", "convolution", "dynamic-update-slice"):
-            source = re.search(r'op_name="([^"]*)"', line)
-            shape = f"{found[2]}[{found[3]}]"
-            buffers[_bytes(found[2], found[3]), shape, source[1][-60:] if source else ""] += 1
-    largest = [{"bytes": size, "shape": shape, "source": source} for size, shape, source in sorted(buffers)[::-1]]
-    return collectives, largest[:_LARGEST]
-
-
-def _bytes(dtype: str, shape: str) -> int:
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+def _time(parts: dict[str, float], speed: float) -> dict:
+    """Operations, and the seconds that they take at least."""
+    flops = sum(parts.values())
+    seconds = {"at_100_percent": flops / speed, "at_40_percent": flops / speed / 0.4}
+    return {"flops": flops, "flops_by_part": parts, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -180,27 +164,44 @@ def _bytes(dtype: str, shape: str) -> int:
 
 
 def _show(report: dict, recipe: Train, console: Console) -> None:
-    table = Table("per device", "GiB")
-    for name in ("argument", "temporary", "output", "code", "peak", "hbm"):
-        value = report[f"{name}_bytes"]
-        table.add_row(name, "?" if value is None else f"{value / _GIB:.2f}")
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
+    console.print(f"{report['devices']} devices, {report['devices_per_chip']} a chip, mesh {mesh}", highlight=False)
+    for name, program in (("train step", report["train"]), ("decode round", report["decode"])):
+        _show_program(name, program, console)
+    rows = report["rows"]
+    console.print(f"rows: {rows['train']} a step in {recipe.train.accumulation} parts, {rows['decode']} that decode")
+    room = report["hbm_bytes"] / _GIB
+    advice = {"train step": _train_advice(recipe), "decode round": ["fewer --decode-batch-size", "more devices"]}
+    for name, program in (("train step", report["train"]), ("decode round", report["decode"])):
+        peak = program["peak_bytes"] / _GIB
+        said = "fits" if program["fits"] else "does not fit"
+        tried = "" if program["fits"] else f"; try {', '.join(advice[name])}"
+        style = "green" if program["fits"] else "red"
+        console.print(f"{name} {said}: {peak:.2f} of {room:.2f} GiB{tried}", style=style, highlight=False)
+
+
+def _show_program(name: str, program: dict, console: Console) -> None:
+    table = Table(name, "GiB per device")
+    for part in ("argument", "temporary", "output", "code", "peak"):
+        value = program[f"{part}_bytes"]
+        table.add_row(part, "?" if value is None else f"{value / _GIB:.2f}")
     console.print(table)
-    table = Table("collective", "in the program", "MiB (a loop's body once)")
-    for name, entry in report["collectives"].items():
-        table.add_row(name, str(entry["count"]), f"{entry['bytes'] / 2**20:,.0f}")
+    table = Table("collective", "times", "MiB")
+    for kind, entry in program["collectives"].items():
+        table.add_row(kind, f"{entry['count']:,}", f"{entry['bytes'] / 2**20:,.0f}")
     console.print(table)
-    table = Table("largest buffers", "GiB", "from")
-    for buffer in report["largest"]:
-        table.add_row(buffer["shape"], f"{buffer['bytes'] / _GIB:.2f}", buffer["source"])
-    console.print(table)
-    parts = ", ".join(f"{name} {count / 1e12:,.0f}" for name, count in report["flops_by_part"].items())
-    console.print(f"{report['flops_per_step'] / 1e12:,.0f} TFLOP a step ({parts})", highlight=False)
-    whole, part = report["step_seconds"].values()
-    console.print(f"{whole:.2f} s a step at 100 % of peak, {part:.2f} s at 40 %", highlight=False)
-    peak, room = report["peak_bytes"] / _GIB, report["hbm_bytes"] / _GIB
-    if report["fits"]:
-        console.print(f"fits: {peak:.2f} of {room:.2f} GiB", style="green", highlight=False)
-        return
+    console.print("largest buffers:")
+    for buffer in program["largest"]:
+        line = f"{buffer['bytes'] / _GIB:8.2f} GiB {buffer['shape']} {buffer['name']}, {buffer['source'][-70:]}"
+        console.print(line, highlight=False, markup=False)
+    parts = ", ".join(f"{part} {count / 1e12:,.1f}" for part, count in program["flops_by_part"].items())
+    console.print(f"{program['flops'] / 1e12:,.1f} TFLOP ({parts})", highlight=False)
+    whole, part = program["seconds"].values()
+    console.print(f"{whole:.3g} s at 100 % of peak, {part:.3g} s at 40 %", highlight=False)
+
+
+def _train_advice(recipe: Train) -> list[str]:
     advice = ['remat="layers"'] if recipe.train.remat != "layers" else []
-    advice += [f"accumulation above {recipe.train.accumulation}", "a smaller anchor_chunk", "more devices"]
-    console.print(f"does not fit: {peak:.2f} of {room:.2f} GiB; try {', '.join(advice)}", style="red", highlight=False)
+    if recipe.train.mu_dtype == "float32":
+        advice.append('mu_dtype="bfloat16"')
+    return [*advice, f"accumulation above {recipe.train.accumulation}", "a smaller anchor_chunk", "more devices"]

@@ -15,7 +15,7 @@ from specauf_jax.decoding.state import DecodeState, Decoding, init_state
 from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import init_kv_cache
-from specauf_jax.sharding import batch_sharding, cache_sharding
+from specauf_jax.sharding import batch_sharding, cache_sharding, placed
 
 GREEDY = Sampling()
 
@@ -122,7 +122,7 @@ def stream(
         mesh=mesh,
     )
     while not state.done[0]:
-        state, done = _round(drafter_params, target_params, state, config=config)
+        state, done = decode_round(drafter_params, target_params, state, config=config)
         yield np.asarray(done.tokens[0, : int(done.emitted[0])]).tolist(), int(done.accepted[0])
 
 
@@ -187,12 +187,35 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
     caches = {"target_cache": config.target_step.init_cache(B, room, dtype), "drafter_cache": None}
     if config.drafter:
         caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
-    if mesh is not None:  # zeros have no sharding of their own: say it, or every device holds all rows
-        caches = lax.with_sharding_constraint(caches, cache_sharding(caches, mesh))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
     tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     state = init_state(tokens, length, limit, keys, how, **caches)
-    return prefill(drafter_params, target_params, state, P, config=config)
+    if mesh is None:
+        return prefill(drafter_params, target_params, state, P, config=config)
+    # Zeros have no sharding of their own: say it, or every device holds all rows.
+    sharding = _state_sharding(state, mesh)
+    state = lax.with_sharding_constraint(state, sharding)
+    state = prefill(drafter_params, target_params, state, P, config=config)
+    return lax.with_sharding_constraint(state, sharding)
+
+
+def _state_sharding(state: DecodeState, mesh) -> DecodeState:
+    rows = jax.tree.map(lambda _: batch_sharding(mesh), state)
+    caches = {name: cache_sharding(getattr(state, name), mesh) for name in ("target_cache", "drafter_cache")}
+    return rows.replace(**caches)
+
+
+def abstract_state(
+    drafter_params, target_params, *, config: Decoding, batch_size: int, length: int, max_new_tokens: int, mesh
+) -> DecodeState:
+    """What `start` returns for prompts of `length` tokens, as shapes with shardings: to compile ahead of time."""
+    rows, number = jax.ShapeDtypeStruct((batch_size,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    real = jax.ShapeDtypeStruct((), jnp.float32)
+    how = (real, number, real, jax.ShapeDtypeStruct((), jnp.uint32))
+    begin = functools.partial(_start, config=config, max_new_tokens=max_new_tokens, mesh=None)
+    state = jax.eval_shape(begin, drafter_params, target_params, tokens, rows, rows, rows, how)
+    return placed(state, _state_sharding(state, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"), donate_argnames="state")
@@ -214,7 +237,8 @@ def decode(drafter_params, target_params, state: DecodeState, *, config: Decodin
     return state, accepted
 
 
-_round = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")(draft_and_verify)
+decode_round = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")(draft_and_verify)
+"""`draft_and_verify` as it serves: compiled, the state's buffers used again."""
 
 
 def collect(batch: PromptBatch, state: DecodeState, accepted) -> Iterator[tuple[int, Generation]]:

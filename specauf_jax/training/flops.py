@@ -1,4 +1,4 @@
-"""Analytic model of a training step's floating-point operations: 2 a multiply-add, what the method needs and no more.
+"""Analytic model of floating-point operations: 2 a multiply-add, what the method needs and no more.
 
 Attention counts what is visible on average in rows without packing; recomputation is not counted.
 """
@@ -45,9 +45,7 @@ def step_flops(
         "lm_head": 2 * 2 * A * N * D * V,  # frozen: no gradient of its weights
     }
     if drafter.projector_type == "domino":
-        R, rank = drafter.gru_hidden_dim, drafter.emb_dim
-        gru = 2 * 3 * (D + R) * R
-        parts["correction"] = 3 * A * N * (gru + 2 * (D + R) * rank + 2 * rank * V)
+        parts["correction"] = 3 * A * N * _correction(drafter)
     return {name: float(rows * count) for name, count in parts.items()}
 
 
@@ -63,6 +61,39 @@ def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[s
     causal = 2 * S * S * target.num_attention_heads * target.head_dim
     layers = target.num_hidden_layers * (2 * S * _layer_weights(target) + causal)
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
+
+
+def round_flops(drafter: Drafter, target: Target, *, rows: int, context: int) -> dict[str, float]:
+    """Floating-point operations of one decode round over the whole mesh, by part.
+
+    Args:
+      drafter: resolved.
+      target: all of whose layers read the block.
+      rows: B, that decode together.
+      context: positions that every slot sees before its block.
+
+    Returns:
+      target, context, blocks, attention, lm_head and (Domino) correction.
+    """
+    K, D, V, L = drafter.block_size, target.hidden_size, target.vocab_size, len(drafter.target_layer_ids)
+    groups = drafter.num_key_value_heads * drafter.head_dim
+    causal = 4 * K * (context + K / 2) * target.num_attention_heads * target.head_dim
+    parts = {
+        "target": target.num_hidden_layers * (2 * K * _layer_weights(target) + causal),
+        "context": 2 * K * L * D * D + drafter.num_hidden_layers * 2 * K * 2 * D * groups,
+        "blocks": drafter.num_hidden_layers * 2 * K * _layer_weights(drafter),
+        "attention": drafter.num_hidden_layers * 4 * K * (context + K) * drafter.num_attention_heads * drafter.head_dim,
+        "lm_head": 2 * (2 * K - 1) * D * V,  # of K-1 drafts, and of the target's judgement on K slots
+    }
+    if drafter.projector_type == "domino":
+        parts["correction"] = (K - 1) * _correction(drafter)
+    return {name: float(rows * count) for name, count in parts.items()}
+
+
+def _correction(drafter: Drafter) -> int:
+    """Domino's head for one draft: the GRU's step, and the correction of rank emb_dim."""
+    D, R, rank = drafter.hidden_size, drafter.gru_hidden_dim, drafter.emb_dim
+    return 2 * 3 * (D + R) * R + 2 * (D + R) * rank + 2 * rank * drafter.vocab_size
 
 
 def _layer_weights(config: Target | Drafter) -> int:

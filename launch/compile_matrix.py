@@ -1,0 +1,92 @@
+"""Every shipped recipe for a real target, compiled for every topology of the README's table; prints that table.
+
+    python launch/compile_matrix.py [--out runs/compile] [--jobs 2]
+
+Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
+folder after a change of the code. Every device has one row of a part; the batch is 64, or the number of devices
+where that is more.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = ("qwen3_8b_dflash", "qwen3_8b_domino", "qwen3_4b_dflash", "qwen3_32b_dflash")
+DEVICES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "tpu7x:2x2x4": 32, "v5p:4x4x8": 128, "v6e:16x16": 256}
+BATCH = 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/compile"), help="folder of the reports")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at one time")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    cells = [(recipe, topology) for topology in DEVICES for recipe in RECIPES]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        codes = list(pool.map(lambda cell: compile_cell(*cell, arguments.out), cells))
+    print(table(cells, arguments.out))
+    return max(codes)
+
+
+def compile_cell(recipe: str, topology: str, out: Path) -> int:
+    """Exit code of `specauf compile`; its report stays at `report_path`, its output beside."""
+    path, devices = report_path(out, recipe, topology), DEVICES[topology]
+    if path.exists():
+        return 0 if json.loads(path.read_text())["fits"] else 1
+    rows = max(BATCH, devices)
+    command = ["compile", "--config", CONFIGS / f"{recipe}.py", "--topology", topology, "--out", path,
+               "--batch-size", rows, "--accumulation", rows // devices]  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "specauf_jax", *map(str, command)], capture_output=True, text=True)
+    path.with_suffix(".log").write_text(done.stdout + done.stderr)
+    print(f"{recipe} on {topology}: exit code {done.returncode}", file=sys.stderr, flush=True)
+    return done.returncode
+
+
+def report_path(out: Path, recipe: str, topology: str) -> Path:
+    """Where a pair's JSON lies."""
+    return out / f"{recipe}-{topology.replace(':', '-')}.json"
+
+
+def table(cells: list[tuple[str, str]], out: Path) -> str:
+    """The reports that are there, as Markdown."""
+    head = ("recipe", "topology", "devices", "rows × parts", "HBM", "train step", "decode round", "fits",
+            "collectives", "TFLOP a step", "s at 40 %")  # fmt: skip
+    lines = [head, ("---",) * len(head)]
+    for recipe, topology in cells:
+        path = report_path(out, recipe, topology)
+        if path.exists():
+            lines.append((recipe, topology, *row(json.loads(path.read_text()))))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(report: dict) -> tuple[str, ...]:
+    """One report's figures; memory in GiB per device, collectives in GiB that a device receives in a step."""
+    train, parts = report["train"], report["meta"]["recipe"]["train"]["accumulation"]
+    moved = sum(entry["bytes"] for entry in report["collectives"].values()) / 2**30
+    return (
+        str(report["devices"]),
+        f"{report['rows']['train'] // parts} × {parts}",
+        f"{report['hbm_bytes'] / 2**30:.2f}",
+        memory(train),
+        memory(report["decode"]),
+        "yes" if report["fits"] else "no",
+        f"{moved:,.0f}",
+        f"{report['flops_per_step'] / 1e12:,.0f}",
+        f"{train['seconds']['at_40_percent']:.2f}",
+    )
+
+
+def memory(program: dict) -> str:
+    """Arguments + temporaries + output and code = peak, in GiB."""
+    rest = (program["output_bytes"] or 0) + (program["code_bytes"] or 0)
+    parts = (program["argument_bytes"], program["temporary_bytes"], rest)
+    return " + ".join(f"{size / 2**30:.2f}" for size in parts) + f" = **{program['peak_bytes'] / 2**30:.2f}**"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

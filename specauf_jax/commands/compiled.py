@@ -1,0 +1,135 @@
+"""What a program needs on a device, from XLA's own files: bytes, largest temporary buffers, collectives."""
+
+import math
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+
+# Between slices, a TPU's program has send in the place of these.
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_LARGEST = 8
+_NAME = r"%([\w.\-]+)"
+
+
+def measure(lowered: jax.stages.Lowered, arguments) -> dict:
+    """Compile, and tell what the program needs of one device.
+
+    Args:
+      lowered: the program.
+      arguments: of it, as shapes with shardings.
+
+    Returns:
+      argument_bytes, temporary_bytes, output_bytes (those that take no donated argument's place), code_bytes,
+      peak_bytes (their sum), collectives, largest. Where the compiler gave up for want of room, output and code are
+      None and the peak is what the rest needs.
+    """
+    with tempfile.TemporaryDirectory() as dump:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if "exceeds available HBM" not in str(error):
+                raise
+            compiled = None
+        program = _dumped(dump, "after_optimizations.txt")
+        temporary, largest = read_buffers(_dumped(dump, "after_optimizations-buffer-assignment.txt"), program)
+    found = {"collectives": read_collectives(program), "largest": largest}
+    if compiled is None:
+        held = sum(map(_device_bytes, jax.tree.leaves(arguments)))
+        sizes = {"argument_bytes": held, "temporary_bytes": temporary, "output_bytes": None, "code_bytes": None}
+    else:
+        stats = compiled.memory_analysis()
+        sizes = {
+            "argument_bytes": stats.argument_size_in_bytes,
+            "temporary_bytes": stats.temp_size_in_bytes,
+            "output_bytes": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+            "code_bytes": stats.generated_code_size_in_bytes,
+        }
+    return sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found
+
+
+def _dumped(folder: str, ending: str) -> str:
+    """The text of the largest dumped module's file; small ones hold constants."""
+    return max((path.read_text() for path in Path(folder).glob(f"*{ending}")), key=len)
+
+
+def _device_bytes(x: jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize  # of a PRNG key, too
+
+
+def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
+    """Bytes of the temporaries, and the largest of their buffers by name.
+
+    Args:
+      assignment: XLA's text of a buffer assignment; what lies in other memory than the main one has a colour.
+      program: the HLO text, for what JAX calls the buffers' sources.
+    """
+    total, buffers, inside = 0, {}, False
+    for line in assignment.splitlines():
+        if line.startswith("allocation"):
+            inside = "preallocated-temp" in line and "color" not in line
+            total += int(re.search(r"size (\d+)", line)[1]) if inside else 0
+        found = re.match(r" value: <\d+ ([\w.\-]+)\S* @\d+> \(size=(\d+),offset=(\d+)\): (\w+\[[\d,]*\])", line)
+        if inside and found:  # values at one place, one after another, are one buffer
+            buffers.setdefault((int(found[2]), int(found[3])), []).append((found[1], found[4]))
+    sources = dict(re.findall(rf'{_NAME} = .*?op_name="([^"]*)"', program))
+    largest = []
+    for (size, _), values in sorted(buffers.items(), key=lambda item: -item[0][0])[:_LARGEST]:
+        name, shape = next((value for value in values if value[0] in sources), values[0])
+        largest.append({"bytes": size, "shape": shape, "name": name, "source": sources.get(name, "")})
+    return total, largest
+
+
+def read_collectives(program: str) -> dict:
+    """Kind → how often a device runs it in one call of the program, and the bytes of its results."""
+    computations, entry = _computations(program)
+    collectives = {}
+    for name, runs in _runs(computations, entry).items():
+        for line in computations[name]:
+            found = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line)
+            kind = found[2].removesuffix("-start") if found else None
+            if kind in _COLLECTIVES:
+                entry = collectives.setdefault(kind, {"count": 0, "bytes": 0})
+                entry["count"] += runs
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])  # a start's are operands and results
+                entry["bytes"] += runs * max(_bytes(*shape) for shape in shapes)
+    return collectives
+
+
+def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by its name, and which is the program's entry."""
+    computations, lines, entry = {}, [], ""
+    for line in program.splitlines():
+        head = re.match(rf"(ENTRY )?{_NAME} \(.*\{{$", line)
+        if head:
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+    """How often each computation runs; a loop's body as often as the number says that its condition compares with."""
+    runs = {}
+
+    def visit(name, times):
+        runs[name] = runs.get(name, 0) + times
+        for line in computations[name]:
+            loop = re.search(rf"condition={_NAME}, body={_NAME}", line)
+            if loop:
+                limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
+                visit(loop[2], times * max(map(int, limits), default=1))
+                continue
+            called = re.search(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|\S+)", line)
+            for inner in re.findall(_NAME, called[1]) if called else ():
+                visit(inner, times)
+
+    visit(entry, 1)
+    return runs
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
