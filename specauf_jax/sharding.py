@@ -139,6 +139,29 @@ def spread_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
 
+def on_own_rows_and_heads(f, heads, out_heads, *, rows: int, groups: int):
+    """`f` as each device of the mesh in use runs it, on its own rows and heads; `f` itself without a mesh.
+
+    For kernels and for loops whose length is data: GSPMD would run them on whole arrays everywhere.
+
+    Args:
+      f: arrays → arrays, independent along axis 0 (rows) and along groups of heads.
+      heads, out_heads: of every array and result the axis of the heads, or None.
+      rows, groups: their numbers; what the mesh does not divide stays whole everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return f
+    batch = None if rows % batch_shards(mesh) else BATCH
+    tensor = None if groups % mesh.shape["tensor"] else "tensor"
+
+    def specs(axes):
+        return tuple(PartitionSpec(batch, *[None] * (axis - 1), tensor) if axis else PartitionSpec(batch) for axis in axes)
+
+    # Without the check of replication: a head that every device has whole is computed whole by each.
+    return jax.shard_map(f, in_specs=specs(heads), out_specs=specs(out_heads), check_vma=False)
+
+
 def placed(shapes, sharding):
     """Shapes with their shardings, in place of arrays: what a restore needs to know."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, sharding)

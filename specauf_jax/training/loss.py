@@ -139,7 +139,6 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
         blocks.anchors,  # strictly before the anchor
         blocks.keep,
         config=config.drafter,
-        anchor_chunk=config.anchor_chunk,
         remat=config.remat,
     )
 
