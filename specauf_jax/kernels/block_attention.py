@@ -77,8 +77,7 @@ def with_gradient(forward, backward):
     Args:
       forward: (q, k, v, context_k, context_v, ranges) → the mixed values like q, and float32 `[B, A, K, H]`
         log-sum-exp of each query's scores.
-      backward: (the same, cotangent like q, log-sum-exp, delta) → gradients of the five arrays. delta is
-        the float32 `[B, A, K, H]` product of mixed values and cotangent.
+      backward: (the same, the mixed values, log-sum-exp, cotangent like q) → gradients of the five arrays.
     """
 
     def save(*arrays):
@@ -87,8 +86,7 @@ def with_gradient(forward, backward):
 
     def pull(saved, cotangent):
         arrays, mixed, lse = saved
-        delta = jnp.einsum("...e,...e->...", mixed, cotangent, preferred_element_type=jnp.float32)
-        return *backward(*arrays, cotangent, lse, delta), None  # none for the ranges
+        return *backward(*arrays, mixed, lse, cotangent), None  # none for the ranges
 
     attention = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
     attention.defvjp(save, pull)

@@ -27,7 +27,7 @@ def holds(q, k, v, context_k, context_v) -> bool:
     """Whether the kernels can hold arrays of these shapes: heads of whole lanes, and a row that fits in VMEM."""
     K, H, E = q.shape[2:]
     S, G = context_k.shape[1:3]
-    context = S * E * (4 * context_k.dtype.itemsize + 16)  # keys, values and float32 gradients, each twice
+    context = S * E * (8 * context_k.dtype.itemsize + 8)  # keys, values, gradients, each twice; float32 sums
     return E % LANES == 0 and math.lcm(K, LANES) * H // G <= _MOST_QUERIES and context <= _VMEM // 2
 
 
@@ -49,28 +49,32 @@ def forward(q, k, v, context_k, context_v, ranges, *, interpret=False):
     return mixed[:, : A * K].reshape(q.shape), _from_rows(lse, q.shape)
 
 
-def backward(q, k, v, context_k, context_v, ranges, cotangent, lse, delta, *, interpret=False):
+def backward(q, k, v, context_k, context_v, ranges, mixed, lse, cotangent, *, interpret=False):
     """Gradients of the five arrays, as `block_attention.with_gradient` wants them."""
     B, A, K, H, E = q.shape
     S, G = context_k.shape[1:3]
     shapes = _Shapes(q, context_k)
-    own = jax.ShapeDtypeStruct((B, shapes.slots, G * E), k.dtype)
-    context = jax.ShapeDtypeStruct((B, shapes.S, G * E), jnp.float32)  # sums over all tiles of anchors
-    dq, dk, dv, *sums = pl.pallas_call(
+    widths = (shapes.slots, H), (shapes.slots, G), (shapes.slots, G), (shapes.S, G), (shapes.S, G)
+    gradients = pl.pallas_call(
         functools.partial(_backward_kernel, heads=shapes.r),
-        out_shape=[jax.ShapeDtypeStruct((B, shapes.slots, H * E), q.dtype), own, own, context, context],
-        grid_spec=shapes.grid("ranges q own own context context q sums sums", "q own own context context"),
+        out_shape=[jax.ShapeDtypeStruct((B, length, heads * E), q.dtype) for length, heads in widths],
+        grid_spec=shapes.grid(
+            "ranges q own own context context q sums q",
+            "q own own context context",
+            scratch=[pltpu.VMEM((shapes.S, E), jnp.float32)] * 2,
+        ),
         compiler_params=_PARAMS,
         interpret=interpret,
         name="block_attention_backward",
     )(
         *_bounds(ranges, shapes),
         *_flat(q, k, v, context_k, context_v, ranges, shapes),
+        _filled(mixed.reshape(B, A * K, H * E), shapes.slots),
+        _to_rows(lse, shapes),
         _filled(cotangent.reshape(B, A * K, H * E), shapes.slots),
-        *(_to_rows(x, shapes) for x in (lse, delta)),
     )
-    dq, dk, dv = (x[:, : A * K].reshape(like.shape) for x, like in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, *(x[:, :S].reshape(context_k.shape).astype(context_k.dtype) for x in sums)
+    own = [x[:, : A * K].reshape(like.shape) for x, like in zip(gradients[:3], (q, k, v), strict=True)]
+    return *own, *(x[:, :S].reshape(context_k.shape) for x in gradients[3:])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,13 +108,13 @@ def _forward_kernel(first, last, ranges, q, k, v, context_k, context_v, mixed, l
     lse[...] = (peak + jnp.log(total)).reshape(heads, -1)
 
 
-def _backward_kernel(
-    first, last, ranges, q, k, v, context_k, context_v, cotangent, lse, delta, dq, dk, dv, sum_k, sum_v, *, heads
-):
+def _backward_kernel(first, last, ranges, q, k, v, context_k, context_v, mixed, lse, cotangent, *rest, heads):
+    dq, dk, dv, context_dk, context_dv, sum_k, sum_v = rest
     row, tile = pl.program_id(0), pl.program_id(2)
-    q, cotangent = _stacked(q[...], heads), _stacked(cotangent[...], heads)
+    q, mixed, cotangent = (_stacked(x[...], heads) for x in (q, mixed, cotangent))
     from_context, to_context, from_own, to_own = _rows(ranges[...], heads)
-    lse, delta = (x[...].reshape(1, -1) for x in (lse, delta))
+    lse = lse[...].reshape(1, -1)
+    delta = (mixed.astype(jnp.float32) * cotangent).T.sum(0, keepdims=True)
 
     @pl.when(tile == 0)
     def _():
@@ -138,6 +142,10 @@ def _backward_kernel(
     dk[...], dv[...] = own_k.astype(dk.dtype), own_v.astype(dv.dtype)
     sum_q = lax.fori_loop(first[row, tile], last[row, tile], context, sum_q)
     dq[...] = _beside(sum_q.astype(dq.dtype), heads)
+
+    @pl.when(tile == pl.num_programs(2) - 1)
+    def _():
+        context_dk[...], context_dv[...] = sum_k[...].astype(context_dk.dtype), sum_v[...].astype(context_dv.dtype)
 
 
 def _scores(keys, q, at, start, stop):
@@ -182,7 +190,7 @@ class _Shapes:
         self.slots, self.S = _up(A * self.K, self.m), _up(S, CONTEXT_TILE)
         self.tiles = self.slots // self.m
 
-    def grid(self, inputs: str, outputs: str):
+    def grid(self, inputs: str, outputs: str, scratch=()):
         """Grid over rows, groups and tiles of anchors, with the tiles' bounds in scalar memory."""
         blocks = {
             "ranges": pl.BlockSpec((None, 4, self.m), lambda b, g, i, *_: (b, 0, i)),
@@ -196,6 +204,7 @@ class _Shapes:
             grid=(self.B, self.G, self.tiles),
             in_specs=[blocks[name] for name in inputs.split()],
             out_specs=[blocks[name] for name in outputs.split()],
+            scratch_shapes=list(scratch),
         )
 
 

@@ -31,7 +31,7 @@ def forward(q, k, v, context_k, context_v, ranges):
     return lax.map(row, (q, k, v, context_k, context_v, ranges))
 
 
-def backward(q, k, v, context_k, context_v, ranges, cotangent, lse, delta):
+def backward(q, k, v, context_k, context_v, ranges, mixed, lse, cotangent):
     """Gradients of the five arrays, as `block_attention.with_gradient` wants them."""
     A, S = q.shape[1], context_k.shape[1]
 
@@ -47,7 +47,7 @@ def backward(q, k, v, context_k, context_v, ranges, cotangent, lse, delta):
         context = [jnp.moveaxis(x[:, :S], 0, 1).astype(context_k.dtype) for x in sums]
         return *(_untiled(x, A) for x in results), *context
 
-    return lax.map(row, (q, k, v, context_k, context_v, ranges, cotangent, lse, delta))
+    return lax.map(row, (q, k, v, context_k, context_v, ranges, mixed, lse, cotangent))
 
 
 def _forward_tile(q, k, v, keys, values, ranges, S):
@@ -76,14 +76,16 @@ def _forward_tile(q, k, v, keys, values, ranges, S):
     return _ungrouped(mixed, shape), _ungrouped(lse, shape[:-1])
 
 
-def _backward_tile(q, k, v, ranges, cotangent, lse, delta, keys, values, sums, S):
+def _backward_tile(q, k, v, ranges, mixed, lse, cotangent, keys, values, sums, S):
     """Adds a tile's gradients of context keys and values to `sums`; returns those of q, k and v."""
     G, shape, dtype = k.shape[2], q.shape, q.dtype
     start, stop, first, last = _of_queries(ranges, shape[2] // G)
-    queries = [_queries(x, G) for x in (q, cotangent)] + [_queries(x[..., None], G)[..., 0] for x in (lse, delta)]
+    q, mixed, cotangent = (_queries(x, G) for x in (q, mixed, cotangent))
+    delta = _product("...e,...e->...", mixed, cotangent)
+    queries = q, cotangent, _queries(lse[..., None], G)[..., 0], delta
     visible = _in_range(jnp.arange(k.shape[1]), first, last)
     dq, dk, dv = _gradients(*queries, _own(k), _own(v), visible)
-    queries = list(map(_flat, queries))
+    queries = tuple(map(_flat, queries))
 
     def context(i, carry):
         dq, sum_k, sum_v = carry
@@ -107,29 +109,32 @@ def _absorb(state, q, keys, values, visible):
     scores = _scores(q, keys, visible)
     new = jnp.maximum(peak, scores.max(-1))
     powers, fade = jnp.exp(scores - new[..., None]), jnp.exp(peak - new)
-    more = jnp.einsum("...mn,...ne->...me", powers.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    more = _product("...mn,...ne->...me", powers.astype(values.dtype), values)
     return new, fade * total + powers.sum(-1), fade[..., None] * mixed + more
 
 
 def _gradients(q, cotangent, lse, delta, keys, values, visible):
-    """Float32 gradients of q, keys and values, from probabilities computed anew."""
+    """Float32 gradients of q, keys and values, from probabilities computed anew.
 
-    def product(equation, a, b):
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
-
+    Args: lse, delta: float32 `[..., m]`, log-sum-exp of a query's scores, and mixed values · cotangent.
+    """
     probabilities = jnp.exp(_scores(q, keys, visible) - lse[..., None])
-    slopes = product("...me,...ne->...mn", cotangent, values) - delta[..., None]
+    slopes = _product("...me,...ne->...mn", cotangent, values) - delta[..., None]
     slopes = (probabilities * slopes * q.shape[-1] ** -0.5).astype(q.dtype)
     return (
-        product("...mn,...ne->...me", slopes, keys),
-        product("...mn,...me->...ne", slopes, q),
-        product("...mn,...me->...ne", probabilities.astype(q.dtype), cotangent),
+        _product("...mn,...ne->...me", slopes, keys),
+        _product("...mn,...me->...ne", slopes, q),
+        _product("...mn,...me->...ne", probabilities.astype(q.dtype), cotangent),
     )
 
 
 def _scores(q, keys, visible):
-    scores = jnp.einsum("...me,...ne->...mn", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = _product("...me,...ne->...mn", q, keys) * q.shape[-1] ** -0.5
     return jnp.where(visible, scores, -jnp.inf)
+
+
+def _product(equation, a, b):
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 # ---------------------------------------------------------------------------------------------
