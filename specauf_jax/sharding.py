@@ -156,7 +156,9 @@ def on_own_rows_and_heads(f, heads, out_heads, *, rows: int, groups: int):
     tensor = None if groups % mesh.shape["tensor"] else "tensor"
 
     def specs(axes):
-        return tuple(PartitionSpec(batch, *[None] * (axis - 1), tensor) if axis else PartitionSpec(batch) for axis in axes)
+        return tuple(
+            PartitionSpec(batch, *[None] * (axis - 1), tensor) if axis else PartitionSpec(batch) for axis in axes
+        )
 
     # Without the check of replication: a head that every device has whole is computed whole by each.
     return jax.shard_map(f, in_specs=specs(heads), out_specs=specs(out_heads), check_vma=False)

@@ -117,9 +117,7 @@ def test_gradients_with_respect_to_features_reach_exactly_the_context_of_each_bl
 
     def hidden(features):
         context = context_keys_values(PARAMS, features, batch.positions, config=DRAFTER)
-        return draft_blocks(
-            PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER, anchor_chunk=2
-        )
+        return draft_blocks(PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER)
 
     @jax.jit
     def reached(features):

@@ -131,9 +131,7 @@ def _backward_kernel(first, last, ranges, q, k, v, context_k, context_v, mixed, 
 
     def context(i, sum_q):
         tile = pl.ds(pl.multiple_of(i * CONTEXT_TILE, CONTEXT_TILE), CONTEXT_TILE)
-        more_q, more_k, more_v = gradients(
-            context_k[tile], context_v[tile], i * CONTEXT_TILE, from_context, to_context
-        )
+        more_q, more_k, more_v = gradients(context_k[tile], context_v[tile], i * CONTEXT_TILE, from_context, to_context)
         sum_k[tile] += more_k
         sum_v[tile] += more_v
         return sum_q + more_q
