@@ -140,8 +140,6 @@ class TrainOptimisation(Optimisation):
 
     num_anchors: int | None = None
     """A: blocks sampled per row; None takes 512, for domino 256."""
-    anchor_chunk: int = 32
-    """Blocks whose attention scores exist at one time; memory against speed."""
     slot_chunk: int = 256
     """Slots whose logits exist at one time, of every device."""
     head_slots: HeadSlots = "support"
@@ -162,7 +160,7 @@ class TrainOptimisation(Optimisation):
 
     def __post_init__(self):
         super().__post_init__()
-        positive(self, "num_anchors", "anchor_chunk", "slot_chunk", "decode_prompts", "decode_tokens")
+        positive(self, "num_anchors", "slot_chunk", "decode_prompts", "decode_tokens")
         not_negative(self, "decode_every", "lambda_base_decay_ratio")
 
 

@@ -139,27 +139,40 @@ def spread_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
 
 
+def per_device(f, in_specs, out_specs):
+    """`f` as each device of the mesh in use runs it, on its own parts; `f` itself without a mesh.
+
+    For kernels, and for loops whose length is data: GSPMD would run them on whole arrays everywhere.
+    """
+    if not _spread():
+        return f
+    # Without the check of replication: what every device has whole is computed whole by each.
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def rows_spec(rows: int) -> PartitionSpec:
-    """Rows over all batch axes of the mesh in use; whole where there is none, or where it does not divide them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return PartitionSpec() if mesh.empty or rows % batch_shards(mesh) else PartitionSpec(BATCH)
+    """For `per_device`: rows (the leading axis) over all batch axes; whole where these do not divide them."""
+    return PartitionSpec(BATCH) if _divides(BATCH, rows) else PartitionSpec(None)
+
+
+def heads_spec(rows: int, groups: int, axis: int) -> PartitionSpec:
+    """For `per_device`: rows as in `rows_spec`, and heads, at `axis`, over `tensor` where it divides their groups."""
+    return PartitionSpec(*rows_spec(rows), *[None] * (axis - 1), "tensor" if _divides(("tensor",), groups) else None)
 
 
 def vocabulary_spec(vocabulary: int) -> PartitionSpec:
-    """An LM head `[D, V]` with V over `tensor` of the mesh in use; whole as in `rows_spec`."""
+    """For `per_device`: an LM head `[D, V]`, V over `tensor` where it divides it."""
+    return PartitionSpec(None, "tensor" if _divides(("tensor",), vocabulary) else None)
+
+
+def _spread() -> bool:
+    """Whether a mesh of several devices is in use, and GSPMD's to cut."""
     mesh = jax.sharding.get_abstract_mesh()
-    return PartitionSpec() if mesh.empty or vocabulary % mesh.shape["tensor"] else PartitionSpec(None, "tensor")
+    return not (mesh.empty or mesh.size == 1 or mesh.manual_axes)
 
 
-def per_device(f, in_specs, out_specs):
-    """`f` on each device's own parts under the mesh in use, for what GSPMD cannot cut: loops as long as the data says.
-
-    Without a mesh, `f` itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return f
-    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def _divides(axes: tuple[str, ...], size: int) -> bool:
+    return _spread() and size % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 0
 
 
 def placed(shapes, sharding):

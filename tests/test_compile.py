@@ -72,7 +72,7 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
     unseen = B * 4 * 2 * S * S * width  # half of the square of four layers, which the program computes and masks
     assert products(jax.make_jaxpr(features)(params, batch).jaxpr) == found["target"] + unseen
 
-    loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=Objective("full"), anchor_chunk=99)
+    loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=Objective("full"), slot_chunk=9999)
     anchors, keep = jnp.zeros((B, A), jnp.int32), jnp.ones((B, A), bool)
     batch = batch.replace(features=features(params, batch))
     program = jax.make_jaxpr(lambda p: loss_sums(p, target_head(params), batch, anchors, keep, config=loss)[0])

@@ -44,7 +44,7 @@ OBJECTIVES = ("full", "decay", "auf", "auf_decay", "griffin", "dpace")
 conventions = pytest.mark.parametrize("shift_label", [True, False], ids=["shifted", "unshifted"])
 
 
-def loss_config(objective="auf", base_objective="auf", *, num_anchors=8, anchor_chunk=3, **changes):
+def loss_config(objective="auf", base_objective="auf", *, num_anchors=8, slot_chunk=7, **changes):
     """Of a drafter of blocks of 5; `changes` are the drafter's."""
     objective, base_objective = (Objective(x) if isinstance(x, str) else x for x in (objective, base_objective))
     return LossConfig(
@@ -52,7 +52,7 @@ def loss_config(objective="auf", base_objective="auf", *, num_anchors=8, anchor_
         objective=objective,
         base_objective=base_objective,
         num_anchors=num_anchors,
-        anchor_chunk=anchor_chunk,
+        slot_chunk=slot_chunk,
     )
 
 
@@ -272,7 +272,7 @@ def test_every_combination_of_objectives_and_witness_equals_plain_loops():
     hidden = slot_hidden(batch, anchors, keep)
     finals = [Objective(name, witness=witness) for name in OBJECTIVES for witness in ("own", "base")]
     configs = [
-        loss_config(final, base, anchor_chunk=100, shift_label=False, pure_draft_prefix_len=0)
+        loss_config(final, base, slot_chunk=9999, shift_label=False, pure_draft_prefix_len=0)
         for final, base in itertools.product(finals, OBJECTIVES)
     ]
 
@@ -559,7 +559,7 @@ def test_training_logits_equal_decoding_logits(changes):
     batch = batch.replace(tokens=tokens)
 
     def trained(drafter):
-        config = LossConfig(drafter=drafter, objective=Objective(), anchor_chunk=3)
+        config = LossConfig(drafter=drafter, objective=Objective(), slot_chunk=7)
         return trained_logits(params, TARGET_PARAMS, batch, index, index > 0, config=config)[1][:, 0, : K - 1]
 
     np.testing.assert_allclose(trained(drafter), proposal.logits, atol=1e-5 * float(jnp.abs(proposal.logits).max()))
@@ -606,7 +606,7 @@ def own_words(longest=24):
 
 def drafted_by_training(drafter, params, texts, anchors):
     """The best token of each label by training's final logits, one fed after the other: `[R, K-1]`."""
-    config = LossConfig(drafter=drafter, objective=Objective(), anchor_chunk=1)
+    config = LossConfig(drafter=drafter, objective=Objective(), slot_chunk=4)
     tokens, rows, drafts = np.array(texts), np.arange(len(texts)), []
     for n in range(drafter.block_size - 1):
         ones = jnp.ones(tokens.shape, jnp.int32)

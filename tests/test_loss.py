@@ -18,7 +18,7 @@ TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
 TARGET_PARAMS, PARAMS = tiny.target_params(), tiny.drafter_params()
 HEAD = target_head(TARGET_PARAMS)
 EVERY_OTHER = jnp.arange(24) % 2 == 1  # a loss mask without an eligible anchor
-AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, anchor_chunk=2, slot_chunk=7)
+AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, slot_chunk=7)
 EVERY_SLOT = dataclasses.replace(AUF, head_slots="all")
 
 
@@ -118,9 +118,7 @@ def test_gradients_with_respect_to_features_reach_exactly_the_context_of_each_bl
 
     def hidden(features):
         context = context_keys_values(PARAMS, features, batch.positions, config=DRAFTER)
-        return draft_blocks(
-            PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER, anchor_chunk=2
-        )
+        return draft_blocks(PARAMS, embeddings, blocks.positions, context, blocks.start, anchors, keep, config=DRAFTER)
 
     @jax.jit
     def reached(features):

@@ -30,7 +30,7 @@ from specauf_jax.training.step import (
 
 TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
 TARGET_PARAMS, PARAMS = tiny.target_params(), tiny.drafter_params()
-AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, anchor_chunk=2)
+AUF = LossConfig(drafter=DRAFTER, objective=Objective("auf"), num_anchors=5, slot_chunk=7)
 SETTINGS = TrainOptimisation(steps=10, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1)
 OPTIMIZER = make_optimizer(SETTINGS)
 SEED = 7
@@ -294,7 +294,7 @@ def three_steps(mesh, accumulation):
     """Losses and last parameters of three steps, set up as `specauf train` does, and shards of q_proj."""
     target = tiny.target_config(vocab_size=18)  # a vocabulary that two devices can share
     drafter = tiny.drafter_config(target, num_hidden_layers=1)
-    config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=4, anchor_chunk=2)
+    config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=4, slot_chunk=7)
     target_params, state = tiny.target_params(target), start(tiny.drafter_params(drafter))
     target_sharding, sharding = parameter_sharding(target_params, mesh), parameter_sharding(state, mesh)
     rows = batch_sharding(mesh)

@@ -204,4 +204,4 @@ def _train_advice(recipe: Train) -> list[str]:
     advice = ['remat="layers"'] if recipe.train.remat != "layers" else []
     if recipe.train.mu_dtype == "float32":
         advice.append('mu_dtype="bfloat16"')
-    return [*advice, f"accumulation above {recipe.train.accumulation}", "a smaller anchor_chunk", "more devices"]
+    return [*advice, f"accumulation above {recipe.train.accumulation}", "a smaller slot_chunk", "more devices"]

@@ -80,7 +80,6 @@ def make_placed_step(config: Train, drafter: Drafter, target: Target, mesh: jax.
         objective=config.objective,
         base_objective=config.base_objective,
         num_anchors=settings.num_anchors,
-        anchor_chunk=settings.anchor_chunk,
         slot_chunk=settings.slot_chunk,
         head_slots=settings.head_slots,
         dtype=settings.dtype,

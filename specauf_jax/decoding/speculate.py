@@ -67,7 +67,6 @@ def propose(
         state.length[:, None] - 1,
         jnp.ones_like(anchor, bool),
         config=drafter,
-        anchor_chunk=1,
     )[:, 0, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
     logits = jnp.einsum("bkd,dv->bkv", hidden, head.lm_head, preferred_element_type=jnp.float32)
     if drafter.projector_type == "domino":

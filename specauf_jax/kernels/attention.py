@@ -28,63 +28,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, stop: jax
     """
 
     def chunk(q, start, stop):
-        scores = _scores("btgre,bsge->bgrts", q, k)
-        probabilities = _masked_softmax(scores, _in_range(start, stop, k.shape[1])[:, None, None])
+        scores = grouped_scores("btgre,bsge->bgrts", q, k)
+        probabilities = masked_softmax(scores, in_range(start, stop, k.shape[1])[:, None, None])
         mixed = jnp.einsum("bgrts,bsge->btgre", probabilities.astype(v.dtype), v)
         return mixed.reshape(q.shape)
 
     return map_chunks(chunk, QUERY_CHUNK, q, start, stop)
 
 
-def block_attend(q, k, v, context_k, context_v, start, stop, keep, window=None, *, anchor_chunk: int) -> jax.Array:
-    """Attention of drafted blocks: a range of the row's context, and all slots of the own block.
-
-    Args:
-      q: `[B, A, K, H, E]`.
-      k, v: `[B, A, K, G, E]`, of the block itself.
-      context_k, context_v: `[B, S, G, E]`.
-      start, stop: int `[B, A]`, the context that each block sees; stop is the index of its slot 0.
-      keep: bool `[B, A]`; a block that is not kept sees nothing and gets 0.
-      window: int [], positions that a slot sees, ending with its own; NO_WINDOW or None for all of
-        the range and the block's later slots too.
-      anchor_chunk: blocks whose scores exist at one time.
-
-    Returns:
-      `[B, A, K, H, E]` in q's dtype.
-    """
-    S, K = context_k.shape[1], q.shape[2]
-    slot = jnp.arange(K)
-
-    def seen(start, stop, keep):
-        """Context and block as seen by each slot, bool `[B, A, K or 1, S + K]`."""
-        context, block = _in_range(start, stop, S)[..., None, :], jnp.ones((1, K), bool)
-        if window is not None:
-            everything = window == NO_WINDOW
-            first = stop[..., None] + slot - (window - 1)
-            context = context & (everything | (jnp.arange(S) >= first[..., None]))
-            block = everything | ((slot <= slot[:, None]) & (slot > slot[:, None] - window))
-        block = jnp.broadcast_to(block, (*keep.shape, *block.shape))
-        context = jnp.broadcast_to(context, (*block.shape[:-1], S))
-        return jnp.concatenate([context, block], axis=-1) & keep[..., None, None]
-
-    def chunk(q, k, v, start, stop, keep):
-        context_scores = _scores("bakgre,bsge->bgraks", q, context_k)
-        block_scores = _scores("bakgre,bajge->bgrakj", q, k)
-        scores = jnp.concatenate([context_scores, block_scores], axis=-1)
-        probabilities = _masked_softmax(scores, seen(start, stop, keep)[:, None, None]).astype(v.dtype)
-        mixed = jnp.einsum("bgraks,bsge->bakgre", probabilities[..., :S], context_v)
-        mixed += jnp.einsum("bgrakj,bajge->bakgre", probabilities[..., S:], v)
-        return mixed.reshape(q.shape)
-
-    return map_chunks(chunk, anchor_chunk, q, k, v, start, stop, keep)
-
-
-def _in_range(start, stop, length):
+def in_range(start, stop, length: int) -> jax.Array:
+    """Whether `start <= j < stop`: bool `[..., length]` of int `[...]`."""
     j = jnp.arange(length)
     return (j >= start[..., None]) & (j < stop[..., None])
 
 
-def _scores(equation, q, k):
+def grouped_scores(equation: str, q, k) -> jax.Array:
     """Scaled scores in float32; q's H heads are viewed as G groups of r."""
     *lead, H, E = q.shape
     G = k.shape[-2]
@@ -92,7 +50,7 @@ def _scores(equation, q, k):
     return jnp.einsum(equation, grouped, k, preferred_element_type=jnp.float32) * (E**-0.5)
 
 
-def _masked_softmax(scores, visible):
+def masked_softmax(scores, visible) -> jax.Array:
     """Softmax over the visible keys; all zeros, with finite gradients, where none is visible."""
     scores = jnp.where(visible, scores, -jnp.inf)
     peak = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))

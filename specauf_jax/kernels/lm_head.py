@@ -145,7 +145,7 @@ def _walk(chunk: int, top_n: int, hidden, lm_head, labels, valid, *, gradient: b
 
     def local(hidden, lm_head, labels, valid):
         blocks = (x.reshape(-1, *x.shape[2:]) for x in (hidden, labels, valid))
-        found = _walk_blocks(chunk, top_n, *blocks, lm_head, columns[1] if columns else None, gradient)
+        found = _walk_blocks(chunk, top_n, *blocks, lm_head, columns[1], gradient)
         return tuple(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in found)
 
     spread = per_device(local, (rows, columns, rows, rows), (rows,) * (3 if gradient else 2))

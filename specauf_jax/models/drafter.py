@@ -13,7 +13,8 @@ from flax import nnx
 
 from specauf_jax.architecture import Drafter
 from specauf_jax.config import Remat
-from specauf_jax.kernels.attention import NO_WINDOW, block_attend
+from specauf_jax.kernels.attention import NO_WINDOW
+from specauf_jax.kernels.block_attention import block_attention
 from specauf_jax.models.domino import EmbedProj, PrefixGRU
 from specauf_jax.models.layers import KVCache, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
@@ -74,7 +75,6 @@ def draft_blocks(
     keep,
     *,
     config: Drafter,
-    anchor_chunk: int,
     remat: Remat = "none",
 ) -> jax.Array:
     """Hidden states of every slot of every block, ready for the LM head.
@@ -91,7 +91,6 @@ def draft_blocks(
         anchor's own index, whose features do not exist yet when the block is drafted.
       keep: bool `[B, A]`; other blocks see nothing.
       config: resolved.
-      anchor_chunk: blocks whose attention scores exist at one time.
       remat: as for `scan_layers`.
 
     Returns:
@@ -106,8 +105,7 @@ def draft_blocks(
         context, window = per_layer
 
         def attend(q, k, v):
-            ranges = (start, stop, keep)
-            return block_attend(q, k, v, context.k, context.v, *ranges, window, anchor_chunk=anchor_chunk), None
+            return block_attention(q, k, v, context.k, context.v, start, stop, keep, window), None
 
         x, _ = layer(x, angles, attend)
         return spread_rows(x), None

@@ -29,7 +29,7 @@ _FREE = (
         "train.decode_",
         "train.profile_",
     ),
-    *("mesh.", "train.accumulation", "train.anchor_chunk", "train.slot_chunk", "train.head_slots", "train.remat"),
+    *("mesh.", "train.accumulation", "train.slot_chunk", "train.head_slots", "train.remat"),
 )
 
 

@@ -26,7 +26,6 @@ class LossConfig:
     objective: Objective  # of a plain drafter, or of Domino's final branch
     base_objective: Objective = Objective()  # of Domino's base branch
     num_anchors: int = 512
-    anchor_chunk: int = 32
     slot_chunk: int = 256
     head_slots: HeadSlots = "support"
     dtype: Dtype = "float32"
@@ -153,7 +152,6 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
         blocks.anchors,  # strictly before the anchor
         blocks.keep,
         config=config.drafter,
-        anchor_chunk=config.anchor_chunk,
         remat=config.remat,
     )
 

@@ -1,0 +1,117 @@
+"""Attention of drafted blocks: every slot sees a range of its row's context and a range of its own block.
+
+Both parts share one softmax, whose running maximum and sum start with the own block and go on over tiles of
+the context. Three forms give the same numbers: `dense` (all scores at one time; the reference, and decoding),
+loops of XLA, and a kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of a forward
+pass only its result and the log-sum-exp of the scores.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specauf_jax.kernels import block_attention_tpu as tpu
+from specauf_jax.kernels import block_attention_xla as xla
+from specauf_jax.kernels.attention import NO_WINDOW, grouped_scores, in_range, masked_softmax
+from specauf_jax.sharding import heads_spec, per_device, rows_spec
+
+_HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
+
+
+def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=None) -> jax.Array:
+    """Softmax attention with grouped key/value heads; never an array of A·K·S numbers for more than one block.
+
+    Args:
+      q: `[B, A, K, H, E]`.
+      k, v: `[B, A, K, G, E]`, of the block itself; H is a multiple of G.
+      context_k, context_v: `[B, S, G, E]`.
+      start, stop: int `[B, A]`, the context that each block sees; stop is the index of its slot 0.
+      keep: bool `[B, A]`; a block that is not kept sees nothing and gets 0.
+      window: int [], positions that a slot sees, ending with its own; NO_WINDOW or None for all of
+        the range and the block's later slots too.
+
+    Returns:
+      `[B, A, K, H, E]` in q's dtype.
+    """
+    arrays = q, k, v, context_k, context_v, visible_ranges(start, stop, keep, q.shape[2], window)
+    if q.shape[1] == 1:  # decoding: one block's scores are small, and all of them at once are fast
+        return dense(*arrays)
+    return with_gradient(_forward, _backward)(*arrays)
+
+
+def visible_ranges(start, stop, keep, slots: int, window=None) -> jax.Array:
+    """What each slot sees, as int32 `[B, A, 4, K]`: context from, context to, own slots from, own slots to.
+
+    Args: as for `block_attention`; slots: K.
+    """
+    slot = jnp.arange(slots)
+    start, stop, first, last = start[..., None], stop[..., None], 0, slots
+    if window is not None:
+        everything, back = window == NO_WINDOW, slot - (window - 1)
+        start = jnp.where(everything, start, jnp.maximum(start, stop + back))
+        first, last = jnp.where(everything, 0, jnp.maximum(back, 0)), jnp.where(everything, slots, slot + 1)
+    parts = [jnp.broadcast_to(part, (*keep.shape, slots)) for part in (start, stop, first, last)]
+    return jnp.where(keep[..., None, None], jnp.stack(parts, axis=2), 0).astype(jnp.int32)
+
+
+def dense(q, k, v, context_k, context_v, ranges) -> jax.Array:
+    """`block_attention` with all scores at one time, in ordinary operations.
+
+    Args: as for `block_attention`, with `visible_ranges`.
+    """
+    S, K = context_k.shape[1], k.shape[2]
+    start, stop, first, last = jnp.moveaxis(ranges, 2, 0)
+    visible = jnp.concatenate([in_range(start, stop, S), in_range(first, last, K)], axis=-1)[:, None, None]
+    context_scores = grouped_scores("bakgre,bsge->bgraks", q, context_k)
+    block_scores = grouped_scores("bakgre,bajge->bgrakj", q, k)
+    scores = jnp.concatenate([context_scores, block_scores], axis=-1)
+    probabilities = masked_softmax(scores, visible).astype(v.dtype)
+    mixed = jnp.einsum("bgraks,bsge->bakgre", probabilities[..., :S], context_v)
+    mixed += jnp.einsum("bgrakj,bajge->bakgre", probabilities[..., S:], v)
+    return mixed.reshape(q.shape)
+
+
+def with_gradient(forward, backward):
+    """Attention by a forward and a backward pass of its own, which computes the scores anew.
+
+    Args:
+      forward: (q, k, v, context_k, context_v, ranges) → the mixed values like q, and float32 `[B, A, K, H]`
+        log-sum-exp of each query's scores.
+      backward: (the same, the mixed values, log-sum-exp, cotangent like q) → gradients of the five arrays.
+    """
+
+    def save(*arrays):
+        mixed, lse = forward(*arrays)
+        return mixed, (arrays, mixed, lse)
+
+    def pull(saved, cotangent):
+        arrays, mixed, lse = saved
+        return *backward(*arrays, mixed, lse, cotangent), None  # none for the ranges
+
+    attention = jax.custom_vjp(lambda *arrays: forward(*arrays)[0])
+    attention.defvjp(save, pull)
+    return attention
+
+
+def _forward(*arrays):
+    return _on_device(xla.forward, tpu.forward, arrays, _HEADS, (3, 3))
+
+
+def _backward(*arrays):
+    return _on_device(xla.backward, tpu.backward, arrays, (*_HEADS, 3, 3, 3), _HEADS[:5])
+
+
+def _on_device(loops, kernel, arrays, heads, out_heads):
+    """The kernel where it is lowered for TPU and can hold the shapes, loops elsewhere; each device its own part."""
+
+    def run(*arrays):
+        if not tpu.holds(*arrays[:5]):
+            return loops(*arrays)
+        return lax.platform_dependent(*arrays, tpu=kernel, default=loops)
+
+    B, _, groups, _ = arrays[3].shape
+
+    def specs(axes):
+        return tuple(heads_spec(B, groups, axis) if axis else rows_spec(B) for axis in axes)
+
+    return per_device(run, specs(heads), specs(out_heads))(*arrays)
