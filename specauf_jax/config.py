@@ -430,6 +430,8 @@ class Compile:
     """Rows that decode together; more where the mesh spreads rows wider."""
     decode_length: int = 4096
     """Tokens of each row that decodes, prompt and continuation; its caches have room for them."""
+    code: bool = True
+    """Generate code too, which takes most of the time and tells its bytes (about 0.1 GiB for Qwen3-8B)."""
     out: str | None = None
     """JSON to write: fits, peak_bytes, hbm_bytes, flops_per_step, collectives, and the same for train and decode."""
 

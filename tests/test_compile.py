@@ -162,8 +162,9 @@ def measured(monkeypatch):
     """No compilation: these peaks in its place, for the train step and the decode round."""
     rest = dict.fromkeys(("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes"), 1)
     found = {name: rest | {"peak_bytes": 10, "collectives": {name: {}}, "largest": []} for name in ("train", "decode")}
-    monkeypatch.setattr(command, "_train_step", lambda *_: dict(found["train"]))
-    monkeypatch.setattr(command, "_decode_round", lambda *_: dict(found["decode"]))
+    monkeypatch.setattr(command, "_train_step", lambda *_: ("train", ()))
+    monkeypatch.setattr(command, "_decode_round", lambda *_: ("decode", ()))
+    monkeypatch.setattr(command, "measure", lambda program, arguments, code: dict(found[program]))
     monkeypatch.setattr(command, "_show_program", lambda *_: None)
     return found
 
@@ -211,9 +212,9 @@ def test_a_compiler_that_gives_up_for_want_of_room(monkeypatch):
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=place)
     keys = jax.ShapeDtypeStruct((5,), jax.random.key(0).dtype, sharding=place)
     lowered = jax.jit(step).lower(x, x, keys)
-    fitting = measure(lowered, (x, x, keys))
+    fitting = measure(lowered, (x, x, keys), code=True)
     monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
-    found = measure(lowered, (x, x, keys))
+    found = measure(lowered, (x, x, keys), code=True)
     assert found["temporary_bytes"] >= 64 * 64 * 4 and found["largest"] == fitting["largest"] != []
     assert found["argument_bytes"] == 2 * 64 * 32 * 4 + 5 * 8 and found["code_bytes"] is found["output_bytes"] is None
     assert found["peak_bytes"] == found["argument_bytes"] + found["temporary_bytes"]
@@ -225,7 +226,7 @@ def test_another_error_of_the_compiler_is_not_hidden(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        measure(jax.jit(jnp.sin).lower(1.0), ())
+        measure(jax.jit(jnp.sin).lower(1.0), (), code=True)
 
 
 def test_collectives_are_counted_as_often_as_their_loops_run():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -57,7 +58,11 @@ def compile_recipe(config: Compile, console: Console) -> int:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
         meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
         write_text(config.out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
-    return int(not report["fits"])
+    code = int(not report["fits"])
+    if not config.code:
+        sys.stdout.flush()
+        os._exit(code)  # the compiler's threads are still at work
+    return code
 
 
 def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, mesh, console: Console) -> dict:
@@ -68,9 +73,10 @@ def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, me
     place = f"for {mesh.size} devices of {config.topology}"
     with float32_precision(settings.dtype):
         with console.status(f"compiling the train step {place}"):
-            train = _train_step(recipe, drafter, target, mesh, S)
+            train = measure(*_train_step(recipe, drafter, target, mesh, S), code=config.code)
         with console.status(f"compiling the decode round {place}"):
             decode = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
+            decode = measure(*decode, code=config.code)
     counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": settings.num_anchors}
     train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
     decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
@@ -128,7 +134,8 @@ def _devices(config: Compile) -> list:
         ) from error
 
 
-def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_length: int) -> dict:
+def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_length: int):
+    """The program, and its arguments as shapes with shardings."""
     step = make_placed_step(recipe, drafter, target, mesh)
     names = ("tokens", "loss_mask", "document_ids", "positions")
     batch = Batch(**{
@@ -138,10 +145,11 @@ def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_
     })  # fmt: skip
     arguments = (step.state, step.target_params, batch)
     with jax.set_mesh(mesh):  # as training does, for `spread_rows`
-        return measure(step.jitted.lower(*arguments), arguments)
+        return step.jitted.lower(*arguments), arguments
 
 
-def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: int, length: int) -> dict:
+def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: int, length: int):
+    """As `_train_step`."""
     dtype = recipe.train.dtype
     shapes = (drafter_shapes(drafter), target_shapes(target))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
@@ -149,7 +157,7 @@ def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: i
     decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
     size = {"batch_size": rows, "length": length - 1, "max_new_tokens": 1}
     arguments = (*params, abstract_state(*params, config=decoding, mesh=mesh, **size))
-    return measure(decode_round.lower(*arguments, config=decoding), arguments)
+    return decode_round.lower(*arguments, config=decoding), arguments
 
 
 def _time(parts: dict[str, float], speed: float) -> dict:

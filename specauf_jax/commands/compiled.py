@@ -3,6 +3,8 @@
 import math
 import re
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -14,25 +16,22 @@ _LARGEST = 8
 _NAME = r"%([\w.\-]+)"
 
 
-def measure(lowered: jax.stages.Lowered, arguments) -> dict:
+def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
     """Compile, and tell what the program needs of one device.
 
     Args:
       lowered: the program.
       arguments: of it, as shapes with shardings.
+      code: to the end; else only until every buffer has its place, after which the compiler's threads go on
+        until the process ends, and nobody waits for them.
 
     Returns:
       argument_bytes, temporary_bytes, output_bytes (those that take no donated argument's place), code_bytes,
-      peak_bytes (their sum), collectives, largest. Where the compiler gave up for want of room, output and code are
-      None and the peak is what the rest needs.
+      peak_bytes (their sum), collectives, largest. Without code, and where the compiler gave up for want of room,
+      output and code are None and the peak is what the rest needs.
     """
-    with tempfile.TemporaryDirectory() as dump:
-        try:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
-        except jax.errors.JaxRuntimeError as error:
-            if "exceeds available HBM" not in str(error):
-                raise
-            compiled = None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
+        compiled = _compiled(lowered, dump) if code else _placed(lowered, dump)
         program = _dumped(dump, "after_optimizations.txt")
         temporary, largest = read_buffers(_dumped(dump, "after_optimizations-buffer-assignment.txt"), program)
     found = {"collectives": read_collectives(program), "largest": largest}
@@ -48,6 +47,28 @@ def measure(lowered: jax.stages.Lowered, arguments) -> dict:
             "code_bytes": stats.generated_code_size_in_bytes,
         }
     return sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found
+
+
+def _compiled(lowered, dump: str) -> jax.stages.Compiled | None:
+    """None if there is not enough room."""
+    try:
+        return lowered.compile(compiler_options={"xla_dump_to": dump, "xla_dump_hlo_as_text": True})
+    except jax.errors.JaxRuntimeError as error:
+        if "exceeds available HBM" not in str(error):
+            raise
+        return None
+
+
+def _placed(lowered, dump: str) -> None:
+    """Compile until the report is there that XLA writes when all buffers have their places."""
+    pool = ThreadPoolExecutor(1)
+    compiling = pool.submit(_compiled, lowered, dump)
+    pool.shutdown(wait=False)
+    while not (compiling.done() or list(Path(dump).glob("*after_optimizations-memory-usage-report.txt"))):
+        time.sleep(0.5)
+    time.sleep(0.5)  # until the file is whole
+    if compiling.done():
+        compiling.result()  # which raises what went wrong
 
 
 def _dumped(folder: str, ending: str) -> str:
