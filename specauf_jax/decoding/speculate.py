@@ -69,7 +69,7 @@ def propose(
         config=drafter,
         anchor_chunk=1,
     )[:, 0, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
-    logits = jnp.einsum("bkd,dv->bkv", hidden, head.lm_head, preferred_element_type=jnp.float32)
+    logits = head.logits(hidden)
     if drafter.projector_type == "domino":
         return _roll(drafter_params, head.embedding, state, anchor, hidden, logits, keys, config=drafter)
     return Proposal(tokens=_choose(logits, state, keys), logits=logits)
