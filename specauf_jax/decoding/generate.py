@@ -122,7 +122,7 @@ def stream(
         mesh=mesh,
     )
     while not state.done[0]:
-        state, done = _round(drafter_params, target_params, state, config=config)
+        state, done = decode_round(drafter_params, target_params, state, config=config)
         yield np.asarray(done.tokens[0, : int(done.emitted[0])]).tolist(), int(done.accepted[0])
 
 
@@ -185,7 +185,7 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
     dtype = jax.tree.leaves(target_params)[0].dtype
     room = P + max_new_tokens + config.block_size - 1
     caches = {"target_cache": config.target_step.init_cache(B, room, dtype), "drafter_cache": None}
-    if config.drafter:
+    if config.has_model:
         caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
     if mesh is not None:  # zeros have no sharding of their own: say it, or every device holds all rows
         caches = lax.with_sharding_constraint(caches, cache_sharding(caches, mesh))
@@ -214,7 +214,7 @@ def decode(drafter_params, target_params, state: DecodeState, *, config: Decodin
     return state, accepted
 
 
-_round = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")(draft_and_verify)
+decode_round = functools.partial(jax.jit, static_argnames="config", donate_argnames="state")(draft_and_verify)
 
 
 def collect(batch: PromptBatch, state: DecodeState, accepted) -> Iterator[tuple[int, Generation]]:
