@@ -469,6 +469,8 @@ class Report:
     """[NAME=]PATH[,PATH]: run folders (metrics.jsonl) and results of `specauf evaluate`."""
     out: str
     """HTML file to write."""
+    benchmark: str | None = None
+    """JSON of `specauf benchmark`, for plots of speed against batch size."""
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ import tiny
 from rich.console import Console
 
 from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, named_drafters, summary
-from specauf_jax.config import Benchmark
+from specauf_jax.config import Benchmark, Report
 from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.report import write_report
+from specauf_jax.evaluation.runs import read_benchmark
 from specauf_jax.evaluation.timing import Timed
 from specauf_jax.models.layers import serving_params
 from specauf_jax.models.target import TargetStep, target_features
@@ -119,6 +121,24 @@ def test_two_devices_share_the_rows(world):
     command = [sys.executable, "-c", TWO_DEVICES, str(world)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["2", "True", "True", "True"], done.stderr[-3000:]
+
+
+def test_the_report_plots_speed_against_batch_size(tmp_path):
+    def speed(value):
+        return {"tokens_per_s": {"median": value}, "speedup": {"median": value / 100}}
+
+    sizes = {size: {"autoregressive": speed(100), "mine": speed(100 + 10 * int(size))} for size in ("1", "16", "4")}
+    (tmp_path / "speed.json").write_text(json.dumps({"decoding": sizes}))
+    assert read_benchmark(str(tmp_path / "speed.json"))["mine"][4] == {"tokens_per_s": 140.0, "speedup": 1.4}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    config = Report(runs=(str(tmp_path / "run"),), out=str(tmp_path / "a.html"), benchmark=str(tmp_path / "speed.json"))
+    page = Path(write_report(config, Console(quiet=True))).read_text()
+    assert "Speed against batch size" in page and page.count(">mine</span>") == 2
+    assert 'id="benchmark-speedup-' in page
+    (tmp_path / "speed.json").write_text(json.dumps({"decoding": {"1": {"mine": {}}}}))
+    with pytest.raises(SpecaufError, match="tokens_per_s"):
+        write_report(config, Console(quiet=True))
 
 
 # Parameters in serving form -----------------------------------------------------------------------
