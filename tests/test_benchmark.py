@@ -47,11 +47,11 @@ def settings(world: Path, **changes) -> Benchmark:
     return Benchmark(**paths, out=str(world / "speed.json"), **(common | changes))
 
 
-def test_every_method_at_every_size(world):
-    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(4, 1))
+def test_every_method(world):
+    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(4,))
     found = benchmark(config, Console(quiet=True))
     assert json.loads(Path(config.out).read_text())["decoding"] == found["decoding"]
-    assert set(found) == {"decoding", "meta"} and list(found["decoding"]) == ["4", "1"]
+    assert set(found) == {"decoding", "meta"} and list(found["decoding"]) == ["4"]
     for size, methods in found["decoding"].items():
         assert list(methods) == ["autoregressive", "prompt_lookup", "mine"]
         for name, m in methods.items():
