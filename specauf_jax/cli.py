@@ -24,6 +24,7 @@ COMMANDS = {
     "train": (config.Train, "specauf_jax.commands.train", "train"),
     "generate": (config.Generate, "specauf_jax.commands.generate", "generate"),
     "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
+    "benchmark": (config.Benchmark, "specauf_jax.commands.benchmark", "benchmark"),
     "export": (config.Export, "specauf_jax.commands.export", "export"),
     "doctor": (config.Doctor, "specauf_jax.commands.doctor", "doctor"),
     "compile": (config.Compile, "specauf_jax.commands.compile", "compile_recipe"),

@@ -352,6 +352,44 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """Measure speed and latency of decoding: the target alone, prompt lookup, drafters, at several batch sizes.
+
+    Greedy; every method in turn within each repeat, so that a machine's moods hit all alike.
+    """
+
+    target: str
+    """Target folder in Hugging Face layout."""
+    prompts: str
+    """JSONL as for `specauf generate`; of several turns the first."""
+    out: str
+    """JSON to write: decoding, meta."""
+    drafters: tuple[str, ...] = ()
+    """NAME=DIR: drafter folders in z-lab layout."""
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
+    """Rows that decode together."""
+    max_prompts: int = 16
+    """Prompts at each batch size, from the file's start, or a batch if that is more; a short file is used again."""
+    max_new_tokens: int = 128
+    repeats: int = 5
+    """Timed passes of every method, after one to warm up."""
+    lookup_block_size: int = 8
+    """Prompt lookup: tokens verified per round."""
+    lookup_ngram: int = 3
+    """Prompt lookup: most tokens that an earlier place must share with the end of the text."""
+    dtype: Dtype = "float32"
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
+
+    def __post_init__(self):
+        positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
+        if self.lookup_block_size < 2:
+            raise SpecaufError(f"lookup_block_size is {self.lookup_block_size}", "at least 2", "set it to 8")
+        if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):
+            raise SpecaufError(f"batch_sizes {self.batch_sizes}", "different counts of rows", "pass 1 4 16 64")
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a drafter for other systems, from a training run or a drafter folder.
 
@@ -449,6 +487,8 @@ class Report:
     """[NAME=]PATH[,PATH]: run folders (metrics.jsonl) and results of `specauf evaluate`."""
     out: str
     """HTML file to write."""
+    benchmark: str | None = None
+    """JSON of `specauf benchmark`, for plots of speed against batch size."""
 
 
 # ---------------------------------------------------------------------------------------------

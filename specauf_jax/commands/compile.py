@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +30,7 @@ from specauf_jax.training.blocks import Batch
 from specauf_jax.training.flops import round_flops, step_flops
 
 _GIB = 2**30
+_PROGRAMS = ("train", "decode")
 # Of one device as JAX counts them: memory that XLA may use in bytes, bfloat16 FLOP/s (Google Cloud's TPU pages), and
 # how many are a chip.
 _DEVICES = {
@@ -46,23 +47,25 @@ def compile_recipe(config: Compile, console: Console) -> int:
     if kind not in _DEVICES:
         raise SpecaufError(f"topology {config.topology!r}", f"one of {', '.join(_DEVICES)}, as in v5e:4x4",
                            "correct --topology")  # fmt: skip
-    recipe = _recipe(config)
-    target = _target(recipe.target)
-    drafter = resolve_drafter(recipe.drafter, target)
-    recipe = with_anchors(recipe, drafter)
-    mesh = make_mesh(recipe.mesh, _devices(config))
-    check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
+    recipe, drafter, target, mesh = _resolved(config)
     report = _report(config, recipe, drafter, target, mesh, console)
     _show(report, recipe, console)
     if config.out is not None:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
         meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
         write_text(config.out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
-    code = int(not report["fits"])
-    if not config.code:
-        sys.stdout.flush()
-        os._exit(code)  # the compiler's threads are still at work
-    return code
+    return int(not report["fits"])
+
+
+def _resolved(config: Compile) -> tuple:
+    """Recipe, drafter, target and mesh, checked."""
+    recipe = _recipe(config)
+    target = _target(recipe.target)
+    drafter = resolve_drafter(recipe.drafter, target)
+    recipe = with_anchors(recipe, drafter)
+    mesh = make_mesh(recipe.mesh, _devices(config))
+    check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
+    return recipe, drafter, target, mesh
 
 
 def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, mesh, console: Console) -> dict:
@@ -71,12 +74,8 @@ def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, me
     settings, S = recipe.train, config.sequence_length
     rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
     place = f"for {mesh.size} devices of {config.topology}"
-    with float32_precision(settings.dtype):
-        with console.status(f"compiling the train step {place}"):
-            train = measure(*_train_step(recipe, drafter, target, mesh, S), code=config.code)
-        with console.status(f"compiling the decode round {place}"):
-            decode = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
-            decode = measure(*decode, code=config.code)
+    with console.status(f"compiling {place}"):
+        train, decode = _measured(config, _PROGRAMS, rows)
     counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": settings.num_anchors}
     train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
     decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
@@ -95,6 +94,51 @@ def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, me
         "train": train,
         "decode": decode,
     }
+
+
+def _measured(config: Compile, names, rows: int) -> list[dict]:
+    """What each program needs. One that is left without code has a process of its own, which ends with its compiler."""
+    if config.code:
+        return [_measure(config, name, rows) for name in names]
+    context = multiprocessing.get_context("spawn")
+    started = []
+    for name in names:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_tell, args=(theirs, config, name, rows), daemon=True)
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    try:
+        return [_heard(pipe) for _, pipe in started]
+    finally:
+        for process, _ in started:
+            process.kill()
+
+
+def _tell(pipe, config: Compile, name: str, rows: int) -> None:
+    """In a process of its own."""
+    try:
+        pipe.send(_measure(config, name, rows))
+    except Exception as error:
+        pipe.send(error)
+    os._exit(0)  # the compiler's threads are still at work
+
+
+def _heard(pipe) -> dict:
+    result = pipe.recv()
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _measure(config: Compile, name: str, rows: int) -> dict:
+    recipe, drafter, target, mesh = _resolved(config)
+    with float32_precision(recipe.train.dtype):
+        if name == "train":
+            program = _train_step(recipe, drafter, target, mesh, config.sequence_length)
+        else:
+            program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
+        return measure(*program, code=config.code)
 
 
 def _recipe(config: Compile) -> Train:

@@ -22,8 +22,8 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
     Args:
       lowered: the program.
       arguments: of it, as shapes with shardings.
-      code: to the end; else only until every buffer has its place, after which the compiler's threads go on
-        until the process ends, and nobody waits for them.
+      code: to the end; else only until every buffer has its place. The compiler goes on then, and lets no other
+        program in, until the process ends.
 
     Returns:
       argument_bytes, temporary_bytes, output_bytes (those that take no donated argument's place), code_bytes,

@@ -3,32 +3,21 @@
 import dataclasses
 import json
 import statistics
-import time
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
 from specauf_jax.config import Evaluate, Sampling
-from specauf_jax.decoding.generate import Generation, collect, decode, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
+from specauf_jax.evaluation.timing import Timed, timed_pass
 from specauf_jax.files import as_path, existing_folder, read_json, write_text
 from specauf_jax.sharding import make_mesh
-
-
-@dataclasses.dataclass
-class Timed:
-    """A pass over requests: what was generated, and the seconds of its two phases."""
-
-    generations: list[Generation]
-    prefill_s: float
-    decode_s: float
 
 
 def evaluate(config: Evaluate, console: Console) -> dict:
@@ -69,7 +58,17 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
 
     def timed(requests, decoding: Decoding) -> Timed:
-        return _timed_pass(models, requests, decoding, sampling, config)
+        return timed_pass(
+            models.drafter_params if decoding.drafter else None,
+            models.target_params,
+            requests,
+            config=decoding,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            sampling=sampling,
+            seed=config.seed,
+            mesh=models.mesh,
+        )
 
     # The first pass compiles, and answers turn by turn; its requests are then timed all at once.
     requests: list[list[int]] = []
@@ -90,34 +89,6 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
     ]
     speculative, autoregressive = zip(*passes, strict=True)
     return Measured(list(speculative), list(autoregressive), owners, greedy=config.temperature == 0)
-
-
-def _timed_pass(models: Models, requests, decoding: Decoding, sampling: Sampling, config: Evaluate) -> Timed:
-    drafter_params = models.drafter_params if decoding.drafter else None
-    found: dict[int, Generation] = {}
-    prefill_s = decode_s = 0.0
-    for batch in prompt_batches(requests, config.batch_size):
-        begin = time.perf_counter()
-        state = start(
-            drafter_params,
-            models.target_params,
-            batch,
-            config=decoding,
-            max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
-            seed=config.seed,
-            mesh=models.mesh,
-        )
-        jax.block_until_ready(state)
-        middle = time.perf_counter()
-        state, accepted = decode(
-            drafter_params, models.target_params, state, config=decoding, max_new_tokens=config.max_new_tokens
-        )
-        jax.block_until_ready(state)
-        decode_s += time.perf_counter() - middle
-        prefill_s += middle - begin
-        found |= dict(collect(batch, state, accepted))
-    return Timed([found[i] for i in range(len(requests))], prefill_s, decode_s)
 
 
 def _part(measured: Measured, models: Models) -> dict:
@@ -151,6 +122,7 @@ def _joined(measured: list[Measured]) -> Measured:
             [g for p in passes for g in p.generations],
             sum(p.prefill_s for p in passes),
             sum(p.decode_s for p in passes),
+            sum(p.rounds for p in passes),
         )
 
     def repeats(which: str) -> list[Timed]:

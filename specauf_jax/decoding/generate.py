@@ -185,7 +185,7 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
     dtype = jax.tree.leaves(target_params)[0].dtype
     room = P + max_new_tokens + config.block_size - 1
     caches = {"target_cache": config.target_step.init_cache(B, room, dtype), "drafter_cache": None}
-    if config.drafter:
+    if config.has_model:
         caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
     tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))

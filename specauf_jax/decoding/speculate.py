@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.architecture import Drafter
+from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
 from specauf_jax.models.domino import correction_features, next_state
@@ -20,7 +21,7 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     """One round for every row.
 
     Args:
-      drafter_params: as from `init_drafter`; None if `config.drafter` is None.
+      drafter_params: as from `init_drafter`; None if `config.drafter` is no model.
       target_params: whatever `config.target_step` takes.
       state: rows whose prompts have been read (`prefill`). Rows that are done stay as they are.
       config: static.
@@ -36,16 +37,16 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
     logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
     state = state.replace(target_cache=cache)
-    if config.drafter:
+    if config.has_model:
         # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
-        state = state.replace(drafter_cache=_extend(drafter_params, state.drafter_cache, taps, positions, config))
+        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
     return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
 
 
 def propose(
     drafter_params, target_params, state: DecodeState, anchor, positions, keys, *, config: Decoding
 ) -> Proposal:
-    """K-1 drafts: the body in one pass; Domino then corrects its logits draft by draft.
+    """K-1 drafts: looked up, or the body in one pass; Domino then corrects its logits draft by draft.
 
     Args:
       anchor: int32 `[B, 1]`, the last committed token.
@@ -55,8 +56,9 @@ def propose(
     """
     head, drafter = config.target_head(target_params), config.drafter
     if drafter is None:
-        empty = jnp.zeros((anchor.shape[0], 0), jnp.int32)
-        return Proposal(tokens=empty, logits=jnp.zeros((*empty.shape, head.lm_head.shape[1])))
+        return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32), logits=None)
+    if isinstance(drafter, PromptLookup):
+        return Proposal(tokens=look_up(state.tokens, state.length, config=drafter), logits=None)
     masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
     hidden = draft_blocks(
         drafter_params,
@@ -68,7 +70,7 @@ def propose(
         jnp.ones_like(anchor, bool),
         config=drafter,
     )[:, 0, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
-    logits = jnp.einsum("bkd,dv->bkv", hidden, head.lm_head, preferred_element_type=jnp.float32)
+    logits = head.logits(hidden)
     if drafter.projector_type == "domino":
         return _roll(drafter_params, head.embedding, state, anchor, hidden, logits, keys, config=drafter)
     return Proposal(tokens=_choose(logits, state, keys), logits=logits)
@@ -116,8 +118,9 @@ def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:
 
     def sampled():
         how = state.temperature, state.top_k, state.top_p
-        q, p = distribution(proposal.logits, *how), distribution(logits, *how)
-        return verify_sampled(keys, proposal.tokens, q, p)
+        certain = proposal.logits is None
+        q = jax.nn.one_hot(proposal.tokens, logits.shape[-1]) if certain else distribution(proposal.logits, *how)
+        return verify_sampled(keys, proposal.tokens, q, distribution(logits, *how))
 
     accepted, token = lax.cond(jnp.any(state.temperature > 0), sampled, lambda: verify_greedy(proposal.tokens, logits))
     return Verdict(accepted=accepted, token=token)
@@ -158,12 +161,12 @@ def prefill(drafter_params, target_params, state: DecodeState, prompt_length: in
     positions = jnp.broadcast_to(jnp.arange(prompt_length - 1, dtype=jnp.int32), tokens.shape)
     _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
     state = state.replace(target_cache=cache)
-    if config.drafter:
-        state = state.replace(drafter_cache=_extend(drafter_params, state.drafter_cache, taps, positions, config))
+    if config.has_model:
+        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
     return state
 
 
-def _extend(drafter_params, cache: KVCache, taps, positions, config: Decoding) -> KVCache:
+def extend(drafter_params, cache: KVCache, taps, positions, config: Decoding) -> KVCache:
     """The drafter's cache with the context of more positions."""
     new = context_keys_values(drafter_params, taps, positions, config=config.drafter)
     rows = jnp.arange(positions.shape[0])[:, None]

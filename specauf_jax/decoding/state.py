@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specauf_jax.architecture import Drafter
+from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.models.layers import KVCache
 from specauf_jax.models.target import target_head
 
@@ -21,13 +22,13 @@ class Decoding:
       target_step: `(params, tokens [B, T], positions [B, T], cache) -> (logits [B, T, V],
         taps [B, T, L·D], cache)`, pure; see `specauf_jax.models.target.TargetStep` for what its
         cache must allow. Hashable, as everything here.
-      drafter: resolved; None decodes autoregressively, by the same code with no drafts.
+      drafter: resolved, or prompt lookup; None decodes autoregressively, by the same code with no drafts.
       stop_tokens: ids that end a row.
       target_head: target_params → Head, for a target whose parameters are not ours.
     """
 
     target_step: Callable
-    drafter: Drafter | None = None
+    drafter: Drafter | PromptLookup | None = None
     stop_tokens: tuple[int, ...] = ()
     target_head: Callable = target_head
 
@@ -35,6 +36,11 @@ class Decoding:
     def block_size(self) -> int:
         """K, tokens verified per round; 1 without a drafter."""
         return self.drafter.block_size if self.drafter else 1
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a drafter with parameters and a cache is at work."""
+        return isinstance(self.drafter, Drafter)
 
 
 @chex.dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Proposal:
     """What the drafter suggests. Without a drafter, K-1 = 0."""
 
     tokens: jax.Array  # int32 [B, K-1]
-    logits: jax.Array  # float32 [B, K-1, V]
+    logits: jax.Array | None  # float32 [B, K-1, V]; None for drafts that were not drawn: all of q is on them
 
 
 @chex.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specauf_jax.config import Report
-from specauf_jax.evaluation.runs import CURVES, Run, flatten, read_runs
+from specauf_jax.evaluation.runs import CURVES, PALETTE, Run, flatten, read_benchmark, read_runs
 from specauf_jax.files import as_path, write_text
 
 DASH = "—"
@@ -279,8 +279,32 @@ def _training_section(runs: list[Run]) -> str:
     return _section("Training", text, f'<div class="grid">{cards}</div>')
 
 
-def render(runs: list[Run]) -> str:
-    """The whole page."""
+def batch_lines(methods: list[Run], speeds: dict, key: str, label: str) -> str:
+    """One measure of the benchmark against batch size, one line a method."""
+    figure = Figure(figsize=(HALF_WIDTH, 2.9), layout="constrained")
+    axes = figure.add_subplot(xlabel="rows decoded together", ylabel=label, xscale="log")
+    for method in methods:
+        sizes = sorted(speeds[method.name])
+        values = [speeds[method.name][size][key] for size in sizes]
+        axes.plot(sizes, values, "o-", color=method.colour, linewidth=1.6, markersize=4)
+    sizes = sorted({size for by_size in speeds.values() for size in by_size})
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    return _svg(figure, f"benchmark-{key}")
+
+
+def _benchmark_section(speeds: dict) -> str:
+    methods = [Run(name, PALETTE[i % len(PALETTE)], {}, {}, None) for i, name in enumerate(speeds)]
+    draw = partial(batch_lines, speeds=speeds)
+    cards = _card("Tokens a second", "New tokens of all rows.", methods, partial(draw, key="tokens_per_s", label=""))
+    cards += _card("Speed-up", "Over the target alone, same rows.", methods, partial(draw, key="speedup", label=""))
+    text = "Every method in turn within each repeat; medians over the repeats."
+    return _section("Speed against batch size", text, f'<div class="grid">{cards}</div>')
+
+
+def render(runs: list[Run], speeds: dict | None = None) -> str:
+    """The whole page; `speeds` as from `read_benchmark`."""
     measured = [run for run in runs if run.results]
     columns = [*dict.fromkeys(name for run in measured for name in run.results["sets"]), None]
     title = "Drafters compared: " + escape(", ".join(run.name for run in runs))
@@ -295,6 +319,7 @@ def render(runs: list[Run]) -> str:
         _section("Acceptance by position", "", _card("", alpha, measured, alpha_lines)),
         _training_section(runs),
         _speed_section(runs, measured, columns),
+        _benchmark_section(speeds) if speeds else "",
         _section("Settings that differ", "All that the runs' configurations do not have in common.", settings),
         _section("Origin", "What was measured, and on what.", _table(names, _text_rows(origin(runs)), "text")),
     )
@@ -309,8 +334,9 @@ def render(runs: list[Run]) -> str:
 def write_report(config: Report, console: Console) -> str:
     """Read the runs, print their tau, write the page (a failure leaves any older page as it was); returns its path."""
     out, runs = as_path(config.out), read_runs(config.runs)
+    speeds = read_benchmark(config.benchmark) if config.benchmark else None
     with matplotlib.rc_context(PLOT_STYLE):
-        page = render(runs)
+        page = render(runs, speeds)
     write_text(out, page)
     print_tau(runs, console)
     console.print(f"report written to {config.out}", highlight=False)

@@ -113,6 +113,24 @@ def read_results(path: AnyPath) -> dict:
     return results
 
 
+def read_benchmark(path: str) -> dict[str, dict[int, dict[str, float]]]:
+    """Medians of a JSON of `specauf benchmark`: method → batch size → tokens_per_s and speedup."""
+    decoding = _read_object(as_path(path)).get("decoding")
+    try:
+        read: dict[str, dict[int, dict[str, float]]] = {}
+        for size, methods in decoding.items():
+            for name, m in methods.items():
+                medians = {key: float(m[key]["median"]) for key in ("tokens_per_s", "speedup")}
+                read.setdefault(name, {})[int(size)] = medians
+        return read
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SpecaufError(
+            f"{path} lacks speeds by batch size and method ({error!r})",
+            "a JSON of `specauf benchmark`",
+            "measure again with this version",
+        ) from error
+
+
 def flatten(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} as {"a.b": 1}."""
     flat = {}

@@ -16,7 +16,7 @@ from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import NO_WINDOW
 from specauf_jax.kernels.block_attention import block_attention
 from specauf_jax.models.domino import EmbedProj, PrefixGRU
-from specauf_jax.models.layers import KVCache, scan_layers, stack_layers
+from specauf_jax.models.layers import KVCache, for_serving, is_serving, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
 from specauf_jax.sharding import spread_rows
 
@@ -114,9 +114,13 @@ def draft_blocks(
 
 
 @functools.lru_cache
-def _graphdef(config: Drafter):
-    return nnx.split(nnx.eval_shape(lambda: DFlash(config, rngs=nnx.Rngs(0))))[0]
+def _graphdef(config: Drafter, serving: bool):
+    def build():
+        model = DFlash(config, rngs=nnx.Rngs(0))
+        return for_serving(model, config) if serving else model
+
+    return nnx.split(nnx.eval_shape(build))[0]
 
 
 def _module(config: Drafter, params: dict) -> DFlash:
-    return nnx.merge(_graphdef(config), params)
+    return nnx.merge(_graphdef(config, is_serving(params)), params)

@@ -14,7 +14,10 @@ from specauf_jax.architecture import Target
 from specauf_jax.kernels.attention import attend
 from specauf_jax.models.layers import (
     KVCache,
+    few_rows,
+    for_serving,
     init_kv_cache,
+    is_serving,
     scan_first_layers,
     scan_layers,
     stack_layers,
@@ -43,6 +46,13 @@ class Head:
 
     embedding: jax.Array  # [V, D]
     lm_head: jax.Array  # [D, V]
+    serving: jax.Array | None = None  # [V, D], the LM head where parameters are in serving form
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[..., D]` → float32 `[..., V]`."""
+        if self.serving is not None:
+            return few_rows(hidden, self.serving, jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, self.lm_head, preferred_element_type=jnp.float32)
 
 
 def init_target(config: Target, key: jax.Array) -> dict:
@@ -58,8 +68,11 @@ def target_shapes(config: Target) -> dict:
 def target_head(params: dict) -> Head:
     """Embedding and LM head; a tied head is the embedding's transpose."""
     embedding = params["embed_tokens"]["embedding"]
-    tied = "lm_head" not in params
-    return Head(embedding=embedding, lm_head=embedding.T if tied else params["lm_head"]["kernel"])
+    kernel = params["lm_head"]["kernel"] if "lm_head" in params else embedding.T
+    if not is_serving(params):
+        return Head(embedding=embedding, lm_head=kernel)
+    serving = kernel if "lm_head" in params else embedding
+    return Head(embedding=embedding, lm_head=serving.T, serving=serving)
 
 
 def document_starts(document_ids: jax.Array) -> jax.Array:
@@ -144,9 +157,7 @@ class TargetStep:
         carry = (x, _empty_taps(x, self.layer_ids, count), cache)
         x, taps, cache = scan_first_layers(body, carry, model.layers, count)
         taps = taps[..., : len(self.layer_ids), :]
-        logits = jnp.einsum(
-            "btd,dv->btv", model.norm(x), target_head(params).lm_head, preferred_element_type=jnp.float32
-        )
+        logits = target_head(params).logits(model.norm(x))
         return logits, taps.reshape(*tokens.shape, -1), cache
 
     def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> KVCache:
@@ -155,12 +166,16 @@ class TargetStep:
 
 
 @functools.lru_cache
-def _graphdef(config: Target):
-    return nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))[0]
+def _graphdef(config: Target, serving: bool):
+    def build():
+        model = CausalLM(config, rngs=nnx.Rngs(0))
+        return for_serving(model, config) if serving else model
+
+    return nnx.split(nnx.eval_shape(build))[0]
 
 
 def _module(config: Target, params: dict) -> CausalLM:
-    return nnx.merge(_graphdef(config), params)
+    return nnx.merge(_graphdef(config, is_serving(params)), params)
 
 
 def _packed(positions, document_ids, config):

@@ -1,0 +1,194 @@
+"""`specauf benchmark`: speed of autoregressive decoding, prompt lookup and drafters at several batch sizes."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from specauf_jax.architecture import resolve_drafter
+from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models, served
+from specauf_jax.config import Benchmark
+from specauf_jax.decoding.baselines import PromptLookup
+from specauf_jax.decoding.generate import prompt_batches, start
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.distributed import is_primary
+from specauf_jax.environment import describe_environment
+from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.measure import tau_micro
+from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
+from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
+from specauf_jax.files import existing_folder, write_text
+from specauf_jax.models.target import TargetStep
+from specauf_jax.models.weights import drafter_config, load_drafter, target_config
+from specauf_jax.sharding import make_mesh
+
+ALONE, LOOKUP = "autoregressive", "prompt_lookup"
+CONVENTIONS = {
+    "tokens_per_s": "new tokens of all rows by seconds in the decoding loop, prefill apart",
+    "ms_per_token": "milliseconds between two tokens of one row: decoding time × batch size / new tokens",
+    "ms_per_round": "decoding time by rounds of the device's loop, which ends with its slowest row",
+    "speedup": "autoregressive by own decoding time, within one repeat",
+    "median, p10, p90": "over the repeats; in each, every method runs once, one after another",
+    "round.draft_ms": "the drafter alone: proposing, and reading the K new positions into its cache",
+    "round.verify_ms": "the target's pass over K tokens alone, with its choices",
+    "round.round_ms": "a whole round in the same kind of loop, each part compiled by itself and run on one state",
+    "round.commit_ms": "the rest, round - draft - verify: comparing, committing, book-keeping; near 0 it is noise",
+    "round.overhead": "commit_ms by round_ms",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to decode."""
+
+    decoding: Decoding
+    drafter_params: dict | None = None
+
+
+def benchmark(config: Benchmark, console: Console) -> dict:
+    """Measure every method at every batch size, print a table, write `config.out`; returns what was written."""
+    mesh = make_mesh(config.mesh)
+    for size in config.batch_sizes:
+        check_rows(size, mesh)
+    prompts, folders = read_prompts(config.prompts), named_drafters(config.drafters)
+    with float32_precision(config.dtype):
+        models = load_models(config.target, None, config.dtype, mesh, console)
+        requests = [encode_first_turn(models.tokenizer, prompt) for prompt in prompts]
+        models.check_room(requests, config.max_new_tokens)
+        methods = load_methods(folders, models, config)
+        decoding = {}
+        for size in config.batch_sizes:
+            decoding[str(size)] = measure_size(size, requests, methods, models, config, console)
+    results = {"decoding": decoding, "meta": _meta(config, models)}
+    if is_primary():
+        write_text(config.out, json.dumps(results, indent=2) + "\n")
+    _show(results, console)
+    return results
+
+
+def named_drafters(arguments: tuple[str, ...]) -> dict[str, str]:
+    """Folders by name, of NAME=DIR arguments."""
+    folders: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        if not (name and equals and folder):
+            raise SpecaufError(f"--drafters {argument}", "NAME=DIR", "give the drafter a name")
+        if name in folders or name in (ALONE, LOOKUP):
+            raise SpecaufError(f"--drafters names {name} twice", "a name for each method", "give it another name")
+        existing_folder(folder, "a drafter")
+        folders[name] = folder
+    return folders
+
+
+def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> dict[str, Method]:
+    """All that is compared: the target alone, prompt lookup, every drafter."""
+    alone, target = models.autoregressive, target_config(config.target)
+    lookup = PromptLookup(config.lookup_block_size, config.lookup_ngram)
+    methods = {ALONE: Method(alone), LOOKUP: Method(dataclasses.replace(alone, drafter=lookup))}
+    for name, folder in folders.items():
+        drafter = resolve_drafter(drafter_config(folder), target)
+        step = TargetStep(target, drafter.target_layer_ids)
+        params = served(load_drafter(folder, config.dtype, models.mesh)[0])
+        methods[name] = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
+    return methods
+
+
+def measure_size(size: int, requests, methods: dict[str, Method], models: Models, config: Benchmark, console) -> dict:
+    """Every method at one batch size."""
+    count = -(-max(size, config.max_prompts) // size) * size
+    asked = [requests[i % len(requests)] for i in range(count)]
+
+    def once(method: Method) -> Timed:
+        return timed_pass(
+            method.drafter_params,
+            models.target_params,
+            asked,
+            config=method.decoding,
+            max_new_tokens=config.max_new_tokens,
+            batch_size=size,
+            mesh=models.mesh,
+        )
+
+    passes: dict[str, list[Timed]] = {name: [] for name in methods}
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"batch {size}", total=len(methods) * (config.repeats + 2))
+        for repeat in range(config.repeats + 1):  # the first compiles, and does not count
+            for name, method in methods.items():
+                timed = once(method)
+                passes[name] += [timed] if repeat else []
+                bar.advance(task)
+        rounds = {}
+        for name, method in methods.items():
+            rounds[name] = measure_round(method, asked[:size], models, config)
+            bar.advance(task)
+    alone = passes[ALONE]
+    return {
+        name: summary(passes[name], alone, size) | {"block_size": method.decoding.block_size, "round": rounds[name]}
+        for name, method in methods.items()
+    }
+
+
+def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
+    """Measures of one method's passes, beside the autoregressive passes of the same repeats."""
+    found, expected = passes[-1].generations, alone[-1].generations
+    different = sum(a.tokens != b.tokens for a, b in zip(found, expected, strict=True))
+    tokens = sum(len(g.tokens) for g in found)
+    return {
+        "tau": tau_micro([g.accepted for g in found]),
+        "exact": not different,
+        "compared": len(found),
+        "mismatches": different,
+        "tokens": tokens,
+        "tokens_per_s": spread([tokens / p.decode_s for p in passes]),
+        "ms_per_token": spread([1000 * p.decode_s * size / tokens for p in passes]),
+        "ms_per_round": spread([1000 * p.decode_s / p.rounds for p in passes]),
+        "prefill_s": spread([p.prefill_s for p in passes]),
+        "speedup": spread([a.decode_s / p.decode_s for p, a in zip(passes, alone, strict=True)]),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    return {name: float(np.percentile(values, at)) for name, at in (("median", 50), ("p10", 10), ("p90", 90))}
+
+
+def measure_round(method: Method, requests, models: Models, config: Benchmark) -> dict[str, float]:
+    """Milliseconds of a round and of its parts, on the state after the prompts of one batch."""
+    [batch] = prompt_batches(requests, len(requests))
+    params = method.drafter_params, models.target_params
+    room = max(config.max_new_tokens, method.decoding.block_size)
+    state = start(*params, batch, config=method.decoding, max_new_tokens=room, mesh=models.mesh)
+    parts = ["target", "round", "draft"][: 3 if method.decoding.drafter else 2]
+    seconds: dict[str, list[float]] = {part: [] for part in parts}
+    for repeat in range(config.repeats + 1):
+        for part in parts:
+            taken, state = timed_part(part, *params, state, config=method.decoding)
+            seconds[part] += [taken] if repeat else []
+    draft, verify, whole = (1000 * float(np.median(seconds.get(part, 0.0))) for part in ("draft", "target", "round"))
+    rest = whole - draft - verify
+    return {"draft_ms": draft, "verify_ms": verify, "commit_ms": rest, "round_ms": whole, "overhead": rest / whole}
+
+
+def _meta(config: Benchmark, models: Models) -> dict:
+    return describe_environment(models.mesh) | {
+        "dtype": config.dtype,
+        "target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)),
+        "config": dataclasses.asdict(config),
+        "conventions": CONVENTIONS,
+    }
+
+
+def _show(results: dict, console: Console) -> None:
+    table = Table("batch", "method", "tau", "exact", "tokens/s", "ms/token", "ms/round", "draft", "verify", "rest", "×")
+    for size, methods in results["decoding"].items():
+        for name, m in methods.items():
+            medians = [m[key]["median"] for key in ("tokens_per_s", "ms_per_token", "ms_per_round")]
+            parts = [m["round"][key] for key in ("draft_ms", "verify_ms", "commit_ms")]
+            numbers = [f"{medians[0]:,.1f}", *(f"{x:.2f}" for x in (*medians[1:], *parts, m["speedup"]["median"]))]
+            table.add_row(size, name, f"{m['tau']:.2f}", str(m["exact"]), *numbers)
+        table.add_section()
+    console.print(table)

@@ -1,0 +1,131 @@
+"""Timed decoding: whole passes over requests, and the parts of one round."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specauf_jax.config import Sampling
+from specauf_jax.decoding.generate import GREEDY, Generation, collect, decode, prompt_batches, start
+from specauf_jax.decoding.speculate import draft_and_verify, extend, propose
+from specauf_jax.decoding.state import DecodeState, Decoding
+
+REPEATED = 8
+"""Times that a part runs within one call on the device, so that calling it costs little of what is measured."""
+
+
+@dataclasses.dataclass
+class Timed:
+    """A pass over requests: what was generated, the seconds of its two phases, and how often the loop went round."""
+
+    generations: list[Generation]
+    prefill_s: float
+    decode_s: float
+    rounds: int
+
+
+def timed_pass(
+    drafter_params,
+    target_params,
+    requests: Sequence[Sequence[int]],
+    *,
+    config: Decoding,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    mesh=None,
+) -> Timed:
+    """Continue every request and measure. Arguments as for `generate`; compiling counts, so warm up first."""
+    found: dict[int, Generation] = {}
+    prefill_s = decode_s = 0.0
+    rounds = 0
+    for batch in prompt_batches(requests, batch_size):
+        begin = time.perf_counter()
+        state = start(
+            drafter_params,
+            target_params,
+            batch,
+            config=config,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            mesh=mesh,
+        )
+        jax.block_until_ready(state)
+        middle = time.perf_counter()
+        state, accepted = decode(drafter_params, target_params, state, config=config, max_new_tokens=max_new_tokens)
+        jax.block_until_ready(state)
+        decode_s += time.perf_counter() - middle
+        prefill_s += middle - begin
+        done = dict(collect(batch, state, accepted))
+        rounds += max(len(g.accepted) for g in done.values())
+        found |= done
+    return Timed([found[i] for i in range(len(requests))], prefill_s, decode_s, rounds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts of a round
+
+
+def timed_part(part: str, drafter_params, target_params, state: DecodeState, *, config: Decoding):
+    """Seconds of one run of a part, and the state to go on with (the given one is donated).
+
+    Args:
+      part: "draft", "target" or "round".
+      state: prompts read, with room for a round behind `length`; its rows stay where they are.
+      Others as for `draft_and_verify`.
+    """
+    begin = time.perf_counter()
+    state = jax.block_until_ready(_repeat(drafter_params, target_params, state, part=part, config=config))
+    return (time.perf_counter() - begin) / REPEATED, state
+
+
+@functools.partial(jax.jit, static_argnames=("part", "config"), donate_argnames="state")
+def _repeat(drafter_params, target_params, state: DecodeState, *, part: str, config: Decoding) -> DecodeState:
+    run = {"draft": _draft, "target": _target, "round": _round}[part]
+    step = functools.partial(run, drafter_params, target_params, config=config)
+    return lax.fori_loop(0, REPEATED, lambda _, state: step(state), state)
+
+
+def _round(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """A whole round, whose rows are then put back to where they were."""
+    after, _ = draft_and_verify(drafter_params, target_params, state, config=config)
+    return after.replace(length=state.length, done=state.done)
+
+
+def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
+    anchor, positions = _anchor(state, config)
+    proposal = propose(drafter_params, target_params, state, anchor[:, None], positions, state.keys, config=config)
+    last = proposal.tokens.max(axis=1, initial=0)
+    if config.has_model:
+        block = jnp.broadcast_to(anchor[:, None], positions.shape)
+        taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]
+        taps = jnp.broadcast_to(last[:, None, None], taps.shape).astype(taps.dtype)
+        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
+    return _mark(state, last)
+
+
+def _target(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """The target's pass over K tokens, up to its choices."""
+    anchor, positions = _anchor(state, config)
+    block = jnp.broadcast_to(anchor[:, None], positions.shape)
+    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    choice = jnp.argmax(logits, axis=-1).max(axis=1).astype(jnp.int32)
+    return _mark(state.replace(target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
+
+
+def _anchor(state: DecodeState, config: Decoding):
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    return anchor, state.length[:, None] - 1 + jnp.arange(config.block_size)
+
+
+def _mark(state: DecodeState, token) -> DecodeState:
+    """The state with other anchors: without a trace of a part's result the compiler would leave the part out."""
+    rows = jnp.arange(len(token))
+    return state.replace(tokens=state.tokens.at[rows, state.length - 1].set(token))

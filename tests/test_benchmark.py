@@ -1,0 +1,174 @@
+"""The benchmark: what it reports, that it measures what is decoded, what it refuses; parameters in serving form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+
+from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, named_drafters, summary
+from specauf_jax.config import Benchmark, Report
+from specauf_jax.data.tokenizer import train_bpe
+from specauf_jax.decoding.generate import Generation, generate
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.report import write_report
+from specauf_jax.evaluation.runs import read_benchmark
+from specauf_jax.evaluation.timing import Timed
+from specauf_jax.models.layers import serving_params
+from specauf_jax.models.target import TargetStep, target_features
+from specauf_jax.models.weights import save_drafter, save_target
+
+WORDS = ["the quick brown fox", "jumps over", "the lazy dog and the quick brown fox"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("benchmark")
+    target = tiny.target_config(vocab_size=300)
+    save_target(tiny.target_params(target), target, root / "target")
+    train_bpe(WORDS * 9, 300, root / "target")
+    drafter = tiny.drafter_config(target, mask_token_id=3, target_layer_ids=(1,))
+    save_drafter(tiny.drafter_params(drafter), drafter, root / "drafter")
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": words}) + "\n" for words in WORDS))
+    return root
+
+
+def settings(world: Path, **changes) -> Benchmark:
+    common = {"max_new_tokens": 6, "max_prompts": 2, "repeats": 2, "lookup_block_size": 4}
+    paths = {"target": str(world / "target"), "prompts": str(world / "prompts.jsonl")}
+    return Benchmark(**paths, out=str(world / "speed.json"), **(common | changes))
+
+
+def test_every_method(world):
+    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(4,))
+    found = benchmark(config, Console(quiet=True))
+    assert json.loads(Path(config.out).read_text())["decoding"] == found["decoding"]
+    assert set(found) == {"decoding", "meta"} and list(found["decoding"]) == ["4"]
+    for size, methods in found["decoding"].items():
+        assert list(methods) == ["autoregressive", "prompt_lookup", "mine"]
+        for name, m in methods.items():
+            assert m["exact"] is True and m["mismatches"] == 0 and m["compared"] == max(int(size), 2)
+            assert 0 < m["tokens"] == methods["autoregressive"]["tokens"] <= 6 * m["compared"]
+            assert m["block_size"] == (1 if name == "autoregressive" else 4)
+            assert 1 <= m["tau"] <= m["block_size"]
+            for key in ("tokens_per_s", "ms_per_token", "ms_per_round", "prefill_s", "speedup"):
+                assert 0 < m[key]["p10"] <= m[key]["median"] <= m[key]["p90"]
+            round_ = m["round"]
+            whole = round_["draft_ms"] + round_["verify_ms"] + round_["commit_ms"]
+            assert whole == pytest.approx(round_["round_ms"])
+            assert (round_["draft_ms"] == 0) == (name == "autoregressive") and round_["verify_ms"] > 0
+        assert methods["autoregressive"]["speedup"]["median"] == 1
+    named = {key.split(".")[-1] for keys in CONVENTIONS for key in keys.split(", ")}
+    assert named <= {*m, *m["round"], *m["speedup"]}
+
+
+def test_a_summary_by_hand():
+    def passes(seconds, accepted, rounds):
+        tokens = [[7] * 6, [7] * 6]
+        return [Timed([Generation([1], t, a) for t, a in zip(tokens, accepted, strict=True)], 0.5, s, rounds)
+                for s in seconds]  # fmt: skip
+
+    own, alone = passes([1.0, 2.0, 4.0], [[2, 2], [1, 1, 1]], 3), passes([4.0, 6.0, 8.0], [[0] * 6] * 2, 6)
+    found = summary(own, alone, size=2)
+    assert found["tau"] == pytest.approx(1 + 7 / 5) and found["exact"] and found["tokens"] == 12
+    assert found["tokens_per_s"]["median"] == 6 and found["speedup"]["median"] == 3
+    assert found["ms_per_token"]["median"] == pytest.approx(1000 / 3)  # a row of 6 tokens in 2 s
+    assert found["ms_per_round"]["median"] == pytest.approx(2000 / 3)
+    own[-1].generations[0].tokens[3] = 8
+    assert summary(own, alone, size=2)["mismatches"] == 1
+
+
+def test_refusals(world):
+    folder = world / "drafter"
+    for arguments in (("drafter",), (f"a={folder}", f"a={folder}"), (f"autoregressive={folder}",), ("a=nowhere",)):
+        with pytest.raises(SpecaufError):
+            named_drafters(arguments)
+    for changes in ({"batch_sizes": (1, 1)}, {"batch_sizes": ()}, {"lookup_block_size": 1}, {"repeats": 0}):
+        with pytest.raises(SpecaufError):
+            settings(world, **changes)
+
+
+TWO_DEVICES = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from test_benchmark import benchmark, settings
+from specauf_jax.errors import SpecaufError
+
+world = Path(sys.argv[1])
+drafters = (f"mine={world / 'drafter'}",)
+try:
+    benchmark(settings(world, batch_sizes=(2, 3)), Console(quiet=True))
+except SpecaufError as error:
+    assert "batch_size 3" in str(error), error
+    found = benchmark(settings(world, batch_sizes=(2,), drafters=drafters), Console(quiet=True))
+    print(found["meta"]["mesh"]["fsdp"], *(m["exact"] for m in found["decoding"]["2"].values()))
+"""
+
+
+def test_two_devices_share_the_rows(world):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
+    environment["PYTHONPATH"] += f"{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", TWO_DEVICES, str(world)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "True", "True", "True"], done.stderr[-3000:]
+
+
+def test_the_report_plots_speed_against_batch_size(tmp_path):
+    def speed(value):
+        return {"tokens_per_s": {"median": value}, "speedup": {"median": value / 100}}
+
+    sizes = {size: {"autoregressive": speed(100), "mine": speed(100 + 10 * int(size))} for size in ("1", "16", "4")}
+    (tmp_path / "speed.json").write_text(json.dumps({"decoding": sizes}))
+    assert read_benchmark(str(tmp_path / "speed.json"))["mine"][4] == {"tokens_per_s": 140.0, "speedup": 1.4}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    config = Report(runs=(str(tmp_path / "run"),), out=str(tmp_path / "a.html"), benchmark=str(tmp_path / "speed.json"))
+    page = Path(write_report(config, Console(quiet=True))).read_text()
+    assert "Speed against batch size" in page and page.count(">mine</span>") == 2
+    assert 'id="benchmark-speedup-' in page
+    (tmp_path / "speed.json").write_text(json.dumps({"decoding": {"1": {"mine": {}}}}))
+    with pytest.raises(SpecaufError, match="tokens_per_s"):
+        write_report(config, Console(quiet=True))
+
+
+# Parameters in serving form -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2"])
+def test_serving_form_computes_the_same(model_type, tied):
+    config = tiny.target_config(model_type=model_type, tie_word_embeddings=tied)
+    params = tiny.target_params(config)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (2, 9)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), tokens.shape)
+    step = TargetStep(config, (0, 1))
+    expected, found = (step(p, tokens, positions, step.init_cache(2, 12)) for p in (params, serving_params(params)))
+    assert tiny.largest_difference(found, expected) < 1e-5
+    features = (target_features(p, tokens, positions, jnp.ones_like(tokens), config=config, layer_ids=(0, 1))
+                for p in (params, serving_params(params)))  # fmt: skip
+    assert tiny.largest_difference(*features) < 1e-5
+
+
+@pytest.mark.parametrize("drafter", [tiny.drafter_config(), tiny.domino_config()], ids=["dflash", "domino"])
+def test_serving_form_decodes_the_same(drafter):
+    params = tiny.drafter_params(drafter), tiny.target_params()
+    config = Decoding(TargetStep(tiny.target_config(), drafter.target_layer_ids), drafter)
+    asked = [[1, 2, 3], [4, 3], [2, 2, 2, 2]]
+    one, other = (generate(*p, asked, config=config, max_new_tokens=12, batch_size=3)
+                  for p in (params, tuple(map(serving_params, params))))  # fmt: skip
+    assert one == other
+    assert len({a for g in one for a in g.accepted}) > 1
+    whole = serving_params(params[0])
+    assert len(whole["layers"]) == 2 and whole["fc"]["kernel"].shape == params[0]["fc"]["kernel"].shape[::-1]
+    sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (whole, params[0])]
+    assert sizes[0] == sizes[1]
