@@ -138,14 +138,18 @@ def test_bfloat16_is_near_the_float32_result(form):
 
 
 def test_the_choice_between_the_forms_changes_nothing():
-    """One block is dense; more go through loops here, also at sizes that the kernel could hold."""
+    """Loops here, whatever the number of blocks, and also at sizes that the kernel could hold."""
     for shape in ({"A": 1}, {}, {"E": 12}):
         sizes = {"A": 7} | shape
-        *arrays, start, stop, keep = blocks(**{**sizes, "A": 7})
+        *arrays, start, stop, keep = blocks(**(sizes | {"A": 7}))
         cut = [x[:, : sizes["A"]] for x in (*arrays[:3], start, stop, keep)]
         q, k, v, *seen = cut
         mixed = block_attention(q, k, v, *arrays[3:], *seen)
         np.testing.assert_allclose(mixed, plain_loops(q, k, v, *arrays[3:], *seen), atol=1e-6)
+        ranges = visible_ranges(*seen, SLOTS)
+        found = value_and_gradients(lambda *x, seen=seen: block_attention(*x, *seen), q, k, v, *arrays[3:])
+        expected = value_and_gradients(lambda *x, ranges=ranges: dense(*x, ranges), q, k, v, *arrays[3:])
+        assert tiny.largest_difference(found, expected) < 1e-5
     assert kernel.holds(*arrays) and not kernel.holds(*blocks()[:5])
 
 
