@@ -10,8 +10,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specauf_jax.architecture import resolve_drafter
+from specauf_jax.commands.benchmark_train import benchmark_training
 from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models, served
-from specauf_jax.config import Benchmark
+from specauf_jax.config import Benchmark, Mesh, Train, read_recipe
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
@@ -50,7 +51,9 @@ class Method:
 
 
 def benchmark(config: Benchmark, console: Console) -> dict:
-    """Measure every method at every batch size, print a table, write `config.out`; returns what was written."""
+    """Measure, print a table, write `config.out`; returns what was written."""
+    if config.train is not None:
+        return _benchmark_train(config, console)
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
@@ -63,10 +66,28 @@ def benchmark(config: Benchmark, console: Console) -> dict:
         decoding = {}
         for size in config.batch_sizes:
             decoding[str(size)] = measure_size(size, requests, methods, models, config, console)
-    results = {"decoding": decoding, "meta": _meta(config, models)}
+    meta = {"target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)), "conventions": CONVENTIONS}
+    results = _write({"decoding": decoding}, meta, mesh, config)
+    _show(results, console)
+    return results
+
+
+def _benchmark_train(config: Benchmark, console: Console) -> dict:
+    recipe = read_recipe(Train, config.train)
+    for folder in named_drafters(config.drafters).values():
+        recipe = dataclasses.replace(recipe, init_from=folder)
+    if config.mesh != Mesh():
+        recipe = dataclasses.replace(recipe, mesh=config.mesh)
+    how = config.objectives, config.repeats, config.sequence_length
+    training = benchmark_training(recipe, *how, console)
+    return _write({"training": training}, {"recipe": dataclasses.asdict(recipe)}, make_mesh(recipe.mesh), config)
+
+
+def _write(measured: dict, meta: dict, mesh, config: Benchmark) -> dict:
+    meta = describe_environment(mesh) | {"dtype": config.dtype, "config": dataclasses.asdict(config)} | meta
+    results = measured | {"meta": meta}
     if is_primary():
         write_text(config.out, json.dumps(results, indent=2) + "\n")
-    _show(results, console)
     return results
 
 
@@ -171,15 +192,6 @@ def measure_round(method: Method, requests, models: Models, config: Benchmark) -
     draft, verify, whole = (1000 * float(np.median(seconds.get(part, 0.0))) for part in ("draft", "target", "round"))
     rest = whole - draft - verify
     return {"draft_ms": draft, "verify_ms": verify, "commit_ms": rest, "round_ms": whole, "overhead": rest / whole}
-
-
-def _meta(config: Benchmark, models: Models) -> dict:
-    return describe_environment(models.mesh) | {
-        "dtype": config.dtype,
-        "target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)),
-        "config": dataclasses.asdict(config),
-        "conventions": CONVENTIONS,
-    }
 
 
 def _show(results: dict, console: Console) -> None:
