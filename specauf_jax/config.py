@@ -369,8 +369,8 @@ class Benchmark:
     """NAME=DIR: drafter folders in z-lab layout. With --train one, whose weights the step starts from: they decide how
     many slots `auf` needs."""
     train: str | None = None
-    """Recipe of `specauf train` to measure in place of decoding. Its target may be Qwen3-4B, Qwen3-8B or Qwen3-32B, with
-    random weights; without its data rows are full of random tokens."""
+    """Recipe of `specauf train` to measure in place of decoding. Its target may be Qwen3-4B, Qwen3-8B or Qwen3-32B,
+    with random weights; without its data rows are full of random tokens."""
     objectives: tuple[ObjectiveName, ...] = ("auf", "decay")
     """With --train: one after another within each repeat."""
     sequence_length: int = 3072
