@@ -1,5 +1,6 @@
 """Killed and interrupted work goes on to the same result, bit for bit."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from specauf_jax import config as c
 from specauf_jax.commands import regenerate as regenerate_module
+from specauf_jax.commands import train as train_module
 from specauf_jax.commands.regenerate import regenerate
 from specauf_jax.commands.train import train
 from specauf_jax.data.dataset import open_dataset
@@ -78,6 +80,20 @@ def test_metrics_of_lost_steps_are_written_once(world, tmp_path):
         file.write('{"step": 13, "loss": 1.0}\n{"step": 14, "lo')  # what a kill leaves
     train(settings(world, run, log_every=1), QUIET)
     assert (run / "metrics.jsonl").read_text().splitlines() == whole
+
+
+def test_a_run_compiles_its_step_once_and_traces_warm_steps(world, tmp_path, monkeypatch):
+    """Across checkpoints and logs; what goes between host and device goes by name, as the loop forbids the rest."""
+    placed, make = [], train_module.make_placed_step
+    monkeypatch.setattr(train_module, "make_placed_step", lambda *_: placed.append(make(*_)) or placed[-1])
+    train(settings(world, tmp_path / "run", log_every=1, profile_steps=2), QUIET)
+    assert len(placed) == 1 and placed[0].jitted._cache_size() == 1
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+    last = metrics[-1]
+    assert last["tokens_per_s"] == 2 * 64 / last["step_s"] and 0 < last["goodput"] < 1 and 0 < last["data_wait"] < 1
+    assert last["tflop_per_s_target"] > 0 and last["tflop_per_s_drafter"] > 0
 
 
 def test_an_interrupted_regeneration_goes_on_where_it_stopped(world, tmp_path, monkeypatch):
