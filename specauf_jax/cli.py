@@ -16,6 +16,7 @@ from rich.console import Console
 from specauf_jax import config
 from specauf_jax.checks import nearest
 from specauf_jax.errors import SpecaufError, Stopped
+from specauf_jax.recipes import read_recipe
 
 COMMANDS = {
     "prepare": (config.Prepare, "specauf_jax.data.prepare", "prepare"),
@@ -99,7 +100,7 @@ def _parse(settings: type, command: str, arguments: list[str]):
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise SpecaufError("--config without a file", "--config RECIPE.py", "name the recipe")
-        default = config.read_recipe(settings, arguments[at + 1])
+        default = read_recipe(settings, arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
     description = settings.__doc__
     if not is_field:

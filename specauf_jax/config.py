@@ -4,18 +4,15 @@
 classes are the arguments of one command each; `specauf COMMAND --help` prints the texts below them.
 """
 
-import dataclasses
 import math
-import runpy
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from specauf_jax.architecture import Drafter, Target
-from specauf_jax.checks import choice, nearest, not_negative, positive, seed
+from specauf_jax.checks import choice, not_negative, positive, seed
 from specauf_jax.errors import SpecaufError
 
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
@@ -521,70 +518,3 @@ def decay_gamma(objective: Objective, block_size: int) -> float:
     if objective.gamma is not None:
         return objective.gamma
     return {16: 7.0, 10: 5.0, 8: 4.0}.get(block_size, block_size / 2)
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_recipe(settings: type, path: str):
-    """The `config` that a recipe, a Python file, defines; of class `settings`."""
-    if not Path(path).is_file():
-        raise SpecaufError(f"{path} does not exist", "a recipe, such as configs/tiny_cpu.py", "check the path")
-    try:
-        recipe = runpy.run_path(path).get("config")
-    except SpecaufError:
-        raise
-    except Exception as error:  # a recipe is a program
-        raise SpecaufError(
-            f"{path} cannot be run: {type(error).__name__}: {error}",
-            "a recipe, such as configs/tiny_cpu.py",
-            "correct it",
-        ) from error
-    if not isinstance(recipe, settings):
-        raise SpecaufError(
-            f"{path} defines config = {type(recipe).__name__}",
-            f"config = {settings.__name__}(…)",
-            f"use a recipe for `specauf {settings.__name__.lower()}`",
-        )
-    return recipe
-
-
-def from_dict(cls, values: dict, where: str):
-    """The inverse of `dataclasses.asdict`; unknown keys and wrong types are refused by name.
-
-    Args:
-      cls: a dataclass of this module.
-      values: as read from JSON.
-      where: the file's name, for messages.
-    """
-    if not isinstance(values, dict):
-        raise SpecaufError(f"{where} is {values!r}", f"the fields of {cls.__name__}", "correct the value")
-    hints = typing.get_type_hints(cls)
-    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in hints:
-            raise SpecaufError(
-                f"{where}: unknown field {key!r} of {cls.__name__}{nearest(key, hints)}",
-                "a field of this version",
-                "remove or rename the field",
-            )
-    return cls(**{key: _coerce(hints[key], value, f"{where}: {key}") for key, value in values.items()})
-
-
-def _coerce(hint, value, where: str):
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, type(int | None)) else (hint,)
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, dict):
-            return from_dict(option, value, where)
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(value)
-        if typing.get_origin(option) is Literal and value in typing.get_args(option):
-            return value
-        if option is float and type(value) is int:
-            return float(value)
-        if isinstance(option, type) and type(value) is option:
-            return value
-    raise SpecaufError(f"{where} is {value!r}", f"{hint}", "correct the value")

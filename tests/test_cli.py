@@ -13,8 +13,9 @@ import pytest
 
 from specauf_jax import cli, config
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Objective, Train, TrainOptimisation, from_dict
+from specauf_jax.config import Objective, Train, TrainOptimisation
 from specauf_jax.errors import SpecaufError
+from specauf_jax.recipes import from_dict
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.py"))

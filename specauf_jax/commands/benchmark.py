@@ -12,7 +12,7 @@ from rich.table import Table
 from specauf_jax.architecture import resolve_drafter
 from specauf_jax.commands.benchmark_train import benchmark_training
 from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models, served
-from specauf_jax.config import Benchmark, Mesh, Train, read_recipe
+from specauf_jax.config import Benchmark, Mesh, Train
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
@@ -25,6 +25,7 @@ from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
 from specauf_jax.files import existing_folder, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
+from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import make_mesh
 
 ALONE, LOOKUP = "autoregressive", "prompt_lookup"

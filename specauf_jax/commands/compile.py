@@ -16,7 +16,7 @@ from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_dra
 from specauf_jax.commands.compiled import measure
 from specauf_jax.commands.setup import float32_precision
 from specauf_jax.commands.train import make_placed_step, with_anchors
-from specauf_jax.config import Compile, Train, read_recipe
+from specauf_jax.config import Compile, Train
 from specauf_jax.decoding.generate import abstract_state, decode_round
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment
@@ -25,6 +25,7 @@ from specauf_jax.files import write_text
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import target_config
+from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import batch_shards, check_batch, make_mesh, parameter_sharding, placed
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.flops import round_flops, step_flops

@@ -5,11 +5,12 @@ from rich.console import Console
 
 from specauf_jax.architecture import Drafter
 from specauf_jax.commands.train import provenance
-from specauf_jax.config import Export, TrainOptimisation, from_dict
+from specauf_jax.config import Export, TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.weights import load_drafter, save_drafter
+from specauf_jax.recipes import from_dict
 from specauf_jax.sharding import placed
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
 from specauf_jax.training.step import TrainState, init_state, make_optimizer
