@@ -12,7 +12,8 @@ import specauf_jax
 
 ROOT = Path(specauf_jax.__file__).parent
 LAYERS = (
-    *("errors", "checks", "architecture", "config", "recipes", "storage", "files", "environment", "sharding", "distributed"),
+    *("errors", "checks", "architecture", "config", "recipes", "storage", "files", "environment"),
+    *("sharding", "distributed"),
     *("objectives", "kernels", "models", "data", "training", "decoding", "evaluation", "commands"),
     *("cli", "__main__"),
 )
