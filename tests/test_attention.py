@@ -154,7 +154,7 @@ def test_no_array_holds_the_logits_or_scores_of_all_blocks(monkeypatch):
     arguments = tiny.drafter_params(drafter), target_head(tiny.target_params(target)), batch, jax.random.key(0)
 
     def largest(chunk):
-        monkeypatch.setattr(block_attention_xla, "ANCHOR_TILE", chunk)
+        monkeypatch.setattr(block_attention_xla, "TILE_SLOTS", chunk * K)
         config = LossConfig(drafter=drafter, objective=Objective(), num_anchors=A, slot_chunk=chunk * (K - 1))
         gradient = jax.make_jaxpr(lambda *x: jax.grad(loss_fn, has_aux=True)(*x, config=config))(*arguments)
         return largest_intermediate(gradient.jaxpr)
@@ -165,7 +165,7 @@ def test_no_array_holds_the_logits_or_scores_of_all_blocks(monkeypatch):
 
 
 def test_no_array_holds_the_scores_of_all_queries_of_a_row(monkeypatch):
-    monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
+    monkeypatch.setattr(block_attention_xla, "TILE_SLOTS", 8)
     target, S = tiny.target_config(), 96
     batch = tiny.random_batch([[S]], length=S)
     jaxpr = jax.make_jaxpr(

@@ -16,9 +16,16 @@ import tiny
 from specauf_jax.config import Mesh
 from specauf_jax.kernels import block_attention_tpu as kernel
 from specauf_jax.kernels import block_attention_xla as loops
-from specauf_jax.kernels.attention import NO_WINDOW
-from specauf_jax.kernels.block_attention import block_attention, dense, visible_ranges, with_gradient
+from specauf_jax.kernels.attention import NO_WINDOW, attend
+from specauf_jax.kernels.block_attention import (
+    block_attention,
+    causal_attention,
+    dense,
+    visible_ranges,
+    with_gradient,
+)
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
+from specauf_jax.models.target import document_starts
 from specauf_jax.sharding import make_mesh
 from specauf_jax.training.blocks import make_blocks
 
@@ -37,7 +44,7 @@ WINDOWS = (1, 2, 3, 5, 100, NO_WINDOW)  # shorter than a block, as long, longer,
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that a few blocks and positions are several tiles, the last of them not whole."""
-    monkeypatch.setattr(loops, "ANCHOR_TILE", 4)
+    monkeypatch.setattr(loops, "TILE_SLOTS", 4 * SLOTS)
     monkeypatch.setattr(loops, "CONTEXT_TILE", 8)
     monkeypatch.setattr(kernel, "LANES", 12)
     monkeypatch.setattr(kernel, "_QUERIES", 24)
@@ -294,7 +301,7 @@ MESHES = {
 
 def compare_meshes():
     """Of a process with 8 devices: for each mesh the difference from one device, and what crosses devices."""
-    loops.ANCHOR_TILE, loops.CONTEXT_TILE = 4, 8
+    loops.TILE_SLOTS, loops.CONTEXT_TILE = 4 * SLOTS, 8
     *arrays, start, stop, keep = blocks(B=4)
     run = jax.jit(jax.value_and_grad(lambda x: (block_attention(*x, start, stop, keep) ** 2).sum()))
     expected, found = run(arrays), {}
@@ -359,3 +366,23 @@ def test_kernels_compile_for_tpus_in_little_memory():
     assert found.keys() == set(TOPOLOGIES)
     for name, program in found.items():
         assert program["kernels"] == ["forward", "backward"] and program["mib"] <= 256, (name, program)
+
+
+def test_causal_attention_of_packed_rows_equals_attention_over_ranges(monkeypatch):
+    """Values and gradients, over documents whose ends are no tile's."""
+    monkeypatch.setattr(loops, "TILE_SLOTS", 8)
+    monkeypatch.setattr(loops, "CONTEXT_TILE", 16)
+    rng, S = np.random.default_rng(5), 45
+    q, k, v = (jnp.asarray(rng.normal(size=(2, S, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    ids = jnp.asarray([[1] * 20 + [2] * 3 + [3] * 15 + [0] * 7, [1] * S])
+    start, index = document_starts(ids), jnp.arange(S)[None]
+    cotangent = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(f, *arrays):
+        mixed, pull = jax.vjp(f, *arrays)
+        return mixed, pull(cotangent)
+
+    found = run(lambda q, k, v: causal_attention(q, k, v, start), q, k, v)
+    expected = run(lambda q, k, v: attend(q, k, v, start, jnp.broadcast_to(index + 1, start.shape)), q, k, v)
+    assert tiny.largest_difference(found, expected) < 1e-5

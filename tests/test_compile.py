@@ -69,7 +69,8 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
                                layer_ids=drafter.target_layer_ids)  # fmt: skip
 
     width = target.num_attention_heads * target.head_dim
-    unseen = B * 4 * 2 * S * S * width  # half of the square of four layers, which the program computes and masks
+    # The program's one tile is as large as the row: half of it is masked, and each token's own slot stands beside it.
+    unseen = B * 4 * (2 * S * S + 4 * S) * width
     assert products(jax.make_jaxpr(features)(params, batch).jaxpr) == found["target"] + unseen
 
     loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=Objective("full"), slot_chunk=9999)

@@ -1,8 +1,7 @@
 """Attention over ranges: every query sees the keys `start <= j < stop` of its row.
 
-One rule serves all of the system: causal attention in packed rows (start = first token of the
-document, stop = own index + 1), attention over a cache (0, position + 1), and the context of a
-drafted block (start of the document, anchor).
+For decoding, where the keys are a cache and a query sees (0, position + 1); training's attention, with tiles that
+nobody sees, is in block_attention.py.
 """
 
 import jax

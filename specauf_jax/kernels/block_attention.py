@@ -41,6 +41,22 @@ def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=Non
     return lax.platform_dependent(*arrays, cpu=tiled, default=dense)
 
 
+def causal_attention(q, k, v, start) -> jax.Array:
+    """Attention of packed rows: every token is a block of one slot, and sees its document up to itself.
+
+    Args:
+      q: `[B, S, H, E]`.
+      k, v: `[B, S, G, E]`, H a multiple of G.
+      start: int32 `[B, S]`, first index of each token's document.
+
+    Returns:
+      `[B, S, H, E]` in q's dtype.
+    """
+    index = jnp.broadcast_to(jnp.arange(start.shape[1], dtype=start.dtype), start.shape)
+    own = q[:, :, None], k[:, :, None], v[:, :, None]
+    return block_attention(*own, k, v, start, index, jnp.ones_like(index, bool))[:, :, 0]
+
+
 def visible_ranges(start, stop, keep, slots: int, window=None) -> jax.Array:
     """What each slot sees, as int32 `[B, A, 4, K]`: context from, context to, own slots from, own slots to.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ANCHOR_TILE = 16  # blocks
+TILE_SLOTS = 256  # of a tile of anchors
 CONTEXT_TILE = 128  # positions
 _FLOOR = -1e30  # of the running maximum: finite, so that a query that sees nothing divides no infinities
 
@@ -25,7 +25,7 @@ def forward(q, k, v, context_k, context_v, ranges):
             q, k, v, ranges = arrays
             return None, _forward_tile(q, k, v, keys, values, ranges, S)
 
-        _, results = lax.scan(tile, None, tuple(map(_tiles, (q, k, v, ranges))))
+        _, results = lax.scan(tile, None, tuple(_tiles(x, q.shape[1]) for x in (q, k, v, ranges)))
         return jax.tree.map(lambda x: _untiled(x, A), results)
 
     return lax.map(row, (q, k, v, context_k, context_v, ranges))
@@ -43,7 +43,7 @@ def backward(q, k, v, context_k, context_v, ranges, mixed, lse, cotangent):
             return _backward_tile(*arrays, keys, values, sums, S)
 
         zeros = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(keys.shape, jnp.float32)
-        sums, results = lax.scan(tile, zeros, tuple(map(_tiles, (q, k, v, ranges, *others))))
+        sums, results = lax.scan(tile, zeros, tuple(_tiles(x, q.shape[1]) for x in (q, k, v, ranges, *others)))
         context = [jnp.moveaxis(x[:, :S], 0, 1).astype(context_k.dtype) for x in sums]
         return *(_untiled(x, A) for x in results), *context
 
@@ -141,9 +141,9 @@ def _product(equation, a, b):
 # Tiles and shapes
 
 
-def _tiles(x):
+def _tiles(x, slots: int):
     """`[A, ...]` → `[tiles, a, ...]`; anchors that fill the last tile up see nothing."""
-    a = min(ANCHOR_TILE, x.shape[0])
+    a = min(max(1, TILE_SLOTS // slots), x.shape[0])
     x = jnp.pad(x, [(0, -x.shape[0] % a)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, a, *x.shape[1:])
 

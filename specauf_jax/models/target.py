@@ -12,6 +12,7 @@ from jax import lax
 
 from specauf_jax.architecture import Target
 from specauf_jax.kernels.attention import attend
+from specauf_jax.kernels.block_attention import causal_attention
 from specauf_jax.models.layers import (
     KVCache,
     few_rows,
@@ -92,10 +93,10 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
       document_ids: int32 `[B, S]`; attention is causal within a document.
     """
     model = _module(config, params)
-    angles, see = _packed(positions, document_ids, config)
+    angles, start = rope_angles(positions, config), document_starts(document_ids)
 
     def body(x, layer, _):
-        return layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))
+        return layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))
 
     return model.norm(scan_layers(body, model.embed_tokens(tokens), model.layers)[0])
 
@@ -107,13 +108,13 @@ def target_features(params: dict, tokens, positions, document_ids, *, config: Ta
     `target_hidden`; `layer_ids` are 0-based and ascending.
     """
     model = _module(config, params)
-    angles, see = _packed(positions, document_ids, config)
+    angles, start = rope_angles(positions, config), document_starts(document_ids)
     x = spread_rows(model.embed_tokens(tokens))
     count = max(layer_ids) + 1
 
     def body(carry, layer, i):
         x, taps = carry
-        x = spread_rows(layer(x, angles, lambda q, k, v: (attend(q, k, v, *see), None))[0])
+        x = spread_rows(layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))[0])
         return x, _tap(taps, x, i, layer_ids, count)
 
     _, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
@@ -176,12 +177,6 @@ def _graphdef(config: Target, serving: bool):
 
 def _module(config: Target, params: dict) -> CausalLM:
     return nnx.merge(_graphdef(config, is_serving(params)), params)
-
-
-def _packed(positions, document_ids, config):
-    """RoPE angles, and the range of keys that each query of a packed row sees."""
-    index = jnp.broadcast_to(jnp.arange(positions.shape[1], dtype=jnp.int32), positions.shape)
-    return rope_angles(positions, config), (document_starts(document_ids), index + 1)
 
 
 def _empty_taps(x, layer_ids, layers_run):
