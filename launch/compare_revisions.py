@@ -1,6 +1,6 @@
 """The time of a training step in this tree and at an older revision, in turn on one machine.
 
-    python launch/compare_revisions.py REVISION -- --config configs/tiny_cpu.py --target DIR --data DIR [--train.steps 60 …]
+    python launch/compare_revisions.py REVISION -- --config configs/tiny_cpu.py --target DIR --data DIR
 
 What follows -- are settings of `specauf train` that both revisions know. Each of --repeats rounds trains once with
 either; the step time of a run is the median over its lines of metrics.jsonl, the first left out, as it compiles.
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("settings", nargs="+", help="of specauf train, after --")
     arguments = parser.parse_args()
+    settings = [str(Path(part).resolve()) if Path(part).exists() else part for part in arguments.settings]
     with tempfile.TemporaryDirectory() as scratch:
         old = Path(scratch) / "tree"
         subprocess.run(
@@ -33,7 +34,7 @@ def main() -> int:
             trees, seconds = {"before": old, "now": ROOT}, {"before": [], "now": []}
             for repeat in range(arguments.repeats):
                 for name, tree in trees.items():
-                    seconds[name].append(step_s(tree, Path(scratch) / f"{name}{repeat}", arguments.settings))
+                    seconds[name].append(step_s(tree, Path(scratch) / f"{name}{repeat}", settings))
                     print(f"{name}: {seconds[name][-1]:.4f} s a step", flush=True)
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", old], check=True)
@@ -47,7 +48,7 @@ def step_s(tree: Path, out: Path, settings: list[str]) -> float:
     often = ["--train.log-every", "5", "--train.checkpoint-every", "100000", "--train.decode-every", "0"]
     command = [sys.executable, "-m", "specauf_jax", "train", *settings, *often, "--out", out]
     environment = os.environ | {"PYTHONPATH": str(tree)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["step_s"] for line in lines[1:])
 
