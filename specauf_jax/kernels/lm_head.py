@@ -159,6 +159,7 @@ def _walk_blocks(chunk: int, top_n: int, hidden, labels, valid, lm_head, vocabul
     each, so that a round is full to the end. How many rounds there are is the data's.
     """
     R, N = labels.shape
+    chunk = min(chunk, R)  # so that never more is computed than all slots
     lane = jnp.arange(chunk)
 
     def one_round(state):
