@@ -165,6 +165,11 @@ def vocabulary_spec(vocabulary: int) -> PartitionSpec:
     return PartitionSpec(None, "tensor" if _divides(("tensor",), vocabulary) else None)
 
 
+def gather_head(lm_head: jax.Array) -> jax.Array:
+    """An LM head `[D, V]` spread over `tensor` alone, inside a jitted function: gathered once, not in every chunk."""
+    return jax.lax.with_sharding_constraint(lm_head, vocabulary_spec(lm_head.shape[1])) if _spread() else lm_head
+
+
 def _spread() -> bool:
     """Whether a mesh of several devices is in use, and GSPMD's to cut."""
     mesh = jax.sharding.get_abstract_mesh()

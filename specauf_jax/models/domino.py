@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from specauf_jax.architecture import Drafter
+from specauf_jax.sharding import spread_rows
 
 
 class PrefixGRU(nnx.Module):
@@ -40,7 +41,7 @@ def next_state(params: dict, state: jax.Array, embedding: jax.Array) -> jax.Arra
 
 def prefix_states(params: dict, embeddings: jax.Array) -> jax.Array:
     """The GRU's state after each of a block's tokens, from zero: `[..., N, D]` → `[..., N, R]`."""
-    inputs = embeddings @ params["prefix_gru"]["input"]["kernel"]
+    inputs = spread_rows(embeddings) @ params["prefix_gru"]["input"]["kernel"]
     R = params["prefix_gru"]["hidden"]["kernel"].shape[0]
 
     def step(state, gates):

@@ -15,6 +15,7 @@ from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
 from specauf_jax.objectives import objective_sums
+from specauf_jax.sharding import gather_head
 from specauf_jax.training.blocks import Batch, BlockBatch, eligible_anchors, make_blocks, sample_anchors
 
 
@@ -118,7 +119,7 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     drafter = config.drafter
     blocks = make_blocks(batch, anchors, keep, config=drafter)
     hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
-    lm_head = lax.stop_gradient(head.lm_head).astype(config.dtype)
+    lm_head = gather_head(lax.stop_gradient(head.lm_head).astype(config.dtype))
     if drafter.projector_type == "dflash":
         top_n = config.support_top_n
         seen = frozen_head_cross_entropy(
@@ -161,7 +162,8 @@ def _correction(params: dict, head: Head, hidden, blocks: BlockBatch, *, config:
     embeddings = lax.stop_gradient(head.embedding[blocks.previous]).astype(config.dtype)
     states = prefix_states(params, embeddings)
     n = jnp.arange(config.drafter.num_labels)
-    return correction_features(params, hidden, states, n, config=config.drafter), params["embed_proj"]["up"]["kernel"]
+    features = correction_features(params, hidden, states, n, config=config.drafter)
+    return features, gather_head(params["embed_proj"]["up"]["kernel"])
 
 
 def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Drafter, every_slot: bool = True):
