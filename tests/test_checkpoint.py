@@ -4,12 +4,14 @@ import io
 import itertools
 import json
 import shutil
+from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from rich.console import Console
 
 from specauf_jax import config as c
@@ -215,8 +217,9 @@ def test_what_may_change_between_a_run_and_its_continuation(whole, tmp_path):
     train_loop(make_run(tmp_path / "run", config=CONFIG | free), Console(quiet=True))
 
 
-def test_checksums_are_of_the_numbers_on_any_mesh(tmp_path):
-    """Saved from one device and read onto eight: the same; one number changed in the file's place: refused."""
+def read_onto_eight_devices(folder: str) -> None:
+    """Of a process with 8 devices: what one device saved is the same; with other checksums it is refused."""
+    tmp_path = Path(folder)
     mesh = make_mesh(c.Mesh(fsdp=4, tensor=2))
     params = {"lm_head": {"kernel": jax.random.normal(jax.random.key(0), (16, 64))}}
     shapes = jax.eval_shape(lambda: params)
@@ -233,6 +236,12 @@ def test_checksums_are_of_the_numbers_on_any_mesh(tmp_path):
     with pytest.raises(Damaged, match="not those that were saved"):
         checkpoints.restore(1, like, CONFIG)
     checkpoints.close()
+    print("both seen")
+
+
+def test_checksums_are_of_the_numbers_on_any_mesh(tmp_path):
+    said = tiny.on_eight_devices(f"import test_checkpoint; test_checkpoint.read_onto_eight_devices({str(tmp_path)!r})")
+    assert said.splitlines()[-1] == "both seen"
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint8])

@@ -1,5 +1,10 @@
 """Small models and batches for tests: D=16, V=17, K=4, with weights large enough to matter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +99,16 @@ def largest_difference(tree, other) -> float:
         return np.abs(a - b).max() / scale if scale > 0 and np.isfinite(a).all() and np.isfinite(b).all() else np.inf
 
     return max(jax.tree.leaves(jax.tree.map(difference, tree, other)))
+
+
+def on_eight_devices(code: str) -> str:
+    """What a process with 8 CPU devices prints that runs `code` in the folder of the tests."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def same_bits(tree, other) -> bool:
