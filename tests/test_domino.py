@@ -440,7 +440,7 @@ def test_accumulation_changes_nothing_though_the_parts_of_both_branches_have_une
     new, metrics = trained(1, step=3)
     accumulated, its_metrics = trained(accumulation, step=3)
     assert tiny.largest_difference(accumulated.opt_state[0], new.opt_state[0]) < 3e-6
-    assert tiny.largest_difference(accumulated.params, new.params) < 1e-6
+    assert tiny.largest_difference(accumulated.params, new.params) < 3e-6  # by as much as what moved them
     assert metrics.keys() == its_metrics.keys()
     assert tiny.largest_difference(its_metrics, metrics) < 1e-6
 
