@@ -172,3 +172,37 @@ def test_serving_form_decodes_the_same(drafter):
     assert len(whole["layers"]) == 2 and whole["fc"]["kernel"].shape == params[0]["fc"]["kernel"].shape[::-1]
     sizes = [sum(x.size for x in jax.tree.leaves(p)) for p in (whole, params[0])]
     assert sizes[0] == sizes[1]
+
+
+RECIPE = """
+from specauf_jax.architecture import Drafter
+from specauf_jax.config import Train, TrainOptimisation
+
+config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4, mask_token_id=3),
+               train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=8))
+"""
+
+
+def test_training(world, tmp_path):
+    """Random rows, all of them supervised; of the drafter's slots auf needs fewer than decay, and says so."""
+    recipe, S = tmp_path / "recipe.py", 32
+    recipe.write_text(RECIPE.format(target=str(world / "target")))
+    config = Benchmark(train=str(recipe), drafters=(f"mine={world / 'drafter'}",), out=str(tmp_path / "out.json"),
+                       repeats=2, sequence_length=S)  # fmt: skip
+    found = benchmark(config, Console(quiet=True))
+    assert json.loads((tmp_path / "out.json").read_text())["training"] == found["training"]
+    auf, decay = found["training"]["auf"], found["training"]["decay"]
+    for m in (auf, decay):
+        seconds = m["step_s"]["median"]
+        assert m["rows_per_s"] == 4 / seconds and m["tokens_per_s"] == m["useful_tokens_per_s"] == 4 * S / seconds
+        assert m["parts_s"]["drafter"] > 0 and m["parts_s"]["lm_head"] > 0 and m["peak_bytes"] > 0 and m["mfu"] is None
+        assert m["parts_s"]["rest"] == seconds - m["parts_s"]["target"] - m["parts_s"]["drafter"]
+    assert 0 < auf["active_ratio"] < decay["active_ratio"] == 1 and auf["flops"] < decay["flops"]
+    assert found["meta"]["recipe"]["init_from"] == str(world / "drafter")
+
+
+def test_nothing_to_measure():
+    with pytest.raises(SpecaufError, match="neither --train nor both"):
+        Benchmark(out="x", target="y")
+    with pytest.raises(SpecaufError, match="2 drafters"):
+        Benchmark(out="x", train="y", drafters=("a=b", "c=d"))
