@@ -4,7 +4,6 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from specauf_jax.commands.train import PlacedStep, make_placed_step, with_anchor
 from specauf_jax.config import Train
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
+from specauf_jax.files import as_path
 from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import Head, init_target, target_features, target_head
@@ -52,7 +52,7 @@ def benchmark_training(
     target, drafter = _architectures(recipe)
     recipe = with_anchors(recipe, drafter)
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
-    announce(Path(recipe.target), mesh, console)
+    announce(recipe.target, mesh, console)
     with float32_precision(recipe.train.dtype), jax.set_mesh(mesh):
         recipes = {name: dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, name=name))
                    for name in objectives}  # fmt: skip
@@ -86,7 +86,7 @@ def _architectures(recipe: Train) -> tuple[Target, Drafter]:
 
 
 def _has_data(recipe: Train) -> bool:
-    return (Path(recipe.data) / "manifest.json").is_file()
+    return bool(recipe.data) and (as_path(recipe.data) / "manifest.json").is_file()
 
 
 def _target_params(recipe: Train, step: PlacedStep, target: Target, console: Console):
