@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-TILE_SLOTS = 256  # of a tile of anchors
-CONTEXT_TILE = 128  # positions
+TILE_SLOTS = 256  # of a tile of anchors, at most
+CONTEXT_TILE = 128  # positions, at most
 _FLOOR = -1e30  # of the running maximum: finite, so that a query that sees nothing divides no infinities
 
 
@@ -141,9 +141,14 @@ def _product(equation, a, b):
 # Tiles and shapes
 
 
+def _even(length: int, most: int) -> int:
+    """Size of the fewest tiles of at most `most` that hold `length`, with little to fill up."""
+    return -(-length // -(-length // most))
+
+
 def _tiles(x, slots: int):
     """`[A, ...]` → `[tiles, a, ...]`; anchors that fill the last tile up see nothing."""
-    a = min(max(1, TILE_SLOTS // slots), x.shape[0])
+    a = _even(x.shape[0], max(1, TILE_SLOTS // slots))
     x = jnp.pad(x, [(0, -x.shape[0] % a)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, a, *x.shape[1:])
 
@@ -154,12 +159,12 @@ def _untiled(x, A):
 
 def _context(x):
     """`[S, G, E]` → `[G, S', E]`, filled up to whole tiles."""
-    return jnp.moveaxis(jnp.pad(x, ((0, -x.shape[0] % min(CONTEXT_TILE, x.shape[0])), (0, 0), (0, 0))), 1, 0)
+    return jnp.moveaxis(jnp.pad(x, ((0, -x.shape[0] % _even(x.shape[0], CONTEXT_TILE)), (0, 0), (0, 0))), 1, 0)
 
 
 def _bounds(ranges, S):
     """First tile of context that any slot sees, and the one behind the last; an empty loop if there is none."""
-    size = min(CONTEXT_TILE, S)
+    size = _even(S, CONTEXT_TILE)
     start, stop = ranges[:, 0], ranges[:, 1]
     seen = stop > start
     return jnp.where(seen, start, S).min() // size, -(-jnp.where(seen, stop, 0).max() // size)
@@ -167,7 +172,7 @@ def _bounds(ranges, S):
 
 def _context_tile(i, keys, values):
     """Indices, keys and values of tile i."""
-    size = min(CONTEXT_TILE, keys.shape[1])
+    size = _even(keys.shape[1], CONTEXT_TILE)
     cut = [lax.dynamic_slice_in_dim(x, i * size, size, axis=1) for x in (keys, values)]
     return i * size + jnp.arange(size), *cut
 
