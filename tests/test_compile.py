@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -366,8 +367,11 @@ print("same")
 
 
 def python(*arguments, flags: str = "") -> subprocess.CompletedProcess:
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], env=environment(flags), capture_output=True, text=True)
+
+
+def environment(flags: str) -> dict[str, str]:
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
 
 
 def test_the_state_that_is_compiled_is_the_state_that_is_served():
@@ -378,8 +382,10 @@ def test_the_state_that_is_compiled_is_the_state_that_is_served():
 # ---------------------------------------------------------------------------------------------
 # libtpu itself
 
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs")
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu compiles for TPUs")
+
+@needs_libtpu
 def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     target, recipe, out = tmp_path / "target", tmp_path / "recipe.py", tmp_path / "out.json"
     target.mkdir()
@@ -397,3 +403,50 @@ def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     assert train["largest"][0]["bytes"] >= 2**30 and train["largest"][0]["source"].startswith("jit(step)")
     assert train["collectives"]["all-gather"]["bytes"] > 0
     assert decode["fits"] and 0 < decode["code_bytes"] < decode["peak_bytes"]
+
+
+def command_line(pid: str) -> bytes:
+    """Empty of a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@needs_libtpu
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc lists a process's children")
+def test_compilers_end_with_a_command_that_is_killed(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(target="Qwen3-4B"))
+    arguments = [
+        "-m",
+        "specauf_jax",
+        "compile",
+        "--no-code",
+        "--config",
+        recipe,
+        "--topology",
+        "v5e:2x2",
+        "--batch-size",
+        "8",
+    ]
+    process = subprocess.Popen([sys.executable, *arguments, "--out", tmp_path / "out.json"], env=environment(""))
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+
+    def compilers():
+        return [pid for pid in listed.read_text().split() if b"spawn_main" in command_line(pid)]
+
+    try:
+        wait_for(lambda: len(compilers()) == 2)
+        children = compilers()
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not any(map(command_line, children)))
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import jax
@@ -118,11 +119,17 @@ def _measured(config: Compile, names, rows: int) -> list[dict]:
 
 def _tell(pipe, config: Compile, name: str, rows: int) -> None:
     """In a process of its own."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         pipe.send(_measure(config, name, rows))
     except Exception as error:
         pipe.send(error)
     os._exit(0)  # the compiler's threads are still at work
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # it was killed
 
 
 def _heard(pipe) -> dict:
