@@ -1,9 +1,9 @@
-"""The time of a training step in this tree and at an older revision, in turn on one machine.
+"""The speed of training in this tree and at an older revision, in turn on one machine.
 
     python launch/compare_revisions.py REVISION -- --config configs/tiny_cpu.py --target DIR --data DIR
 
 What follows -- are settings of `specauf train` that both revisions know. Each of --repeats rounds trains once with
-either; the step time of a run is the median over its lines of metrics.jsonl, the first left out, as it compiles.
+either; a run's tokens a second are the median over its lines of metrics.jsonl, the first left out, as it compiles.
 """
 
 import argparse
@@ -31,26 +31,26 @@ def main() -> int:
             ["git", "-C", ROOT, "worktree", "add", "--detach", "--quiet", old, arguments.revision], check=True
         )
         try:
-            trees, seconds = {"before": old, "now": ROOT}, {"before": [], "now": []}
+            trees, rates = {"before": old, "now": ROOT}, {"before": [], "now": []}
             for repeat in range(arguments.repeats):
                 for name, tree in trees.items():
-                    seconds[name].append(step_s(tree, Path(scratch) / f"{name}{repeat}", settings))
-                    print(f"{name}: {seconds[name][-1]:.4f} s a step", flush=True)
+                    rates[name].append(tokens_per_s(tree, Path(scratch) / f"{name}{repeat}", settings))
+                    print(f"{name}: {rates[name][-1]:,.0f} tokens/s", flush=True)
         finally:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", old], check=True)
-    before, now = (statistics.median(seconds[name]) for name in ("before", "now"))
-    print(f"before {before:.4f} s, now {now:.4f} s a step: {before / now:.2f} x")
+    before, now = (statistics.median(rates[name]) for name in ("before", "now"))
+    print(f"before {before:,.0f}, now {now:,.0f} tokens/s: {now / before:.2f} x")
     return 0
 
 
-def step_s(tree: Path, out: Path, settings: list[str]) -> float:
-    """Median seconds of a step of `specauf train` as it stands in `tree`."""
+def tokens_per_s(tree: Path, out: Path, settings: list[str]) -> float:
+    """Of `specauf train` as it stands in `tree`, padding included."""
     often = ["--train.log-every", "5", "--train.checkpoint-every", "100000", "--train.decode-every", "0"]
     command = [sys.executable, "-m", "specauf_jax", "train", *settings, *often, "--out", out]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     subprocess.run(command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["step_s"] for line in lines[1:])
+    return statistics.median(line["tokens_per_s"] for line in lines[1:])
 
 
 if __name__ == "__main__":
