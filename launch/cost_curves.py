@@ -63,13 +63,14 @@ def main() -> None:
 def curves(base: dict, make, repeats: int) -> dict:
     """Milliseconds at the base, and for each size its points: the factor, the time and the FLOPs over the base's."""
     points = {(letter, factor): base | {letter: int(base[letter] * factor)} for letter in base for factor in FACTORS}
-    runs, seconds = {tuple(sizes.values()): make(**sizes) for sizes in points.values()}, {}
+    different = {tuple(sizes.values()): sizes for sizes in points.values()}
+    runs, seconds = {at: make(**sizes) for at, sizes in different.items()}, {}
     for repeat in range(repeats + 1):  # the first warms up
-        for sizes, (run, _) in runs.items():
+        for at, (run, _) in runs.items():
             begin = time.perf_counter()
             jax.block_until_ready(run())
-            seconds.setdefault(sizes, []).extend([time.perf_counter() - begin] if repeat else [])
-    times = {sizes: statistics.median(found) for sizes, found in seconds.items()}
+            seconds.setdefault(at, []).extend([time.perf_counter() - begin] if repeat else [])
+    times = {at: statistics.median(found) for at, found in seconds.items()}
     origin = tuple(base.values())
     found: dict[str, list] = {letter: [] for letter in base}
     for (letter, factor), sizes in points.items():
