@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import statistics
+import sys
 import time
 
 import jax
@@ -81,6 +82,7 @@ def forms(arguments) -> dict:
 
     found = {name: value_and_gradient(form) for name, form in seen.items()}
     if importlib.util.find_spec(TOKAMAX):
+        del sys.argv[1:]  # which it would take for flags of its own
         found[TOKAMAX] = jax.jit(jax.value_and_grad(_tokamax))
     return found
 
