@@ -7,9 +7,9 @@ usage() {
 usage: bash launch/bench_decode.sh [--fresh] [--short]
 
 Trains a target of 29 M parameters (4 layers of width 768) on Python's standard library, has it write 2,000
-continuations, trains a DFlash drafter (auf) and a Domino drafter (auf_decay and decay) of one layer with K = 8 on
-them, all from seed 0, and runs \`specauf benchmark\` on held-out prompts at batch 1, 4, 16 and 64. Well over an hour on
-2 CPU cores. Everything lands in runs/bench_decode; run again, it goes on where it stopped.
+continuations, trains a Domino drafter of one layer with K = 8 on them (B-AUF+D), all from seed 0, and runs
+\`specauf benchmark\` on held-out prompts at batch 1, 4, 16 and 64. About an hour on 2 CPU cores. Everything lands in
+runs/bench_decode; run again, it goes on where it stopped.
 
   --fresh   delete runs/bench_decode first
   --short   a tenth of the training, to see that all parts work; lands in runs/bench_decode_short
@@ -44,17 +44,12 @@ fi
 [ -f "$out/data/manifest.json" ] || specauf regenerate --data "$out/text" --target "$out/target" \
   --out "$out/data" --documents "$documents" --prompt-length 64 --max-new-tokens 96
 
-train() {  # NAME, then what differs
-  local name=$1
-  shift
-  specauf train --config configs/tiny_cpu.py --target "$out/target" --data "$out/data" --out "$out/train_$name" \
-    --drafter.intermediate-size 1152 --train.steps "$drafter_steps" --train.learning-rate 2e-3 --train.decode-every 0 "$@"
-  specauf export --run "$out/train_$name" --out "$out/drafter_$name"
-}
-train domino --drafter.projector-type domino --drafter.emb-dim 64 --drafter.gru-hidden-dim 128 \
+specauf train --config configs/tiny_cpu.py --target "$out/target" --data "$out/data" --out "$out/train_domino" \
+  --train.steps "$drafter_steps" --train.learning-rate 2e-3 --train.decode-every 0 --drafter.intermediate-size 1152 \
+  --drafter.projector-type domino --drafter.emb-dim 64 --drafter.gru-hidden-dim 128 \
   --base-objective.name auf_decay --objective.name decay
-train auf --objective.name auf
+specauf export --run "$out/train_domino" --out "$out/drafter_domino"
 
 for name in asyncio json email docstrings; do head -n 4 "$out/data/prompts/$name.jsonl"; done > "$out/prompts.jsonl"
 specauf benchmark --target "$out/target" --prompts "$out/prompts.jsonl" --out "$out/speed.json" --repeats "$repeats" \
-  --drafters "auf=$out/drafter_auf" "domino=$out/drafter_domino" --max-new-tokens 96
+  --drafters "domino=$out/drafter_domino" --max-new-tokens 96
