@@ -58,9 +58,8 @@ def test_curves_are_ratios_to_their_base(cost_curves):
         assert points[1]["factor"] == points[1]["times"] == 1
 
 
-@pytest.mark.parametrize("objective", ["auf", "decay"])
-def test_curves_run_a_whole_step(cost_curves, objective):
-    step, flops = cost_curves.train_step(objective, 128, B=1, S=16, A=2, K=4, V=64)
+def test_curves_run_a_whole_step(cost_curves):
+    step, flops = cost_curves.train_step(128, B=1, S=16, A=2, K=4, V=64)
     state, metrics = step()
     assert int(state.step) == 1 and np.isfinite(metrics["loss"]) and flops > 0
 
