@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    console = Console(soft_wrap=True)
+    # A log has no width of its own: 80 columns, as if it were a terminal's, would cut the widest tables.
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, markup=False, soft_wrap=True)

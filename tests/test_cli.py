@@ -218,3 +218,10 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
     assert "mine" in page
     assert not [path.name for path in tmp_path.rglob(".*")]
+
+    drafters = "--drafters mine=drafter --prompts prompts.jsonl --out speed.json"
+    said = specauf(f"benchmark --target pre/target {drafters} --batch-sizes 1 --repeats 1 --max-new-tokens 6")
+    assert json.loads(Path("speed.json").read_text())["decoding"]["1"].keys() == {
+        *("autoregressive", "prompt_lookup", "mine")
+    }
+    assert "autoregressive" in said and "…" not in said  # nothing of a table is cut off in a log
