@@ -47,11 +47,11 @@ def prepare(config: Prepare, console: Console) -> dict:
     Raises:
       SpecaufError: bad settings, source or records; `config.out` is left as it was.
     """
+    _check_settings(config)
+    source = _open_source(config)
     # Its import changes Python's own `import` for the while, which no thread of a progress bar may meet.
     import tensorflow_datasets  # noqa: F401
 
-    _check_settings(config)
-    source = _open_source(config)
     bad, counts = BadRecords(config.max_bad_records, console), Counts()
     with fresh_folder(config.out) as folder, _progress(console) as progress:
         tokenizer = _tokenizer(config, source, folder / "tokenizer", progress)
