@@ -418,7 +418,7 @@ def command_line(pid: str) -> bytes:
 def test_compilers_end_with_a_command_that_is_killed(tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(target="Qwen3-4B"))
-    arguments = "-m specauf_jax compile --no-code --topology v5e:2x2 --batch-size 8 --config".split()
+    arguments = ["-m", "specauf_jax", "compile", "--no-code", "--topology", "v5e:2x2", "--batch-size", "8", "--config"]
     process = subprocess.Popen(
         [sys.executable, *arguments, recipe, "--out", tmp_path / "out.json"], env=environment("")
     )
