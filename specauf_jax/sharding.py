@@ -1,7 +1,9 @@
 """The mesh and every PartitionSpec of the system.
 
-Axes of the mesh: `replica` (batch only), `fsdp` (batch and parameters), `tensor` (heads, MLP,
-vocabulary). GSPMD does the rest; only kernels whose loops depend on data say for themselves what a device does.
+Axes of the mesh: `replica` (batch only), `fsdp` (batch and parameters), `tensor` (heads, MLP, vocabulary). The mesh
+is that of the arrays (`mesh_of`): no function takes it from a context. GSPMD adds the collectives; kernels whose loops
+depend on data run on each device's own part, and the LM head's sums over a spread vocabulary are the only collectives
+written out.
 """
 
 import math
@@ -9,11 +11,12 @@ import math
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from specauf_jax.config import Mesh
 from specauf_jax.errors import SpecaufError
 
+AXES = ("replica", "fsdp", "tensor")
 BATCH = ("replica", "fsdp")
 _SMALL = 2**20  # numbers that every device may hold whole
 
@@ -67,10 +70,10 @@ def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(grid, ("replica", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
+def batch_shards(mesh: jax.sharding.Mesh | AbstractMesh) -> int:
     """Parts that rows are spread over."""
     return mesh.shape["replica"] * mesh.shape["fsdp"]
 
@@ -127,57 +130,77 @@ def _indivisible(names: list[str], shape, axis: str, mesh) -> SpecaufError:
     )
 
 
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that an array is spread over, inside a jitted function too; None for one device and for manual regions.
+
+    Whoever places the arrays says the mesh: nothing here reads a context. What jit alone places (host arrays under
+    `in_shardings`) says none, so put arrays on the mesh before the call.
+
+    Raises:
+      SpecaufError: a mesh with other axes than those of `make_mesh`, or with explicit ones.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return None
+    if mesh.axis_names != AXES or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise SpecaufError(
+            f"arrays on a mesh of axes {mesh.axis_names}, {', '.join(kind.name for kind in mesh.axis_types)}",
+            f"a mesh of the axes {AXES}, Auto",
+            "make it with specauf_jax.make_mesh, and place parameters and batch on it",
+        )
+    return mesh
+
+
 def spread_rows(x: jax.Array) -> jax.Array:
-    """Rows (the leading axis) over all batch axes of the mesh in use, inside a jitted function; else x as it is.
+    """Rows (the leading axis) over all batch axes of x's mesh; x as it is without one.
 
     Parameters are spread over `fsdp` too, and without this word GSPMD may spread activations as they are, along
     their width, with the rows of all devices on every one of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % batch_shards(mesh):
+    mesh = mesh_of(x)
+    if mesh is None or x.shape[0] % batch_shards(mesh):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH)))
 
 
-def per_device(f, in_specs, out_specs):
-    """`f` as each device of the mesh in use runs it, on its own parts; `f` itself without a mesh.
+def per_device(f, mesh: AbstractMesh | None, in_specs, out_specs):
+    """`f` as each device of the mesh runs it, on its own parts; `f` itself without a mesh.
 
     For kernels, and for loops whose length is data: GSPMD would run them on whole arrays everywhere.
     """
-    if not _spread():
+    if mesh is None:
         return f
     # Without the check of replication: what every device has whole is computed whole by each.
-    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def rows_spec(rows: int) -> PartitionSpec:
+def rows_spec(mesh: AbstractMesh | None, rows: int) -> PartitionSpec:
     """For `per_device`: rows (the leading axis) over all batch axes; whole where these do not divide them."""
-    return PartitionSpec(BATCH) if _divides(BATCH, rows) else PartitionSpec(None)
+    return PartitionSpec(BATCH) if _divides(mesh, BATCH, rows) else PartitionSpec(None)
 
 
-def heads_spec(rows: int, groups: int, axis: int) -> PartitionSpec:
+def heads_spec(mesh: AbstractMesh | None, rows: int, groups: int, axis: int) -> PartitionSpec:
     """For `per_device`: rows as in `rows_spec`, and heads, at `axis`, over `tensor` where it divides their groups."""
-    return PartitionSpec(*rows_spec(rows), *[None] * (axis - 1), "tensor" if _divides(("tensor",), groups) else None)
+    heads = "tensor" if _divides(mesh, ("tensor",), groups) else None
+    return PartitionSpec(*rows_spec(mesh, rows), *[None] * (axis - 1), heads)
 
 
-def vocabulary_spec(vocabulary: int) -> PartitionSpec:
+def vocabulary_spec(mesh: AbstractMesh | None, vocabulary: int) -> PartitionSpec:
     """For `per_device`: an LM head `[D, V]`, V over `tensor` where it divides it."""
-    return PartitionSpec(None, "tensor" if _divides(("tensor",), vocabulary) else None)
+    return PartitionSpec(None, "tensor" if _divides(mesh, ("tensor",), vocabulary) else None)
 
 
 def gather_head(lm_head: jax.Array) -> jax.Array:
-    """An LM head `[D, V]` spread over `tensor` alone, inside a jitted function: gathered once, not in every chunk."""
-    return jax.lax.with_sharding_constraint(lm_head, vocabulary_spec(lm_head.shape[1])) if _spread() else lm_head
+    """An LM head `[D, V]` spread over `tensor` alone: gathered once, not in every chunk."""
+    mesh = mesh_of(lm_head)
+    if mesh is None:
+        return lm_head
+    spec = vocabulary_spec(mesh, lm_head.shape[1])
+    return jax.lax.with_sharding_constraint(lm_head, NamedSharding(mesh, spec))
 
 
-def _spread() -> bool:
-    """Whether a mesh of several devices is in use, and GSPMD's to cut."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not (mesh.empty or mesh.size == 1 or mesh.manual_axes)
-
-
-def _divides(axes: tuple[str, ...], size: int) -> bool:
-    return _spread() and size % math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes) == 0
+def _divides(mesh: AbstractMesh | None, axes: tuple[str, ...], size: int) -> bool:
+    return mesh is not None and size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
 def placed(shapes, sharding):

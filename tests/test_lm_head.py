@@ -13,7 +13,7 @@ from specauf_jax.config import Mesh, Objective
 from specauf_jax.kernels import lm_head as kernel
 from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
 from specauf_jax.objectives import accept_until_fail_mask, cross_entropy_and_rank, objective_sums
-from specauf_jax.sharding import make_mesh
+from specauf_jax.sharding import batch_sharding, make_mesh, replicated
 
 B, A, N, D, V = 8, 6, 5, 12, 24
 
@@ -123,8 +123,10 @@ def print_differences():
         run = functools.partial(loss_and_gradient, objective=Objective(name), chunk=4, top_n=top_n)
         expected = run(*blocks(0.7))
         for axes in ((2, 4, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2)):
-            with jax.set_mesh(make_mesh(Mesh(*axes))):
-                found = jax.jit(run)(*blocks(0.7))
+            mesh = make_mesh(Mesh(*axes))
+            hidden, lm_head, labels, valid = blocks(0.7)
+            spread = [jax.device_put(x, batch_sharding(mesh)) for x in (hidden, labels, valid)]
+            found = jax.jit(run)(spread[0], jax.device_put(lm_head, replicated(mesh)), *spread[1:])
             print(tiny.largest_difference(found, expected))
 
 

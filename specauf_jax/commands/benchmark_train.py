@@ -14,20 +14,18 @@ from rich.table import Table
 
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
 from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar
-from specauf_jax.commands.train import PlacedStep, make_placed_step, with_anchors
 from specauf_jax.config import Train
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
 from specauf_jax.files import as_path
 from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
-from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import Head, init_target, target_features, target_head
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
 from specauf_jax.training.flops import PEAK_FLOPS, needed_flops, step_flops
-from specauf_jax.training.loss import block_hidden, loss_fn
-from specauf_jax.training.step import init_state, make_optimizer
+from specauf_jax.training.loss import LossConfig, block_hidden, loss_config, loss_fn
+from specauf_jax.training.step import PlacedStep, place_drafter_step
 
 _WARM_STEPS = 2
 
@@ -50,18 +48,18 @@ def benchmark_training(
     """
     mesh = make_mesh(recipe.mesh)
     target, drafter = _architectures(recipe)
-    recipe = with_anchors(recipe, drafter)
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
     announce(recipe.target, mesh, console)
-    with float32_precision(recipe.train.dtype), jax.set_mesh(mesh):
-        recipes = {name: dataclasses.replace(recipe, objective=dataclasses.replace(recipe.objective, name=name))
-                   for name in objectives}  # fmt: skip
-        placed = {name: make_placed_step(r, drafter, target, mesh) for name, r in recipes.items()}
+    with float32_precision(recipe.train.dtype):
+        losses = {name: loss_config(drafter, dataclasses.replace(recipe.objective, name=name), recipe.base_objective,
+                                    recipe.train) for name in objectives}  # fmt: skip
+        placed = {name: place_drafter_step(loss, target, recipe.train, mesh) for name, loss in losses.items()}
         step = placed[objectives[0]]
-        target_params = _target_params(recipe, step, target, console)
+        target_params = _target_params(recipe, step, target, mesh, console)
         batch = _batch(recipe, step, target, sequence_length)
-        compiled = {name: p.jitted.lower(p.state, step.target_params, batch).compile() for name, p in placed.items()}
-        states = {name: _state(recipe, p, drafter, mesh) for name, p in placed.items()}
+        compiled = {name: p.step.lower(p.state, *p.frozen, batch).compile() for name, p in placed.items()}
+        start = recipe.init_from and load_drafter(recipe.init_from, mesh=mesh)[0]
+        states = {name: p.initialise(start) for name, p in placed.items()}
         seconds, metrics = {name: [] for name in objectives}, {}
         for repeat in track(range(_WARM_STEPS + repeats), "timing", console=console, disable=not console.is_terminal):
             for name in objectives:
@@ -70,9 +68,9 @@ def benchmark_training(
                 if repeat >= _WARM_STEPS:
                     seconds[name].append(time.perf_counter() - begin)
         measured = {}
-        for name, p in placed.items():
-            parts = _parts(p, states[name].params, target_params, batch, recipe, target, repeats)
-            measured[name] = _measures(seconds[name], metrics[name], parts, compiled[name], recipe, p, target, batch)
+        for name, loss in losses.items():
+            parts = _parts(loss, states[name].params, target_params, batch, recipe, target, repeats)
+            measured[name] = _measures(seconds[name], metrics[name], parts, compiled[name], loss, target, batch)
     _show(measured, console)
     return measured
 
@@ -89,10 +87,10 @@ def _has_data(recipe: Train) -> bool:
     return bool(recipe.data) and (as_path(recipe.data) / "manifest.json").is_file()
 
 
-def _target_params(recipe: Train, step: PlacedStep, target: Target, console: Console):
+def _target_params(recipe: Train, step: PlacedStep, target: Target, mesh, console: Console):
     if recipe.target not in KNOWN_TARGETS:
-        return load_target_with_bar(recipe.target, recipe.train.dtype, console, jax.sharding.get_mesh())[0]
-    shardings = jax.tree.map(lambda x: x.sharding, step.target_params)
+        return load_target_with_bar(recipe.target, recipe.train.dtype, console, mesh)[0]
+    shardings = jax.tree.map(lambda x: x.sharding, step.frozen[0])
 
     def random():
         return jax.tree.map(lambda x: x.astype(recipe.train.dtype), init_target(target, jax.random.key(0)))
@@ -114,22 +112,11 @@ def _batch(recipe: Train, step: PlacedStep, target: Target, sequence_length: int
     return Batch(**{name: put_rows(x, step.rows, B) for name, x in arrays.items()})
 
 
-def _state(recipe: Train, step: PlacedStep, drafter: Drafter, mesh):
-    optimizer = make_optimizer(recipe.train)
-    shardings = jax.tree.map(lambda x: x.sharding, step.state)
-    if recipe.init_from is not None:
-        return jax.jit(lambda p: init_state(p, optimizer), out_shardings=shardings)(
-            load_drafter(recipe.init_from, mesh=mesh)[0]
-        )
-    return jax.jit(
-        lambda: init_state(init_drafter(drafter, jax.random.key(recipe.train.seed)), optimizer),
-        out_shardings=shardings,
-    )()
-
-
-def _parts(step: PlacedStep, params, target_params, batch: Batch, recipe: Train, target: Target, repeats: int) -> dict:
+def _parts(
+    config: LossConfig, params, target_params, batch: Batch, recipe: Train, target: Target, repeats: int
+) -> dict:
     """Seconds of a step's parts, each compiled apart and run on one accumulated part, times their number."""
-    count, config = recipe.train.accumulation, step.loss
+    count = recipe.train.accumulation
     part = jax.tree.map(lambda x: x[::count], batch)
     rng, head = jax.random.key(0), target_head(target_params)
 
@@ -178,11 +165,11 @@ def _median(run: Callable, *arguments, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _measures(seconds, metrics, parts, compiled, recipe: Train, step: PlacedStep, target: Target, batch: Batch) -> dict:
+def _measures(seconds, metrics, parts, compiled, loss: LossConfig, target: Target, batch: Batch) -> dict:
     B, S = batch.tokens.shape
     median, active = statistics.median(seconds), float(metrics["active_ratio"])
-    flops = step_flops(step.loss.drafter, target, rows=B, sequence_length=S, num_anchors=recipe.train.num_anchors)
-    needed = sum(needed_flops(flops, active if step.loss.support_top_n else 1.0).values())
+    flops = step_flops(loss.drafter, target, rows=B, sequence_length=S, num_anchors=loss.num_anchors)
+    needed = sum(needed_flops(flops, active if loss.support_top_n else 1.0).values())
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     memory = compiled.memory_analysis()
     p10, p90 = np.quantile(seconds, [0.1, 0.9]).tolist()

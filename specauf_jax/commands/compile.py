@@ -16,7 +16,6 @@ from rich.table import Table
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
 from specauf_jax.commands.compiled import measure
 from specauf_jax.commands.setup import float32_precision
-from specauf_jax.commands.train import make_placed_step, with_anchors
 from specauf_jax.config import Compile, Train
 from specauf_jax.decoding.generate import abstract_state, decode_round
 from specauf_jax.decoding.state import Decoding
@@ -30,6 +29,8 @@ from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import batch_shards, check_batch, make_mesh, parameter_sharding, placed
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.flops import round_flops, step_flops
+from specauf_jax.training.loss import LossConfig, loss_config
+from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
 _PROGRAMS = ("train", "decode")
@@ -64,7 +65,6 @@ def _resolved(config: Compile) -> tuple:
     recipe = _recipe(config)
     target = _target(recipe.target)
     drafter = resolve_drafter(recipe.drafter, target)
-    recipe = with_anchors(recipe, drafter)
     mesh = make_mesh(recipe.mesh, _devices(config))
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
     return recipe, drafter, target, mesh
@@ -78,7 +78,7 @@ def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, me
     place = f"for {mesh.size} devices of {config.topology}"
     with console.status(f"compiling {place}"):
         train, decode = _measured(config, _PROGRAMS, rows)
-    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": settings.num_anchors}
+    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": _loss(recipe, drafter).num_anchors}
     train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
     decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
     for program in (train, decode):
@@ -186,18 +186,21 @@ def _devices(config: Compile) -> list:
         ) from error
 
 
+def _loss(recipe: Train, drafter: Drafter) -> LossConfig:
+    return loss_config(drafter, recipe.objective, recipe.base_objective, recipe.train)
+
+
 def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_length: int):
     """The program, and its arguments as shapes with shardings."""
-    step = make_placed_step(recipe, drafter, target, mesh)
+    step = place_drafter_step(_loss(recipe, drafter), target, recipe.train, mesh)
     names = ("tokens", "loss_mask", "document_ids", "positions")
     batch = Batch(**{
         name: jax.ShapeDtypeStruct((recipe.train.batch_size, sequence_length),
                                    jnp.bool_ if name == "loss_mask" else jnp.int32, sharding=step.rows)
         for name in names
     })  # fmt: skip
-    arguments = (step.state, step.target_params, batch)
-    with jax.set_mesh(mesh):  # as training does, for `spread_rows`
-        return step.jitted.lower(*arguments), arguments
+    arguments = (step.state, *step.frozen, batch)
+    return step.step.lower(*arguments), arguments
 
 
 def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: int, length: int):

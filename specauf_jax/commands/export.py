@@ -4,7 +4,6 @@ import jax
 from rich.console import Console
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.commands.train import provenance
 from specauf_jax.config import Export, TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, existing_folder, read_json
@@ -13,6 +12,7 @@ from specauf_jax.models.weights import load_drafter, save_drafter
 from specauf_jax.recipes import from_dict
 from specauf_jax.sharding import placed
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
+from specauf_jax.training.origin import drafter_origin
 from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
 
@@ -62,7 +62,7 @@ def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
         ) from damage
     finally:
         checkpoints.close()
-    return state.params, drafter, provenance(record, step), f"step {step} of {run}"
+    return state.params, drafter, drafter_origin(record, step), f"step {step} of {run}"
 
 
 def _abstract_state(drafter: Drafter, optimizer) -> TrainState:

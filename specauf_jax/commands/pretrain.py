@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 from rich.console import Console
 
 from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
@@ -10,20 +9,11 @@ from specauf_jax.config import Pretrain
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.files import as_path
-from specauf_jax.models.target import init_target
 from specauf_jax.models.weights import save_target
-from specauf_jax.sharding import (
-    batch_sharding,
-    check_batch,
-    local_rows,
-    make_mesh,
-    parameter_sharding,
-    placed,
-    replicated,
-)
+from specauf_jax.sharding import check_batch, local_rows, make_mesh
 from specauf_jax.training.flops import pretrain_flops
 from specauf_jax.training.loop import Run, train_loop
-from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
+from specauf_jax.training.step import place_pretrain_step
 
 
 def pretrain(config: Pretrain, console: Console) -> None:
@@ -33,15 +23,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, vocab_size=manifest["vocab_size"]))
     mesh = make_mesh(config.mesh)
     check_batch(train.batch_size, train.accumulation, mesh)
-    optimizer = make_optimizer(train)
-
-    def initialise():
-        return init_state(init_target(config.target, jax.random.key(train.seed)), optimizer)
-
-    shapes = jax.eval_shape(initialise)
-    sharding, rows = parameter_sharding(shapes, mesh), batch_sharding(mesh)
-    step = make_pretrain_step(config.target, optimizer, accumulation=train.accumulation, dtype=train.dtype)
-    step = jax.jit(step, in_shardings=(sharding, rows), out_shardings=(sharding, replicated(mesh)), donate_argnums=0)
+    placed = place_pretrain_step(config.target, train, mesh)
     parts = pretrain_flops(config.target, rows=train.batch_size, sequence_length=manifest["sequence_length"])
     with float32_precision(train.dtype):
         run = Run(
@@ -51,16 +33,16 @@ def pretrain(config: Pretrain, console: Console) -> None:
             flops=lambda _: {"target": sum(parts.values())},
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
-            step=step,
+            step=placed.step,
             loader=make_loader(
                 data,
                 train.batch_size,
                 train.seed,
-                rows=local_rows(rows, train.batch_size),
+                rows=local_rows(placed.rows, train.batch_size),
             ),
-            initialise=jax.jit(initialise, out_shardings=sharding),
-            like=placed(shapes, sharding),
-            batch_sharding=rows,
+            initialise=placed.initialise,
+            like=placed.state,
+            batch_sharding=placed.rows,
             score="-loss",
             shown=("loss", "accuracy"),
         )

@@ -13,7 +13,7 @@ from jax import lax
 from specauf_jax.kernels import block_attention_tpu as tpu
 from specauf_jax.kernels import block_attention_xla as xla
 from specauf_jax.kernels.attention import NO_WINDOW, grouped_scores, in_range, masked_softmax
-from specauf_jax.sharding import heads_spec, per_device, rows_spec
+from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 _HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
 
@@ -128,8 +128,9 @@ def _on_device(loops, kernel, arrays, heads, out_heads):
         return lax.platform_dependent(*arrays, tpu=kernel, default=loops)
 
     B, _, groups, _ = arrays[3].shape
+    mesh = mesh_of(arrays[0])
 
     def specs(axes):
-        return tuple(heads_spec(B, groups, axis) if axis else rows_spec(B) for axis in axes)
+        return tuple(heads_spec(mesh, B, groups, axis) if axis else rows_spec(mesh, B) for axis in axes)
 
-    return per_device(run, specs(heads), specs(out_heads))(*arrays)
+    return per_device(run, mesh, specs(heads), specs(out_heads))(*arrays)

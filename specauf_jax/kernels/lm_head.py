@@ -14,7 +14,7 @@ from jax import lax
 
 from specauf_jax.kernels.chunks import map_chunks
 from specauf_jax.objectives import cross_entropy_and_rank
-from specauf_jax.sharding import per_device, rows_spec, vocabulary_spec
+from specauf_jax.sharding import mesh_of, per_device, rows_spec, vocabulary_spec
 
 
 def lm_head_cross_entropy(
@@ -141,14 +141,15 @@ _until_failure.defvjp(
 
 def _walk(chunk: int, top_n: int, hidden, lm_head, labels, valid, *, gradient: bool):
     """Every device walks the blocks of its own rows, with its own part of the vocabulary."""
-    rows, columns = rows_spec(len(labels)), vocabulary_spec(lm_head.shape[1])
+    mesh = mesh_of(hidden)
+    rows, columns = rows_spec(mesh, len(labels)), vocabulary_spec(mesh, lm_head.shape[1])
 
     def local(hidden, lm_head, labels, valid):
         blocks = (x.reshape(-1, *x.shape[2:]) for x in (hidden, labels, valid))
         found = _walk_blocks(chunk, top_n, *blocks, lm_head, columns[1], gradient)
         return tuple(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in found)
 
-    spread = per_device(local, (rows, columns, rows, rows), (rows,) * (3 if gradient else 2))
+    spread = per_device(local, mesh, (rows, columns, rows, rows), (rows,) * (3 if gradient else 2))
     return spread(hidden, lm_head, labels, valid)
 
 

@@ -96,9 +96,10 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
     angles, start = rope_angles(positions, config), document_starts(document_ids)
 
     def body(x, layer, _):
-        return layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))
+        x, _ = layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))
+        return spread_rows(x), None
 
-    return model.norm(scan_layers(body, model.embed_tokens(tokens), model.layers)[0])
+    return model.norm(scan_layers(body, spread_rows(model.embed_tokens(tokens)), model.layers)[0])
 
 
 def target_features(params: dict, tokens, positions, document_ids, *, config: Target, layer_ids) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Dtype, HeadSlots, Objective, Remat
+from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation
 from specauf_jax.kernels.lm_head import corrected_cross_entropy, frozen_head_cross_entropy
 from specauf_jax.models.domino import correction_features, prefix_states
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
@@ -38,6 +38,20 @@ class LossConfig:
         if self.head_slots == "all" or self.drafter.projector_type != "dflash":
             return None
         return {"auf": 1, "auf_decay": 1, "griffin": self.objective.griffin_top_n}.get(self.objective.name)
+
+
+def loss_config(drafter: Drafter, objective: Objective, base: Objective, train: TrainOptimisation) -> LossConfig:
+    """What the loss takes of a training run's settings."""
+    return LossConfig(
+        drafter=drafter,
+        objective=objective,
+        base_objective=base,
+        num_anchors=train.num_anchors or (512 if drafter.projector_type == "dflash" else 256),
+        slot_chunk=train.slot_chunk,
+        head_slots=train.head_slots,
+        dtype=train.dtype,
+        remat=train.remat,
+    )
 
 
 @chex.dataclass(frozen=True)
@@ -88,7 +102,9 @@ def branch_factors(aux: LossAux, lambda_base) -> jax.Array:
 def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, config: LossConfig, lambda_base=0.0):
     """Loss of a drafter on the blocks at random anchors.
 
-    No collectives and no global state: jit, vmap, shard and differentiate it at will.
+    No global state: jit, vmap and differentiate it. Over arrays that are spread over a mesh of `make_mesh`, rows stay
+    on their devices (`specauf_jax.sharding.mesh_of`); XLA adds the collectives that parameters spread over `fsdp` and
+    `tensor` need, and the sums over the whole batch.
 
     Args:
       drafter_params: as from `init_drafter`.

@@ -1,4 +1,12 @@
-"""One optimiser step as one jitted function: frozen target, drafter, gradients, update."""
+"""One optimiser step as one jitted function: frozen target, drafter, gradients, update.
+
+`make_train_step` and `make_pretrain_step` give pure functions, for any caller to jit. `place_drafter_step` and
+`place_pretrain_step` jit them for a mesh: shardings, donation, and the state to begin with.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -8,8 +16,10 @@ import optax
 from specauf_jax.architecture import Target
 from specauf_jax.config import Optimisation, TrainOptimisation
 from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import cast
-from specauf_jax.models.target import target_features, target_head, target_hidden
+from specauf_jax.models.target import init_target, target_features, target_head, target_hidden, target_shapes
+from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
 from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio
 
@@ -182,3 +192,73 @@ def _update(state: TrainState, optimizer, grads, metrics: dict, bad_inputs: dict
 def _any_nonfinite(x):
     """bool []; sums of it (as over accumulated parts) mean "any"."""
     return ~jnp.isfinite(x).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# On a mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class PlacedStep:
+    """A step, jitted for a mesh, with the shapes and shardings of what it takes."""
+
+    step: Callable
+    """`(state, *frozen, batch) -> (state, metrics)`; the state's buffers are used again."""
+    state: TrainState
+    frozen: tuple
+    """Parameters that the step reads and does not change: the drafter's step has the target's."""
+    rows: jax.sharding.NamedSharding
+    """Of every array of the batch."""
+    init: Callable[[], dict]
+    optimizer: optax.GradientTransformation
+
+    def initialise(self, params: dict | None = None) -> TrainState:
+        """The state before the first step, on the mesh: of these parameters, or of random ones."""
+
+        def begin(params):
+            return init_state(self.init() if params is None else params, self.optimizer)
+
+        return jax.jit(begin, out_shardings=_shardings(self.state))(params)
+
+
+def place_drafter_step(
+    loss: LossConfig, target: Target, train: TrainOptimisation, mesh: jax.sharding.Mesh
+) -> PlacedStep:
+    """The step of `specauf train`, `(state, target_params, batch)`. Nothing is computed or placed yet."""
+    optimizer = make_optimizer(train)
+    step = make_train_step(
+        loss,
+        target,
+        optimizer,
+        accumulation=train.accumulation,
+        seed=train.seed,
+        lambda_base=lambda_base_schedule(train),
+    )
+    target_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, train.dtype), target_shapes(target))
+    return _place(
+        step, lambda: init_drafter(loss.drafter, jax.random.key(train.seed)), optimizer, (target_params,), mesh
+    )
+
+
+def place_pretrain_step(target: Target, train: Optimisation, mesh: jax.sharding.Mesh) -> PlacedStep:
+    """The step of `specauf pretrain`, `(state, batch)`. Nothing is computed or placed yet."""
+    optimizer = make_optimizer(train)
+    step = make_pretrain_step(target, optimizer, accumulation=train.accumulation, dtype=train.dtype)
+    return _place(step, functools.partial(init_target, target, jax.random.key(train.seed)), optimizer, (), mesh)
+
+
+def _place(step, init, optimizer, frozen: tuple, mesh: jax.sharding.Mesh) -> PlacedStep:
+    state = jax.eval_shape(lambda: init_state(init(), optimizer))
+    state, frozen = (placed(tree, parameter_sharding(tree, mesh)) for tree in (state, frozen))
+    rows = batch_sharding(mesh)
+    jitted = jax.jit(
+        step,
+        in_shardings=(*map(_shardings, (state, *frozen)), rows),
+        out_shardings=(_shardings(state), replicated(mesh)),
+        donate_argnums=0,
+    )
+    return PlacedStep(jitted, state, frozen, rows, init, optimizer)
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)

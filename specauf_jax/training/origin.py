@@ -1,0 +1,25 @@
+"""Where a drafter came from."""
+
+from specauf_jax.architecture import Drafter
+
+
+def drafter_origin(record: dict, step: int) -> dict:
+    """Where a drafter came from, for people and for checks; stored beside its weights."""
+    drafter = Drafter(**{name: record["drafter"][name] for name in ("projector_type", "shift_label")})
+    if drafter.shift_label:
+        labels = "slot k predicts the token k + 1 after the anchor; every slot is trained"
+    else:
+        labels = "slot k predicts the token k after the anchor; slot 0 is not trained"
+    domino = {"base_objective": record["base_objective"]} if drafter.projector_type == "domino" else {}
+    return domino | {
+        "objective": record["objective"],
+        "init_from": record["init_from"],
+        "steps": step,
+        "seed": record["train"]["seed"],
+        "target": record["target"],
+        "data": record["data"],
+        "tokenizer_sha256": record["tokenizer_sha256"],
+        "template_sha256": record["template_sha256"],
+        "labels": labels,
+        "target_layer_ids": "0-based; id i is the residual output of layer i",
+    }

@@ -1,0 +1,155 @@
+"""Callers who place their arrays on a mesh and enter no context: right, spread, and compiled for a TPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from specauf_jax.config import Mesh, Objective, Optimisation
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models.target import Head, target_features, target_head
+from specauf_jax.sharding import batch_sharding, make_mesh, mesh_of, parameter_sharding, placed, replicated
+from specauf_jax.training.loss import LossConfig, loss_fn
+from specauf_jax.training.step import init_state, make_train_step, place_pretrain_step
+
+ROWS = [[20, 4], [24], [11, 12], [24]] * 2  # 8 rows
+S = 24
+
+
+def a_caller(mesh):
+    """What a user writes: features, loss with gradients, a train step; each jitted over arrays on the mesh.
+
+    Returns:
+      Name → (jitted function, its arguments).
+    """
+    target, drafter = tiny.target_config(), tiny.drafter_config()
+    config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=6, slot_chunk=7)
+    params = [tiny.target_params(target), tiny.drafter_params(drafter)]
+    target_params, drafter_params = (jax.device_put(p, parameter_sharding(p, mesh)) for p in params)
+    batch = jax.device_put(tiny.random_batch(ROWS, S), batch_sharding(mesh))
+    optimizer = optax.sgd(1.0)
+    tokens = batch.tokens, batch.positions, batch.document_ids
+
+    def features(params, *tokens):
+        return target_features(params, *tokens, config=target, layer_ids=drafter.target_layer_ids)
+
+    def loss(params, head, batch, rng):
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, head, batch, rng, config=config)
+
+    with_features = batch.replace(features=jax.jit(features)(target_params, *tokens))
+    rng = jax.device_put(jax.random.key(0), replicated(mesh))
+    state = jax.device_put(init_state(drafter_params, optimizer), replicated(mesh))
+    return {
+        "features": (jax.jit(features), (target_params, *tokens)),
+        "loss": (jax.jit(loss), (drafter_params, target_head(target_params), with_features, rng)),
+        "step": (jax.jit(make_train_step(config, target, optimizer)), (state, target_params, batch)),
+    }
+
+
+def print_differences():
+    """Of a process with 8 devices."""
+    expected = {
+        name: run(*arguments) for name, (run, arguments) in a_caller(make_mesh(Mesh(), jax.devices()[:1])).items()
+    }
+    for name, (run, arguments) in a_caller(make_mesh(Mesh(replica=8, fsdp=1))).items():
+        program = run.lower(*arguments).compile()
+        difference = tiny.largest_difference(jax.device_get(program(*arguments)), jax.device_get(expected[name]))
+        print(json.dumps({"name": name, "difference": difference, "gathers": program.as_text().count("all-gather")}))
+
+
+def test_a_callers_own_jit_over_spread_arrays_is_right_and_gathers_no_rows():
+    found = [
+        json.loads(line)
+        for line in tiny.on_eight_devices("import test_mesh; test_mesh.print_differences()").splitlines()
+    ]
+    assert [row["name"] for row in found] == ["features", "loss", "step"]
+    for row in found:
+        assert row["difference"] < 1e-5 and row["gathers"] == 0, row
+
+
+def print_pretraining():
+    """Of a process with 8 devices, of which 4 train a target on 8 rows."""
+    mesh = make_mesh(Mesh(replica=4, fsdp=1), jax.devices()[:4])
+    placed_step = place_pretrain_step(tiny.target_config(), Optimisation(batch_size=8), mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed_step.rows), tiny.random_batch(ROWS)
+    )
+    text = placed_step.step.lower(placed_step.state, batch).compile().as_text()
+    D = tiny.target_config().hidden_size
+    print(json.dumps({rows: f"f32[{rows},{S},{D}]" in text for rows in (2, 8)} | {"gathers": text.count("all-gather")}))
+
+
+def test_pretraining_spreads_its_rows():
+    found = json.loads(tiny.on_eight_devices("import test_mesh; test_mesh.print_pretraining()"))
+    assert found == {"2": True, "8": False, "gathers": 0}
+
+
+def print_kernels():
+    """The loss and its gradient, as a caller jits them, compiled for four v5e chips: how many attention kernels."""
+    from jax.experimental import topologies
+
+    mesh = make_mesh(Mesh(), topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    target = tiny.target_config(
+        num_attention_heads=2, num_key_value_heads=1, head_dim=128, hidden_size=256, vocab_size=512
+    )
+    drafter = tiny.drafter_config(target, num_hidden_layers=1, block_size=8)
+    config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=64, dtype="bfloat16")
+    rows, B, length = batch_sharding(mesh), 4, 256
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((B, length, *shape), dtype, sharding=rows)
+
+    batch = tiny.Batch(tokens=array(jnp.int32), loss_mask=array(bool), document_ids=array(jnp.int32),
+                       positions=array(jnp.int32), features=array(jnp.bfloat16, 2 * target.hidden_size))  # fmt: skip
+    params = tiny.drafter_shapes(drafter)
+    params = placed(params, parameter_sharding(params, mesh))
+    head = Head(embedding=jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=replicated(mesh)),
+                lm_head=jax.ShapeDtypeStruct((256, 512), jnp.bfloat16, sharding=replicated(mesh)))  # fmt: skip
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params, head, batch, rng):
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, head, batch, rng, config=config)
+
+    text = jax.jit(loss).lower(params, head, batch, rng).compile().as_text()
+    print([kind for kind in ("forward", "backward") if f"%block_attention_{kind}" in text])
+
+
+def test_a_callers_own_jit_compiles_for_tpus():
+    pytest.importorskip("libtpu")
+    environment = os.environ | {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    line = [sys.executable, "-c", "import test_mesh; test_mesh.print_kernels()"]
+    done = subprocess.run(line, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['forward', 'backward']"
+
+
+def print_refusals():
+    """Of a process with 8 devices: what is said of meshes that `make_mesh` does not make."""
+    kinds = jax.sharding.AxisType
+    for axes, kind in ((("data", "fsdp", "tensor"), kinds.Auto), (("replica", "fsdp", "tensor"), kinds.Explicit)):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2, 2), axes, axis_types=(kind,) * 3)
+        x = jax.device_put(jnp.zeros((8, 4)), jax.NamedSharding(mesh, jax.P(axes[0])))
+        try:
+            jax.jit(mesh_of)(x)
+        except SpecaufError as error:
+            print(error)
+
+
+def test_another_mesh_is_refused_with_what_to_pass():
+    said = tiny.on_eight_devices("import test_mesh; test_mesh.print_refusals()").split("arrays on a mesh of ")[1:]
+    assert len(said) == 2 and "('data', 'fsdp', 'tensor')" in said[0] and "Explicit" in said[1]
+    assert all("specauf_jax.make_mesh" in text for text in said)
+
+
+def test_one_device_has_no_mesh():
+    assert mesh_of(jnp.zeros(3)) is None
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    assert mesh_of(jax.device_put(jnp.zeros(3), replicated(mesh))) is None
