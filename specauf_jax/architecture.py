@@ -1,22 +1,30 @@
-"""Architectures of targets and drafters, and how a drafter follows its target. Static data under `jit`.
+"""Architectures of targets and drafters, and what a drafter's head must offer. Static data under `jit`.
 
 Field names are Hugging Face's; letters (B S A K D H G E L F V) as in the README.
 """
 
+from __future__ import annotations
+
+import abc
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from specauf_jax.checks import choice, not_negative, positive
+from specauf_jax.checks import choice, positive
 from specauf_jax.errors import SpecaufError
+
+if TYPE_CHECKING:  # help must come before JAX is loaded
+    import jax
+    from flax import nnx
+
+    from specauf_jax.objectives import LabelScores
 
 ModelType = Literal["qwen3", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 LayerType = Literal["full_attention", "sliding_attention"]
-ProjectorType = Literal["dflash", "domino"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Drafter:
-    """Architecture of a DFlash or Domino drafter. Fields left at None follow the target (see `resolve_drafter`)."""
+    """Settings of a drafter. Fields left at None follow the target (`specauf_jax.models.resolve.resolve_drafter`)."""
 
     block_size: int = 16
     """K: the anchor and K-1 drafts."""
@@ -116,81 +124,203 @@ class Drafter:
     """Attention of each drafter layer; None makes all of them full_attention."""
     sliding_window: int | None = None
     """Of sliding_attention layers: a slot sees itself and the sliding_window - 1 positions before it."""
-    projector_type: ProjectorType = "dflash"
-    """domino adds a recurrent correction of the logits, slot by slot."""
-    shift_label: bool | None = None
-    """domino: slot k predicts the token after its own position (the public drafters' way; None takes it)."""
-    pure_draft_prefix_len: int = 1
-    """domino: drafts before the first corrected one."""
-    emb_dim: int = 256
-    """domino: rank of the correction."""
-    gru_hidden_dim: int = 1024
-    """domino, R: width of the recurrent state."""
-
-    qk_norm: typing.ClassVar[bool] = True
-    qkv_bias: typing.ClassVar[bool] = False
+    projector_type: str = "dflash"
+    """What makes drafts of the body's hidden states: dflash (the target's LM head alone), or domino (a recurrent
+    correction of its logits, slot by slot). One file each in specauf_jax/models/heads."""
+    head: tuple[str, ...] = ()
+    """NAME=VALUE of that file's settings, where not the defaults. domino: emb_dim=256 gru_hidden_dim=1024
+    shift_label=true pure_draft_prefix_len=1."""
 
     def __post_init__(self):
-        positive(self, "num_hidden_layers", "num_target_layers", "sliding_window", "emb_dim", "gru_hidden_dim")
-        positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-        positive(self, "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
-        not_negative(self, "pure_draft_prefix_len")
-        choice(self, "projector_type", typing.get_args(ProjectorType))
-        if self.block_size < 2:
-            raise SpecaufError(
-                f"drafter.block_size is {self.block_size}",
-                "at least 2 (an anchor and one draft)",
-                "set --drafter.block-size to 4, 8, 10 or 16",
-            )
-        if self.num_attention_heads is not None and self.num_key_value_heads is not None and self.head_dim is not None:
-            _check_heads(self)
-        self._check_windows()
-        if self.shift_label and self.projector_type == "dflash":
-            raise SpecaufError(
-                "drafter.shift_label with projector_type dflash",
-                "shifted labels under domino only: no engine serves a plain DFlash drafter that has them",
-                "set --drafter.projector-type domino, or leave shift_label out",
-            )
+        check_drafter(self)
 
-    def _check_windows(self):
-        types = self.layer_types or ()
-        for kind in types:
-            if kind not in typing.get_args(LayerType):
-                raise SpecaufError(
-                    f"drafter.layer_types has {kind!r}", f"{' or '.join(typing.get_args(LayerType))}", "correct it"
-                )
-        if types and len(types) != self.num_hidden_layers:
-            raise SpecaufError(
-                f"{len(types)} drafter.layer_types for {self.num_hidden_layers} layers", "one for each", "correct it"
-            )
-        if "sliding_attention" in types and self.sliding_window is None:
-            raise SpecaufError(
-                "drafter.layer_types has sliding_attention, but there is no sliding_window",
-                "the window in tokens",
-                "set --drafter.sliding-window",
-            )
-        if "sliding_attention" in types and self.sliding_window < self.block_size:
-            raise SpecaufError(  # no two systems agree on which slots of its own block such a window hides
-                f"drafter.sliding_window is {self.sliding_window}, shorter than a block",
-                f"at least block_size, {self.block_size}",
-                "lengthen the window",
-            )
+
+class Head(abc.ABC):
+    """What makes logits and drafts of the body's hidden states: a frozen dataclass in one file of `models/heads`.
+
+    Its fields are its settings, under the names that they have in a drafter's config.json. All arrays are those of a
+    compute precision; `params` is the drafter's whole tree. B A N as in `specauf_jax.training.blocks`.
+    """
+
+    projector_type: ClassVar[str]
+    """Its name in config.json and on the command line."""
+    title: ClassVar[str]
+    """Its name for people."""
+    architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
+    """Names in config.json: the one that serving engines know, and the one that SpecForge trains where it differs."""
+    layouts: ClassVar[tuple[str, ...]] = ("zlab", "specforge")
+    """Layouts of files that can hold it."""
+    tensors: ClassVar[dict[str, str]] = {}
+    """Names of its tensors in files, by our names, where the general rule (`models/tensors.py`) does not give them."""
+    top_level: ClassVar[tuple[str, ...]] = ()
+    """Settings that config.json has at its top level, beside those in dflash_config."""
+    absent: ClassVar[dict[str, int]] = {}
+    """What it means where config.json leaves out a setting; others must be there."""
+    early_prefix: ClassVar[str | None] = None
+    """What stood before its tensors' names in early files."""
+    branches: ClassVar[tuple[str, ...]] = ("final",)
+    """Sets of logits that train, each with an objective of its own; decoding follows `final`."""
+    skips_slots: ClassVar[bool] = False
+    """Whether training may leave out the slots behind a block's first failure."""
+    num_anchors: ClassVar[int] = 512
+    """A, where the settings leave it open."""
+    engines: ClassVar[dict[str, tuple[str, str]]] = {}
+    """Engine → "no" or "differently", and why; engines that are not named serve it."""
+
+    @property
+    @abc.abstractmethod
+    def first_slot(self) -> int:
+        """The slot that predicts the token after the anchor: 1, or 0 where slot k predicts the token k + 1 after it."""
+
+    @abc.abstractmethod
+    def modules(self, drafter: ResolvedDrafter, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
+        """Its parameters, as modules by their place in the drafter's tree."""
+
+    @abc.abstractmethod
+    def training_scores(
+        self,
+        params: dict,
+        hidden: jax.Array,
+        *,
+        embedding: jax.Array,
+        lm_head: jax.Array,
+        previous: jax.Array,
+        labels: jax.Array,
+        valid: jax.Array,
+        chunk: int,
+        stop: int | None,
+    ) -> dict[str, LabelScores]:
+        """What each branch says of the gold tokens.
+
+        Args:
+          params: of the drafter.
+          hidden: `[B, A, N, D]`, the body's, of the slots that have a label.
+          embedding: `[V, D]`, the target's.
+          lm_head: `[D, V]`, the target's.
+          previous: int32 `[B, A, N]`, the token before each label.
+          labels: int32 `[B, A, N]`.
+          valid: bool `[B, A, N]`.
+          chunk, stop: as for `specauf_jax.kernels.lm_head.frozen_head_cross_entropy`.
+
+        Returns:
+          Branch → LabelScores of `[B, A, N]`.
+        """
+
+    @abc.abstractmethod
+    def roll(
+        self, params: dict, hidden: jax.Array, *, embedding: jax.Array, anchor: jax.Array, logits: jax.Array, choose
+    ) -> tuple[jax.Array, jax.Array]:
+        """The drafts of a round.
+
+        Args:
+          params: of the drafter.
+          hidden: `[B, K-1, D]`, of the slots that predict the drafts.
+          embedding: `[V, D]`, the target's.
+          anchor: int32 `[B, 1]`, the last committed token.
+          logits: float32 `[B, K-1, V]`, the target's LM head on `hidden`.
+          choose: (logits `[B, T, V]`, number of the draft for draws one by one, or None for all at one time) → int32
+            `[B, T]` tokens.
+
+        Returns:
+          int32 `[B, K-1]` drafts, and the float32 `[B, K-1, V]` logits that they were chosen from.
+        """
+
+    def draft_flops(self, drafter: ResolvedDrafter) -> dict[str, float]:
+        """Floating-point operations of its own for one draft, by part."""
+        return {}
+
+    def variants(self) -> list[tuple[str, str, Head]]:
+        """(kind, name, head) of the usual mistakes, for the doctor to decode; kind `labels` is the other convention."""
+        return []
+
+
+@dataclass(frozen=True)
+class ResolvedDrafter:
+    """Architecture of a drafter, complete. Fields as in `Drafter`."""
+
+    block_size: int
+    num_hidden_layers: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling
+    max_position_embeddings: int
+    layer_types: tuple[LayerType, ...]
+    head: Head
+    sliding_window: int | None = None
+    num_target_layers: int | None = None
+    """None where a file does not tell it."""
+
+    qk_norm: ClassVar[bool] = True
+    qkv_bias: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_drafter(self)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each layer the tokens a slot sees, itself included; None for all."""
-        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in types)
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
     @property
     def first_slot(self) -> int:
         """The slot that predicts the token after the anchor: 0 with shifted labels, else 1."""
-        return 0 if self.shift_label else 1
+        return self.head.first_slot
 
     @property
     def num_labels(self) -> int:
         """N: slots of a block that are trained, K-1 or (shifted) K; label n is the token n + 1 after the anchor."""
         return self.block_size - self.first_slot
+
+
+def check_drafter(drafter: Drafter | ResolvedDrafter) -> None:
+    """What can be wrong with a drafter's fields by themselves.
+
+    Raises:
+      SpecaufError: naming the field.
+    """
+    positive(drafter, "num_hidden_layers", "num_target_layers", "sliding_window")
+    positive(drafter, "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    positive(drafter, "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
+    if drafter.block_size < 2:
+        raise SpecaufError(
+            f"drafter.block_size is {drafter.block_size}",
+            "at least 2 (an anchor and one draft)",
+            "set --drafter.block-size to 4, 8, 10 or 16",
+        )
+    if None not in (drafter.num_attention_heads, drafter.num_key_value_heads, drafter.head_dim):
+        _check_heads(drafter)
+    types = drafter.layer_types or ()
+    for kind in types:
+        if kind not in typing.get_args(LayerType):
+            raise SpecaufError(
+                f"drafter.layer_types has {kind!r}", f"{' or '.join(typing.get_args(LayerType))}", "correct it"
+            )
+    if types and len(types) != drafter.num_hidden_layers:
+        raise SpecaufError(
+            f"{len(types)} drafter.layer_types for {drafter.num_hidden_layers} layers", "one for each", "correct it"
+        )
+    if "sliding_attention" not in types:
+        return
+    if drafter.sliding_window is None:
+        raise SpecaufError(
+            "drafter.layer_types has sliding_attention, but there is no sliding_window",
+            "the window in tokens",
+            "set --drafter.sliding-window",
+        )
+    if drafter.sliding_window < drafter.block_size:
+        raise SpecaufError(  # no two systems agree on which slots of its own block such a window hides
+            f"drafter.sliding_window is {drafter.sliding_window}, shorter than a block",
+            f"at least block_size, {drafter.block_size}",
+            "lengthen the window",
+        )
 
 
 def _check_heads(config) -> None:
@@ -202,91 +332,6 @@ def _check_heads(config) -> None:
         )
     if config.head_dim % 2:
         raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
-
-
-def default_target_layer_ids(num_target_layers: int, num_drafter_layers: int) -> tuple[int, ...]:
-    """0-based ids of the tapped target layers (DFlash, arXiv 2602.06036): spread from 1 to N-3."""
-    N, M = num_target_layers, num_drafter_layers
-    if M == 1:
-        return (N // 2,)
-    return tuple(round(1 + i * (N - 4) / (M - 1)) for i in range(M))
-
-
-_SHARED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "max_position_embeddings",
-)
-
-
-def resolve_drafter(drafter: Drafter, target: Target, mask_token_id: int | None = None) -> Drafter:
-    """Fill what the drafter leaves open from its target, and check that the two fit.
-
-    Args:
-      drafter: with any field at None.
-      target: the target that it will serve.
-      mask_token_id: the tokenizer's mask token, used when the drafter names none.
-
-    Raises:
-      SpecaufError: no mask token, or a field that cannot work with this target.
-    """
-    filled = {name: getattr(target, name) for name in _SHARED if getattr(drafter, name) is None}
-    if drafter.mask_token_id is None:
-        if mask_token_id is None:
-            raise SpecaufError(
-                "no mask token: drafter.mask_token_id is unset and the tokenizer has none",
-                "the id of a token that never occurs in text",
-                "pass --drafter.mask-token-id ID",
-            )
-        filled["mask_token_id"] = mask_token_id
-    if drafter.target_layer_ids is None:
-        filled["target_layer_ids"] = default_target_layer_ids(target.num_hidden_layers, drafter.num_hidden_layers)
-    if drafter.layer_types is None:
-        filled["layer_types"] = ("full_attention",) * drafter.num_hidden_layers
-    if drafter.shift_label is None:
-        filled["shift_label"] = drafter.projector_type == "domino"
-    filled["num_target_layers"] = target.num_hidden_layers
-    if drafter.num_target_layers not in (None, target.num_hidden_layers):
-        raise SpecaufError(
-            f"the drafter was made for a target of {drafter.num_target_layers} layers, this one has "
-            f"{target.num_hidden_layers}",
-            "the target that the drafter was trained with",
-            "pass that target's folder",
-        )
-    drafter = dataclasses.replace(drafter, **filled)
-    _check_fit(drafter, target)
-    return drafter
-
-
-def _check_fit(drafter: Drafter, target: Target) -> None:
-    for name in ("hidden_size", "vocab_size"):
-        found, expected = getattr(drafter, name), getattr(target, name)
-        if found != expected:
-            raise SpecaufError(
-                f"drafter.{name} is {found}",
-                f"the target's {expected} (embedding and LM head are shared)",
-                "use the target that the drafter was made for",
-            )
-    ids = drafter.target_layer_ids
-    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= target.num_hidden_layers:
-        raise SpecaufError(
-            f"drafter.target_layer_ids is {list(ids)}",
-            f"ascending, distinct 0-based ids below the target's {target.num_hidden_layers} layers",
-            "set --drafter.target-layer-ids (the default needs a target with 3 layers more than the drafter)",
-        )
-    if not 0 <= drafter.mask_token_id < target.vocab_size:
-        raise SpecaufError(
-            f"drafter.mask_token_id is {drafter.mask_token_id}",
-            f"an id below the vocabulary's {target.vocab_size}",
-            "set --drafter.mask-token-id",
-        )
 
 
 _QWEN3 = Target(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,

@@ -37,6 +37,11 @@ class Objective:
     witness: Literal["own", "base"] = "own"
     """Whose hits and misses count, for the final branch of domino: its own, or the base branch's."""
 
+    @property
+    def stop(self) -> int | None:
+        """A block stops at the first label that is not among the drafter's so many best tokens; None: it never does."""
+        return {"auf": 1, "auf_decay": 1, "griffin": self.griffin_top_n}.get(self.name)
+
     def __post_init__(self):
         choice(self, "name", typing.get_args(ObjectiveName))
         choice(self, "dpace_denominator", ("slots", "rows"))

@@ -1,25 +1,26 @@
 """The heart: which slots of a block train and how much, on plain arrays.
 
-Every objective turns what happened in a block (which slots were right, how sure the drafter was)
-into a weight per slot; the loss is the weighted cross-entropy. Nothing here knows of language
-models: any sequence of which only a right prefix is used can train this way. A robot that executes
-a planned sequence of moves until the first wrong one:
+An objective is a support (which slots live) with weights, times a loss per slot. What happened in a block (which slots
+were right, how sure the drafter was) gives the weights; the loss is the weighted cross-entropy. Nothing here knows of
+language models: any sequence of which only a right prefix is used can train this way. A robot that executes a planned
+sequence of moves until the first wrong one:
 
     >>> import jax, jax.numpy as jnp
     >>> from specauf_jax.config import Objective
-    >>> from specauf_jax.objectives import cross_entropy_and_rank, objective_sums
+    >>> from specauf_jax.objectives import label_scores, objective_sums
     >>> logits = jnp.zeros((1, 4, 3)).at[0, :, 1].set(1.0)   # one plan of 4 moves, 3 possible moves
     >>> moves = jnp.array([[1, 1, 2, 1]])                    # the third move is planned wrongly
     >>> def loss(logits):
-    ...     ce, rank = cross_entropy_and_rank(logits, moves)
-    ...     sums = objective_sums(Objective("auf"), ce, rank, moves >= 0, block_size=5)
+    ...     sums = objective_sums(Objective("auf"), label_scores(logits, moves), moves >= 0, block_size=5)
     ...     return sums.numerator / sums.denominator
     >>> jnp.abs(jax.grad(loss)(logits)).sum(-1)[0] > 0       # trained up to and including the miss
     Array([ True,  True,  True, False], dtype=bool)
 
-Shapes: `[..., K-1]` are the slots 1..K-1 of a block, in order, behind any leading axes (blocks,
-rows). `valid` is v_k: the slot has a label that may be trained.
+Shapes: `[..., N]` are the slots of a block that have a label, in order, behind any leading axes (blocks, rows): N is
+K-1, or K where labels are shifted. `valid` is v_k: the slot's label may be trained.
 """
+
+from typing import NamedTuple
 
 import chex
 import jax
@@ -29,17 +30,24 @@ from jax import lax
 from specauf_jax.config import Objective, decay_gamma
 
 
+class LabelScores(NamedTuple):
+    """What the logits of a branch say of the labels: all that an objective asks of a drafter."""
+
+    cross_entropy: jax.Array  # float32 [..., N], in nats; differentiable
+    rank: jax.Array  # int32 [..., N]: tokens that the drafter prefers to the label; 0 is exactly "argmax == label"
+
+
 def accept_until_fail_mask(correct: jax.Array, valid: jax.Array) -> jax.Array:
     """Slots up to and including the first failure (Spec-AUF, arXiv 2607.01893).
 
     m_k = v_k · prod_{1 <= j < k} (v_j · c_j). Detached: no gradient passes through the mask.
 
     Args:
-      correct: bool `[..., K-1]`, c_k: the drafter's own token is the label.
-      valid: bool `[..., K-1]`, v_k.
+      correct: bool `[..., N]`, c_k: the drafter's own token is the label.
+      valid: bool `[..., N]`, v_k.
 
     Returns:
-      bool `[..., K-1]`.
+      bool `[..., N]`.
     """
     survives = (correct & valid).astype(jnp.int32)
     accepted = lax.cumprod(survives, axis=survives.ndim - 1)
@@ -51,18 +59,18 @@ def prefix_acceptance(draft: jax.Array, target: jax.Array) -> jax.Array:
     """Number of leading drafts that equal the target's tokens.
 
     Args:
-      draft: int `[..., K-1]` token ids.
-      target: int `[..., K-1]` token ids.
+      draft: int `[..., N]` token ids.
+      target: int `[..., N]` token ids.
 
     Returns:
-      int32 `[...]`, from 0 to K-1.
+      int32 `[...]`, from 0 to N.
     """
     equal = (draft == target).astype(jnp.int32)
     return lax.cumprod(equal, axis=equal.ndim - 1).sum(-1)
 
 
 def decay_weights(valid: jax.Array, gamma: float) -> jax.Array:
-    """v_k · exp(-(k-1)/gamma) (DFlash, arXiv 2602.06036): earlier slots count more. float32 `[..., K-1]`."""
+    """v_k · exp(-(k-1)/gamma) (DFlash, arXiv 2602.06036): earlier slots count more. float32 `[..., N]`."""
     return valid * jnp.exp(-jnp.arange(valid.shape[-1], dtype=jnp.float32) / gamma)
 
 
@@ -73,12 +81,12 @@ def dpace_weights(probability: jax.Array, valid: jax.Array, alpha: float) -> jax
     w_k = v_k · sum_{j >= k} p_j v_j.
 
     Args:
-      probability: float `[..., K-1]`, q_k: the drafter's probability of the label.
-      valid: bool `[..., K-1]`.
+      probability: float `[..., N]`, q_k: the drafter's probability of the label.
+      valid: bool `[..., N]`.
       alpha: smoothing in [0, 1].
 
     Returns:
-      float32 `[..., K-1]`.
+      float32 `[..., N]`.
     """
     axis = valid.ndim - 1
     confidence = jnp.where(valid, (1 - alpha) * probability + alpha, 1.0)
@@ -86,48 +94,66 @@ def dpace_weights(probability: jax.Array, valid: jax.Array, alpha: float) -> jax
     return lax.cumsum(reach, axis=axis, reverse=True) * valid
 
 
-def slot_weights(objective: Objective, ce: jax.Array, rank: jax.Array, valid: jax.Array, block_size: int) -> jax.Array:
-    """The weight of every slot's cross-entropy under `objective`; see `objective_sums` for the arguments.
+def slot_weights(objective: Objective, scores: LabelScores, valid: jax.Array, block_size: int) -> jax.Array:
+    """The weight of every slot's loss under `objective`; see `objective_sums` for the arguments.
 
     Returns:
-      float32 `[..., K-1]`, without gradient.
+      float32 `[..., N]`, without gradient.
     """
-    gamma = decay_gamma(objective, block_size)
-    correct = rank == 0
+    stop, live = objective.stop, valid
+    if stop is not None:  # GRIFFIN, arXiv 2502.11018, stops at the first label outside the top n; auf is n = 1
+        live = accept_until_fail_mask(scores.rank < stop, valid)
     match objective.name:
-        case "full":
-            weights = valid
-        case "decay":
-            weights = decay_weights(valid, gamma)
-        case "auf":
-            weights = accept_until_fail_mask(correct, valid)
-        case "auf_decay":
-            weights = decay_weights(accept_until_fail_mask(correct, valid), gamma)
-        case "griffin":  # GRIFFIN, arXiv 2502.11018: the witness of success is the top n
-            weights = accept_until_fail_mask(rank < objective.griffin_top_n, valid)
+        case "decay" | "auf_decay":
+            live = decay_weights(live, decay_gamma(objective, block_size))
         case "dpace":
-            weights = dpace_weights(jnp.exp(-ce), valid, objective.dpace_alpha)
-    return lax.stop_gradient(weights.astype(jnp.float32))
+            live = dpace_weights(jnp.exp(-scores.cross_entropy), live, objective.dpace_alpha)
+    return lax.stop_gradient(live.astype(jnp.float32))
 
 
-def cross_entropy_and_rank(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def label_scores(logits: jax.Array, labels: jax.Array) -> LabelScores:
     """Cross-entropy of each label, and how many tokens the drafter prefers to it.
 
-    Rank 0 is exactly "argmax == label": of equal logits the lower token id is preferred. Counting
-    compares in one pass where argmax would need a second, and serves top-n witnesses too.
+    Of equal logits the lower token id is preferred. Counting compares in one pass where argmax would need a second,
+    and tells of the top n too.
 
     Args:
       logits: `[..., V]`; taken to float32, since bfloat16 ties would change the support.
       labels: int `[...]`.
+    """
+    return scores_and_probabilities(logits, labels)[0]
+
+
+def scores_and_probabilities(logits, labels, vocabulary_axis: str | None = None):
+    """`label_scores`, and what their gradient is made of.
+
+    Args:
+      logits: `[..., V]`, or this device's part of the vocabulary.
+      labels: int `[...]`.
+      vocabulary_axis: mesh axis over which V is spread, in a manual region; None where it is whole.
 
     Returns:
-      float32 `[...]` cross-entropy in nats, int32 `[...]` rank.
+      LabelScores; float32 `[..., V]` probabilities and bool `[..., V]` "is the label", of this part: the gradient of
+      the cross-entropy in the logits is their difference.
     """
+
+    def total(x):
+        return x if vocabulary_axis is None else lax.psum(x, vocabulary_axis)
+
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    token = jnp.arange(logits.shape[-1], dtype=labels.dtype)
-    preferred = (logits > chosen) | ((logits == chosen) & (token < labels[..., None]))
-    return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0], preferred.sum(-1, dtype=jnp.int32)
+    V = logits.shape[-1]
+    token = jnp.arange(V, dtype=labels.dtype)
+    peak = lax.stop_gradient(logits.max(-1))
+    if vocabulary_axis is not None:
+        token += lax.axis_index(vocabulary_axis) * V
+        peak = lax.pmax(peak, vocabulary_axis)
+    is_label = token == labels[..., None]
+    chosen = total(jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
+    preferred = (logits > chosen[..., None]) | ((logits == chosen[..., None]) & (token < labels[..., None]))
+    powers = jnp.exp(logits - peak[..., None])
+    mass = total(powers.sum(-1))
+    scores = LabelScores(peak + jnp.log(mass) - chosen, total(preferred.sum(-1, dtype=jnp.int32)))
+    return scores, powers / mass[..., None], is_label
 
 
 @chex.dataclass(frozen=True)
@@ -136,35 +162,33 @@ class ObjectiveSums:
 
     numerator: jax.Array  # sum of weight · cross-entropy, float32 []
     denominator: jax.Array  # float32 []
-    weights: jax.Array  # float32 [..., K-1], detached
+    weights: jax.Array  # float32 [..., N], detached
 
 
 def objective_sums(
     objective: Objective,
-    ce: jax.Array,
-    rank: jax.Array,
+    scores: LabelScores,
     valid: jax.Array,
     *,
     block_size: int,
-    witness: tuple[jax.Array, jax.Array] | None = None,
+    witness: LabelScores | None = None,
 ) -> ObjectiveSums:
     """Weighted cross-entropy of blocks, as sums.
 
     Args:
       objective: which slots train.
-      ce: float32 `[..., K-1]`, cross-entropy of each slot's label; differentiable.
-      rank: int32 `[..., K-1]`, tokens that the drafter prefers to the label.
-      valid: bool `[..., K-1]`.
+      scores: of every slot's label.
+      valid: bool `[..., N]`.
       block_size: K, for the default time constant of decay.
-      witness: ce and rank of another branch, whose hits and misses count in place of the own.
+      witness: scores of another branch, whose hits and misses count in place of the own.
 
     Returns:
       ObjectiveSums. The denominator is the sum of weights; for dpace the number of valid slots, or
       of rows (the leading axis).
     """
-    weights = slot_weights(objective, *(witness or (ce, rank)), valid, block_size)
+    weights = slot_weights(objective, witness or scores, valid, block_size)
     # A slot without weight must not pass on a non-finite cross-entropy: 0 · inf is nan.
-    numerator = jnp.sum(jnp.where(weights > 0, weights * ce, 0.0))
+    numerator = jnp.sum(jnp.where(weights > 0, weights * scores.cross_entropy, 0.0))
     if objective.name != "dpace":
         denominator = weights.sum()
     elif objective.dpace_denominator == "slots":

@@ -33,11 +33,9 @@ _PARAMETER_AXES = {
     "up_proj": ("fsdp", "tensor"),
     "down_proj": ("tensor", "fsdp"),
     "lm_head": ("fsdp", "tensor"),
-    "fc": ("fsdp", None),
-    "prefix_gru": ("fsdp", None),
-    "up": ("fsdp", "tensor"),
-    "embed_proj": ("fsdp", None),
+    "up": ("fsdp", "tensor"),  # of a head, into the vocabulary
 }
+_OTHER_MATRICES = ("fsdp", None)
 
 
 def make_mesh(config: Mesh, devices=None) -> jax.sharding.Mesh:
@@ -101,7 +99,8 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
 
     def sharding(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        axes = next((_PARAMETER_AXES[name] for name in reversed(names) if name in _PARAMETER_AXES), ())
+        others = _OTHER_MATRICES if names[-1] == "kernel" else ()
+        axes = next((_PARAMETER_AXES[name] for name in reversed(names) if name in _PARAMETER_AXES), others)
         axes = axes if leaf.ndim else ()
         first = leaf.ndim - len(axes)  # behind the axis of stacked layers, which a scan takes apart
         held = [[] for _ in leaf.shape]

@@ -1,5 +1,6 @@
 """Small models and batches for tests: D=16, V=17, K=4, with weights large enough to matter."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.heads.domino import Domino
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import target_shapes
 from specauf_jax.training.blocks import Batch
 
@@ -35,15 +38,17 @@ def target_config(**changes) -> Target:
     )
 
 
-def drafter_config(target: Target | None = None, **changes) -> Drafter:
+def drafter_config(target: Target | None = None, **changes) -> ResolvedDrafter:
     """Two layers on two taps, resolved; the mask token is the last of the vocabulary."""
     settings = {"block_size": 4, "num_hidden_layers": 2, "mask_token_id": MASK_TOKEN, "target_layer_ids": (0, 1)}
     return resolve_drafter(Drafter(**(settings | changes)), target or target_config())
 
 
-def domino_config(target: Target | None = None, **changes) -> Drafter:
-    """A `drafter_config` with Domino's head, of small widths."""
-    return drafter_config(target, **({"projector_type": "domino", "emb_dim": 6, "gru_hidden_dim": 10} | changes))
+def domino_config(target: Target | None = None, **changes) -> ResolvedDrafter:
+    """A `drafter_config` with Domino's head, of small widths; `changes` may be the head's too."""
+    names = [field.name for field in dataclasses.fields(Domino)]
+    head = {"emb_dim": 6, "gru_hidden_dim": 10} | {name: changes.pop(name) for name in names if name in changes}
+    return dataclasses.replace(drafter_config(target, **changes), head=Domino(**head))
 
 
 def target_params(config: Target | None = None, seed: int = 0) -> dict:
@@ -54,7 +59,7 @@ def target_params(config: Target | None = None, seed: int = 0) -> dict:
     return params
 
 
-def drafter_params(config: Drafter | None = None, seed: int = 1) -> dict:
+def drafter_params(config: ResolvedDrafter | None = None, seed: int = 1) -> dict:
     """Random parameters of a drafter, norm scales included."""
     return _random(drafter_shapes(config or drafter_config()), seed)
 

@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
+from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
 from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar
 from specauf_jax.config import Train
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
 from specauf_jax.files import as_path
-from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
+from specauf_jax.models.layers import cast
+from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import Head, init_target, target_features, target_head
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
@@ -75,10 +76,10 @@ def benchmark_training(
     return measured
 
 
-def _architectures(recipe: Train) -> tuple[Target, Drafter]:
+def _architectures(recipe: Train) -> tuple[Target, ResolvedDrafter]:
     target = KNOWN_TARGETS.get(recipe.target) or target_config(recipe.target)
     if recipe.init_from is not None:
-        return target, resolve_drafter(drafter_config(recipe.init_from), target)
+        return target, fitted(drafter_config(recipe.init_from), target)
     mask = read_manifest(recipe.data)["mask_token_id"] if _has_data(recipe) else None
     return target, resolve_drafter(recipe.drafter, target, mask)
 
@@ -138,20 +139,29 @@ def _parts(
         return block_hidden(params, head, batch, blocks, config=config)[:, :, config.drafter.first_slot :], blocks
 
     @jax.jit
-    def lm_head(hidden, lm_head, blocks):
-        def total(hidden):
-            how = {"chunk": config.slot_chunk, "top_n": config.support_top_n}
-            return frozen_head_cross_entropy(hidden, lm_head, blocks.labels, blocks.valid, **how)[0].sum()
+    def lm_head(params, hidden, lm_head, blocks):
+        def total(params, hidden):
+            scores = config.drafter.head.training_scores(
+                params,
+                hidden,
+                embedding=head.embedding,
+                lm_head=lm_head,
+                previous=blocks.previous,
+                labels=blocks.labels,
+                valid=blocks.valid,
+                chunk=config.slot_chunk,
+                stop=config.stop,
+            )
+            return sum(branch.cross_entropy.sum() for branch in scores.values())
 
-        return jax.grad(total)(hidden)
+        return jax.grad(total, argnums=(0, 1))(params, hidden)
 
     part = part.replace(features=features(target_params, part))
     seconds = {"target": _median(features, target_params, part.replace(features=None), repeats=repeats)}
     seconds["drafter"] = _median(drafter, params, head, part, repeats=repeats)
-    if config.drafter.projector_type == "dflash":
-        hidden, blocks = hidden_and_blocks(params, head, part)
-        matrix = jnp.asarray(head.lm_head, hidden.dtype)
-        seconds["lm_head"] = _median(lm_head, hidden, matrix, blocks, repeats=repeats)
+    hidden, blocks = hidden_and_blocks(params, head, part)
+    matrix = jnp.asarray(head.lm_head, hidden.dtype)
+    seconds["lm_head"] = _median(lm_head, cast(params, config.dtype), hidden, matrix, blocks, repeats=repeats)
     return {name: count * value for name, value in seconds.items()}
 
 
@@ -169,7 +179,7 @@ def _measures(seconds, metrics, parts, compiled, loss: LossConfig, target: Targe
     B, S = batch.tokens.shape
     median, active = statistics.median(seconds), float(metrics["active_ratio"])
     flops = step_flops(loss.drafter, target, rows=B, sequence_length=S, num_anchors=loss.num_anchors)
-    needed = sum(needed_flops(flops, active if loss.support_top_n else 1.0).values())
+    needed = sum(needed_flops(flops, active if loss.stop is not None else 1.0).values())
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     memory = compiled.memory_analysis()
     p10, p90 = np.quantile(seconds, [0.1, 0.9]).tolist()

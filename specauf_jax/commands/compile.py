@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
+from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
 from specauf_jax.commands.compiled import measure
 from specauf_jax.commands.setup import float32_precision
 from specauf_jax.config import Compile, Train
@@ -23,6 +23,7 @@ from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import write_text
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import target_config
 from specauf_jax.recipes import read_recipe
@@ -70,7 +71,7 @@ def _resolved(config: Compile) -> tuple:
     return recipe, drafter, target, mesh
 
 
-def _report(config: Compile, recipe: Train, drafter: Drafter, target: Target, mesh, console: Console) -> dict:
+def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, console: Console) -> dict:
     """Everything that is written, but where it came from."""
     hbm, speed, per_chip = _DEVICES[config.topology.partition(":")[0]]
     settings, S = recipe.train, config.sequence_length
@@ -186,11 +187,11 @@ def _devices(config: Compile) -> list:
         ) from error
 
 
-def _loss(recipe: Train, drafter: Drafter) -> LossConfig:
+def _loss(recipe: Train, drafter: ResolvedDrafter) -> LossConfig:
     return loss_config(drafter, recipe.objective, recipe.base_objective, recipe.train)
 
 
-def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_length: int):
+def _train_step(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, sequence_length: int):
     """The program, and its arguments as shapes with shardings."""
     step = place_drafter_step(_loss(recipe, drafter), target, recipe.train, mesh)
     names = ("tokens", "loss_mask", "document_ids", "positions")
@@ -203,7 +204,7 @@ def _train_step(recipe: Train, drafter: Drafter, target: Target, mesh, sequence_
     return step.step.lower(*arguments), arguments
 
 
-def _decode_round(recipe: Train, drafter: Drafter, target: Target, mesh, rows: int, length: int):
+def _decode_round(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, rows: int, length: int):
     """As `_train_step`."""
     dtype = recipe.train.dtype
     shapes = (drafter_shapes(drafter), target_shapes(target))

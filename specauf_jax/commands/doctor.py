@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.commands.setup import float32_precision, load_target_with_bar
 from specauf_jax.config import Doctor
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -91,7 +91,7 @@ def _prompts(config: Doctor, pair: Pair) -> list[list[int]]:
     return requests
 
 
-def _parse(pair: Pair, values: dict, findings: list[Finding]) -> tuple[Drafter | None, list[Finding]]:
+def _parse(pair: Pair, values: dict, findings: list[Finding]) -> tuple[ResolvedDrafter | None, list[Finding]]:
     """The drafter that config.json describes, and what the reader has against it that no check has named."""
     try:
         return read_drafter(values, str(pair.drafter / "config.json")), []
@@ -106,7 +106,14 @@ def _refused(error: SpecaufError, findings: list[Finding]) -> Finding:
 
 
 def _decode(
-    config: Doctor, pair: Pair, drafter: Drafter, values: dict, assumed: list[str], prompts, findings, console: Console
+    config: Doctor,
+    pair: Pair,
+    drafter: ResolvedDrafter,
+    values: dict,
+    assumed: list[str],
+    prompts,
+    findings,
+    console: Console,
 ) -> tuple[list[Measured], list[Finding]]:
     """Acceptance under every reading, and what it means; neither where the folder cannot be decoded."""
     target = pair.architecture

@@ -3,11 +3,12 @@
 import jax
 from rich.console import Console
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Export, TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.hf_config import read_drafter
 from specauf_jax.models.weights import load_drafter, save_drafter
 from specauf_jax.recipes import from_dict
 from specauf_jax.sharding import placed
@@ -31,7 +32,7 @@ def export(config: Export, console: Console) -> None:
     console.print(f"{source} written to {config.out}", highlight=False)
 
 
-def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
+def _from_run(config: Export) -> tuple[dict, ResolvedDrafter, dict, str]:
     """Parameters, architecture and origin of a run's checkpoint, and what to call it."""
     run = existing_folder(config.run, "a run of `specauf train`")
     record = read_json(run / "config.json", "the settings of `specauf train`")
@@ -42,7 +43,7 @@ def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
             "pass the --out of `specauf train`",
         )
     record.pop("environment", None)
-    drafter = from_dict(Drafter, record["drafter"], str(run / "config.json"))
+    drafter = read_drafter(record["drafter"], str(run / "config.json"))
     optimizer = make_optimizer(from_dict(TrainOptimisation, record["train"], str(run / "config.json")))
     checkpoints = Checkpoints(run / "checkpoints", keep_last=None)
     try:
@@ -62,10 +63,10 @@ def _from_run(config: Export) -> tuple[dict, Drafter, dict, str]:
         ) from damage
     finally:
         checkpoints.close()
-    return state.params, drafter, drafter_origin(record, step), f"step {step} of {run}"
+    return state.params, drafter, drafter_origin(record, drafter, step), f"step {step} of {run}"
 
 
-def _abstract_state(drafter: Drafter, optimizer) -> TrainState:
+def _abstract_state(drafter: ResolvedDrafter, optimizer) -> TrainState:
     """Shapes of a training state, for one device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.eval_shape(lambda: init_state(init_drafter(drafter, jax.random.key(0)), optimizer))

@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from specauf_jax.architecture import Target, resolve_drafter
+from specauf_jax.architecture import Target
 from specauf_jax.config import Dtype
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -15,6 +15,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import serving_params
+from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
 from specauf_jax.sharding import batch_shards
@@ -114,7 +115,7 @@ def served(params: dict) -> dict:
 def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console) -> Models:
     """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
     tokenizer, config = load_tokenizer(target), target_config(target)
-    resolved = None if drafter is None else resolve_drafter(drafter_config(drafter), config)
+    resolved = None if drafter is None else fitted(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
     target_params = served(load_target_with_bar(target, dtype, console, mesh)[0])
     drafter_params = None if drafter is None else served(load_drafter(drafter, dtype, mesh)[0])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data, run_record
 from specauf_jax.config import Train
 from specauf_jax.data.dataset import open_dataset
@@ -18,6 +18,9 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import as_path
+from specauf_jax.models.heads import head_settings, make_head
+from specauf_jax.models.hf_config import write_drafter
+from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
 from specauf_jax.sharding import (
@@ -48,10 +51,10 @@ def train(config: Train, console: Console) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
     with float32_precision(config.train.dtype):
-        record = run_record(config, manifest, drafter=dataclasses.asdict(drafter))
+        record = run_record(config, manifest, drafter=write_drafter(drafter))
         run = make_run(config, loss, target, manifest, mesh, record, console)
         state = train_loop(run, console)
-    save_drafter(state.params, drafter, out / "drafter", provenance=drafter_origin(record, config.train.steps))
+    save_drafter(state.params, drafter, out / "drafter", provenance=drafter_origin(record, drafter, config.train.steps))
     console.print(f"drafter written to {out / 'drafter'}", highlight=False)
 
 
@@ -75,7 +78,7 @@ def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, me
         out=as_path(config.out),
         train=settings,
         hosts=config.hosts,
-        flops=lambda means: needed_flops(parts, means["active_ratio"] if loss.support_top_n else 1.0),
+        flops=lambda means: needed_flops(parts, means["active_ratio"] if loss.stop is not None else 1.0),
         config=record,
         environment=announce(as_path(config.out), mesh, console),
         step=lambda state, batch: placed_step.step(state, target_params, batch),
@@ -95,18 +98,19 @@ def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, me
     )
 
 
-def _drafter(config: Train, target: Target, manifest: dict) -> Drafter:
+def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
     """The resolved architecture: of --drafter, or of the folder that training starts from."""
     if config.init_from is None:
         return resolve_drafter(config.drafter, target, manifest["mask_token_id"])
-    found = resolve_drafter(drafter_config(config.init_from), target)
-    for field in dataclasses.fields(Drafter):
-        asked, has = getattr(config.drafter, field.name), getattr(found, field.name)
-        if asked != field.default and asked != has:
+    found = fitted(drafter_config(config.init_from), target)
+    for name, asked in _asked(config.drafter).items():
+        has = found.head.projector_type if name == "projector_type" else getattr(found, name, None)
+        has = head_settings(found.head).get(name, has)
+        if asked != has:
             raise SpecaufError(
-                f"--drafter.{field.name} {asked!r}, but {config.init_from} was trained with {has!r}",
+                f"--drafter asks for {name} {asked!r}, but {config.init_from} was trained with {has!r}",
                 "the conventions of the drafter that training starts from",
-                f"leave {field.name} out, or start from random weights without --init-from",
+                f"leave {name} out, or start from random weights without --init-from",
             )
     mask = manifest["mask_token_id"]
     if mask is not None and mask != found.mask_token_id and config.drafter.mask_token_id is None:
@@ -116,6 +120,15 @@ def _drafter(config: Train, target: Target, manifest: dict) -> Drafter:
             f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
         )
     return found
+
+
+def _asked(drafter: Drafter) -> dict:
+    """Settings that are not the defaults, those of the head among them."""
+    asked = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(drafter)
+             if getattr(drafter, field.name) != field.default and field.name != "head"}  # fmt: skip
+    named = {setting.partition("=")[0] for setting in drafter.head}
+    settings = head_settings(make_head(drafter.projector_type, drafter.head))
+    return asked | {name: settings[name] for name in named}
 
 
 def _check_rows(config: Train, loss: LossConfig, manifest: dict) -> None:
@@ -143,7 +156,7 @@ def _check_rows(config: Train, loss: LossConfig, manifest: dict) -> None:
         )
 
 
-def _decode_measure(config: Train, drafter: Drafter, target: Target, target_params, manifest: dict, mesh):
+def _decode_measure(config: Train, drafter: ResolvedDrafter, target: Target, target_params, manifest: dict, mesh):
     """state → tau of real decoding on held-out prompts; None if it is not asked for."""
     if not config.train.decode_every:
         return None

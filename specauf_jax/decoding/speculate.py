@@ -8,11 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specauf_jax.architecture import Drafter
 from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
-from specauf_jax.models.domino import correction_features, next_state
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import KVCache
 
@@ -46,7 +44,7 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
 def propose(
     drafter_params, target_params, state: DecodeState, anchor, positions, keys, *, config: Decoding
 ) -> Proposal:
-    """K-1 drafts: looked up, or the body in one pass; Domino then corrects its logits draft by draft.
+    """K-1 drafts: looked up, or the body in one pass, of whose hidden states the head makes drafts.
 
     Args:
       anchor: int32 `[B, 1]`, the last committed token.
@@ -70,10 +68,15 @@ def propose(
         jnp.ones_like(anchor, bool),
         config=drafter,
     )[:, 0, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
-    logits = head.logits(hidden)
-    if drafter.projector_type == "domino":
-        return _roll(drafter_params, head.embedding, state, anchor, hidden, logits, keys, config=drafter)
-    return Proposal(tokens=_choose(logits, state, keys), logits=logits)
+
+    def choose(logits, n):
+        row_keys = keys if n is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+        return _choose(logits, state, row_keys)
+
+    tokens, logits = drafter.head.roll(
+        drafter_params, hidden, embedding=head.embedding, anchor=anchor, logits=head.logits(hidden), choose=choose
+    )
+    return Proposal(tokens=tokens, logits=logits)
 
 
 def _choose(logits, state: DecodeState, keys) -> jax.Array:
@@ -84,33 +87,6 @@ def _choose(logits, state: DecodeState, keys) -> jax.Array:
 
     # A branch at run time: an all-greedy batch never sorts a vocabulary, and temperature stays data.
     return lax.cond(jnp.any(state.temperature > 0), sampled, lambda: jnp.argmax(logits, -1).astype(jnp.int32))
-
-
-def _roll(params, embedding, state: DecodeState, anchor, hidden, base, keys, *, config: Drafter) -> Proposal:
-    """Domino (arXiv 2605.29707): every draft's logits are corrected by what the GRU read of the drafts before it.
-
-    Args:
-      embedding: the target's, `[V, D]`.
-      hidden: `[B, K-1, D]`, of the slots that predict the drafts.
-      base: float32 `[B, K-1, V]`, their logits.
-      Others as for `propose`.
-    """
-    start = jnp.zeros((anchor.shape[0], config.gru_hidden_dim), hidden.dtype)
-
-    def step(carry, inputs):
-        states, token = carry
-        n, hidden, base = inputs
-        states = next_state(params, states, embedding[token])
-        features = correction_features(params, hidden, states, n, config=config)
-        up = params["embed_proj"]["up"]["kernel"]
-        logits = base + jnp.einsum("be,ev->bv", features, up, preferred_element_type=jnp.float32)
-        row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
-        token = _choose(logits[:, None], state, row_keys)[:, 0]
-        return (states, token), (token, logits)
-
-    slots = jnp.arange(base.shape[1]), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(base, 1, 0)
-    _, (tokens, logits) = lax.scan(step, (start, anchor[:, 0]), slots)
-    return Proposal(tokens=jnp.moveaxis(tokens, 0, 1), logits=jnp.moveaxis(logits, 0, 1))
 
 
 def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:

@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.models.layers import KVCache
 from specauf_jax.models.target import target_head
@@ -28,7 +28,7 @@ class Decoding:
     """
 
     target_step: Callable
-    drafter: Drafter | PromptLookup | None = None
+    drafter: ResolvedDrafter | PromptLookup | None = None
     stop_tokens: tuple[int, ...] = ()
     target_head: Callable = target_head
 
@@ -40,7 +40,7 @@ class Decoding:
     @property
     def has_model(self) -> bool:
         """Whether a drafter with parameters and a cache is at work."""
-        return isinstance(self.drafter, Drafter)
+        return isinstance(self.drafter, ResolvedDrafter)
 
 
 @chex.dataclass(frozen=True)

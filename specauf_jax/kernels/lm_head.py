@@ -7,68 +7,43 @@ a block's first failure where the objective has no use for them.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.kernels.chunks import map_chunks
-from specauf_jax.objectives import cross_entropy_and_rank
+from specauf_jax.objectives import LabelScores, label_scores, scores_and_probabilities
 from specauf_jax.sharding import mesh_of, per_device, rows_spec, vocabulary_spec
 
 
-def lm_head_cross_entropy(
-    hidden: jax.Array, lm_head: jax.Array, labels: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy_and_rank` of `hidden @ lm_head`, `chunk` entries of axis 1 at a time; for a head that trains.
+def chunked_scores(logits: Callable, arrays: tuple, labels: jax.Array, *, chunk: int):
+    """`label_scores` of the logits that `logits` makes, `chunk` slots of every row at a time; for heads that train.
 
     Args:
-      hidden: `[B, T, D]`.
-      lm_head: `[D, V]`.
-      labels: int `[B, T]`.
-      chunk: entries of axis 1 whose logits exist at one time.
-
-    Returns:
-      float32 and int32 `[B, T]`.
-    """
-
-    def one(hidden, labels):
-        return cross_entropy_and_rank(_logits(hidden, lm_head), labels)
-
-    return map_chunks(one, chunk, hidden, labels)
-
-
-def corrected_cross_entropy(hidden, features, lm_head, up, labels, *, chunk: int):
-    """Both branches of Domino with one product through the LM head.
-
-    Args:
-      hidden: `[B, A, N, D]`.
-      features: `[B, A, N, emb_dim]`, of `specauf_jax.models.domino.correction_features`.
-      lm_head: `[D, V]`.
-      up: `[emb_dim, V]`.
-      labels: int32 `[B, A, N]`.
+      logits: (arrays `[B, n, ...]`) → float32 logits `[B, n, V]`, or a dict of such (one for each branch).
+      arrays: `[B, ..., D]` each, with the slots of `labels` between.
+      labels: int32 `[B, ...]`.
       chunk: slots of every row whose logits exist at one time.
 
     Returns:
-      (cross-entropy, rank), float32 and int32 `[B, A, N]`, of the base, `hidden @ lm_head`, and of the final logits,
-      base + `features @ up`.
+      LabelScores of labels' shape, or a dict of them.
     """
 
-    def one(hidden, features, labels):
-        base = _logits(hidden, lm_head)
-        final = base + _logits(features, up)
-        return cross_entropy_and_rank(base, labels), cross_entropy_and_rank(final, labels)
+    def one(labels, *arrays):
+        return jax.tree.map(lambda x: label_scores(x, labels), logits(*arrays))
 
-    flat = map_chunks(one, chunk, *(x.reshape(len(x), -1, *x.shape[3:]) for x in (hidden, features, labels)))
-    return jax.tree.map(lambda x: x.reshape(labels.shape), flat)
+    flat = [x.reshape(len(x), -1, *x.shape[labels.ndim :]) for x in (labels, *arrays)]
+    return jax.tree.map(lambda x: x.reshape(labels.shape), map_chunks(one, chunk, *flat))
 
 
 def frozen_head_cross_entropy(
-    hidden: jax.Array, lm_head: jax.Array, labels: jax.Array, valid: jax.Array, *, chunk: int, top_n: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy_and_rank` of blocks of slots, differentiable in `hidden` alone.
+    hidden: jax.Array, lm_head: jax.Array, labels: jax.Array, valid: jax.Array, *, chunk: int, stop: int | None = None
+) -> LabelScores:
+    """`label_scores` of blocks of slots, differentiable in `hidden` alone.
 
-    With `top_n`, of every block only the slots up to and including its first failure: those behind it are not computed
+    With `stop`, of every block only the slots up to and including its first failure: those behind it are not computed
     (cross-entropy 0, a rank beyond V), as an accept-until-fail support gives them no weight.
 
     Args:
@@ -77,21 +52,23 @@ def frozen_head_cross_entropy(
       labels: int32 `[B, A, N]`.
       valid: bool `[B, A, N]`, v_k.
       chunk: slots whose logits exist at one time, of every device.
-      top_n: a slot fails if it is not valid, or its label not among the drafter's `top_n` best tokens; None computes
+      stop: a slot fails if it is not valid, or its label not among the drafter's `stop` best tokens; None computes
         all slots.
 
     Returns:
-      float32 and int32 `[B, A, N]`.
+      LabelScores of `[B, A, N]`.
     """
     hidden, lm_head, labels, valid = map(jnp.asarray, (hidden, lm_head, labels, valid))
-    if top_n is None:
+    if stop is None:
         flat = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-        ce, rank = _all_slots(chunk, flat, lm_head, labels.reshape(flat.shape[:2]))
-        return ce.reshape(labels.shape), rank.reshape(labels.shape)
-    return _until_failure(chunk, top_n, hidden, lm_head, labels, valid)
+        found = _all_slots(chunk, flat, lm_head, labels.reshape(flat.shape[:2]))
+    else:
+        found = _until_failure(chunk, stop, hidden, lm_head, labels, valid)
+    return LabelScores(*(x.reshape(labels.shape) for x in found))
 
 
-def _logits(x, matrix):
+def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`[..., D]` by `[D, V]` → float32 `[..., V]`."""
     return jnp.einsum("...d,dv->...v", x, matrix, preferred_element_type=jnp.float32)
 
 
@@ -106,7 +83,7 @@ def _scaled(unit_gradient, cotangents):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _all_slots(chunk, hidden, lm_head, labels):
-    return lm_head_cross_entropy(hidden, lm_head, labels, chunk=chunk)
+    return tuple(chunked_scores(lambda hidden: project(hidden, lm_head), (hidden,), labels, chunk=chunk))
 
 
 def _all_slots_forward(chunk, hidden, lm_head, labels):
@@ -125,39 +102,54 @@ _all_slots.defvjp(_all_slots_forward, lambda chunk, unit, cotangents: (_scaled(u
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _until_failure(chunk, top_n, hidden, lm_head, labels, valid):
-    return _walk(chunk, top_n, hidden, lm_head, labels, valid, gradient=False)
+def _until_failure(chunk, stop, hidden, lm_head, labels, valid):
+    return _walk(chunk, stop, hidden, lm_head, labels, valid, gradient=False)
 
 
-def _until_failure_forward(chunk, top_n, *arrays):
-    *seen, unit_gradient = _walk(chunk, top_n, *arrays, gradient=True)
+def _until_failure_forward(chunk, stop, *arrays):
+    *seen, unit_gradient = _walk(chunk, stop, *arrays, gradient=True)
     return tuple(seen), unit_gradient
 
 
 _until_failure.defvjp(
-    _until_failure_forward, lambda chunk, top_n, unit, cotangents: (_scaled(unit, cotangents), None, None, None)
+    _until_failure_forward, lambda chunk, stop, unit, cotangents: (_scaled(unit, cotangents), None, None, None)
 )
 
 
-def _walk(chunk: int, top_n: int, hidden, lm_head, labels, valid, *, gradient: bool):
+def _walk(chunk: int, stop: int, hidden, lm_head, labels, valid, *, gradient: bool):
     """Every device walks the blocks of its own rows, with its own part of the vocabulary."""
     mesh = mesh_of(hidden)
     rows, columns = rows_spec(mesh, len(labels)), vocabulary_spec(mesh, lm_head.shape[1])
 
     def local(hidden, lm_head, labels, valid):
         blocks = (x.reshape(-1, *x.shape[2:]) for x in (hidden, labels, valid))
-        found = _walk_blocks(chunk, top_n, *blocks, lm_head, columns[1], gradient)
+        found = _walk_blocks(chunk, stop, *blocks, lm_head, columns[1], gradient)
         return tuple(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in found)
 
     spread = per_device(local, mesh, (rows, columns, rows, rows), (rows,) * (3 if gradient else 2))
     return spread(hidden, lm_head, labels, valid)
 
 
-def _walk_blocks(chunk: int, top_n: int, hidden, labels, valid, lm_head, vocabulary_axis, gradient: bool):
-    """Cross-entropy and rank (and the gradient) of the slots of R blocks `[R, N]` up to their first failure.
+def _walk_blocks(chunk: int, stop: int, hidden, labels, valid, lm_head, vocabulary_axis, gradient: bool):
+    """Cross-entropy and rank (and the gradient) of the slots of R blocks up to their first failure.
 
-    Each round takes the next slot of the first `chunk` blocks that still live; when fewer live, the next few slots of
-    each, so that a round is full to the end. How many rounds there are is the data's.
+    Each round gives every one of `chunk` lanes a slot: the next slot of the first `chunk` blocks that still live or,
+    where fewer live, the next few slots of each. A slot that stands behind a failure of its own round is computed and
+    dropped. The data decide how many rounds there are. Four blocks a to d in four lanes, x for a failure:
+
+        round 1   a1 b1 c1x d1     four live: one slot of each
+        round 2   a2 b2 d2x        three live: width 1, one lane idle
+        round 3   a3 a4 b3x b4     two live: width 2; b4 is dropped
+        round 4   a5 a6 a7 a8      one lives: width 4
+
+    Args:
+      hidden: `[R, N, D]`.
+      labels, valid: `[R, N]`.
+      lm_head: `[D, V]`, or this device's columns of it.
+      Others as for `frozen_head_cross_entropy` and `_slots`.
+
+    Returns:
+      float32 `[R, N]`, int32 `[R, N]` and, with `gradient`, `[R, N, D]`.
     """
     R, N = labels.shape
     chunk = min(chunk, R)  # so that never more is computed than all slots
@@ -172,7 +164,7 @@ def _walk_blocks(chunk: int, top_n: int, hidden, labels, valid, lm_head, vocabul
         inside = (block < R) & (slot < N)
         at = (jnp.where(inside, block, R), slot)
         ce, rank, *rest = _slots(hidden[at], lm_head, labels[at], vocabulary_axis=vocabulary_axis, gradient=gradient)
-        success = inside & valid[at] & (rank < top_n)
+        success = inside & valid[at] & (rank < stop)
         failures = jnp.cumsum(~success) - ~success  # before this lane
         reached = inside & (failures == failures[lane - offset])
         at = (jnp.where(reached, block, R), slot)
@@ -196,28 +188,10 @@ def _slots(hidden, lm_head, labels, *, gradient: bool, vocabulary_axis: str | No
       labels: int `[...]`.
       vocabulary_axis: mesh axis over which V is spread, in a manual region; None where it is whole.
     """
-
-    def total(x):
-        return x if vocabulary_axis is None else lax.psum(x, vocabulary_axis)
-
-    def largest(x):
-        return x if vocabulary_axis is None else lax.pmax(x, vocabulary_axis)
-
-    logits = _logits(hidden, lm_head)
-    V = logits.shape[-1]
-    token = jnp.arange(V, dtype=labels.dtype)
-    if vocabulary_axis is not None:
-        token += lax.axis_index(vocabulary_axis) * V
-    is_label = token == labels[..., None]
-    chosen = total(jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))[..., None]
-    preferred = (logits > chosen) | ((logits == chosen) & (token < labels[..., None]))
-    peak = largest(jnp.max(logits, axis=-1))[..., None]
-    powers = jnp.exp(logits - peak)
-    mass = total(powers.sum(-1))[..., None]
-    ce = (peak + jnp.log(mass) - chosen)[..., 0]
-    rank = total(preferred.sum(-1, dtype=jnp.int32))
+    scores, probability, is_label = scores_and_probabilities(project(hidden, lm_head), labels, vocabulary_axis)
     if not gradient:
-        return ce, rank
-    slope = (powers / mass - is_label).astype(lm_head.dtype)
+        return scores
+    slope = (probability - is_label).astype(lm_head.dtype)
     pulled = jnp.einsum("...v,dv->...d", slope, lm_head, preferred_element_type=jnp.float32)
-    return ce, rank, total(pulled).astype(hidden.dtype)
+    pulled = pulled if vocabulary_axis is None else lax.psum(pulled, vocabulary_axis)
+    return *scores, pulled.astype(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass. Domino's body too.
+"""The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass; the body of every head.
 
 The context, the target's tapped features of every position before the anchor, enters each layer
 as keys and values only. They are computed once per position, so that training (all anchors of a
@@ -11,41 +11,39 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import NO_WINDOW
 from specauf_jax.kernels.block_attention import block_attention
-from specauf_jax.models.domino import EmbedProj, PrefixGRU
 from specauf_jax.models.layers import KVCache, for_serving, is_serving, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
 from specauf_jax.sharding import spread_rows
 
 
-class DFlash(nnx.Module):
-    """Parameters of the drafter, under the names of z-lab's checkpoints; layers are stacked. Domino's head beside."""
+class DrafterModel(nnx.Module):
+    """Parameters of a drafter, under the names of z-lab's checkpoints; layers are stacked, the head's stand beside."""
 
-    def __init__(self, config: Drafter, *, rngs: nnx.Rngs):
+    def __init__(self, config: ResolvedDrafter, *, rngs: nnx.Rngs):
         D, L = config.hidden_size, len(config.target_layer_ids)
         self.fc = nnx.Linear(L * D, D, use_bias=False, kernel_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.hidden_norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
         self.layers = stack_layers(config, rngs)
         self.norm = nnx.RMSNorm(D, epsilon=config.rms_norm_eps, rngs=rngs)
-        if config.projector_type == "domino":
-            self.prefix_gru = PrefixGRU(config, rngs=rngs)
-            self.embed_proj = EmbedProj(config, rngs=rngs)
+        for name, module in config.head.modules(config, rngs).items():
+            setattr(self, name, module)
 
 
-def init_drafter(config: Drafter, key: jax.Array) -> dict:
-    """Random float32 parameters of a resolved `Drafter`."""
-    return nnx.to_pure_dict(nnx.state(DFlash(config, rngs=nnx.Rngs(key)), nnx.Param))
+def init_drafter(config: ResolvedDrafter, key: jax.Array) -> dict:
+    """Random float32 parameters of a drafter."""
+    return nnx.to_pure_dict(nnx.state(DrafterModel(config, rngs=nnx.Rngs(key)), nnx.Param))
 
 
-def drafter_shapes(config: Drafter) -> dict:
+def drafter_shapes(config: ResolvedDrafter) -> dict:
     """The parameter tree with shapes in place of arrays."""
     return jax.eval_shape(lambda: init_drafter(config, jax.random.key(0)))
 
 
-def context_keys_values(params: dict, features, positions, *, config: Drafter) -> KVCache:
+def context_keys_values(params: dict, features, positions, *, config: ResolvedDrafter) -> KVCache:
     """What every drafter layer remembers of committed positions.
 
     Args:
@@ -74,7 +72,7 @@ def draft_blocks(
     stop,
     keep,
     *,
-    config: Drafter,
+    config: ResolvedDrafter,
     remat: Remat = "none",
 ) -> jax.Array:
     """Hidden states of every slot of every block, ready for the LM head.
@@ -114,13 +112,13 @@ def draft_blocks(
 
 
 @functools.lru_cache
-def _graphdef(config: Drafter, serving: bool):
+def _graphdef(config: ResolvedDrafter, serving: bool):
     def build():
-        model = DFlash(config, rngs=nnx.Rngs(0))
+        model = DrafterModel(config, rngs=nnx.Rngs(0))
         return for_serving(model, config) if serving else model
 
     return nnx.split(nnx.eval_shape(build))[0]
 
 
-def _module(config: Drafter, params: dict) -> DFlash:
+def _module(config: ResolvedDrafter, params: dict) -> DrafterModel:
     return nnx.merge(_graphdef(config, is_serving(params)), params)

@@ -8,11 +8,13 @@ import dataclasses
 import math
 import typing
 
-from specauf_jax.architecture import Drafter, ProjectorType, RopeScaling, RopeType, Target
+from specauf_jax.architecture import Head, ResolvedDrafter, RopeScaling, RopeType, Target
 from specauf_jax.errors import SpecaufError
+from specauf_jax.models.heads import head_settings, head_types
 
 TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
-DRAFTER_ARCHITECTURES = ("DFlashDraftModel", "DominoDraftModel")
+DRAFTER_ARCHITECTURES = tuple(dict.fromkeys(name for head in head_types().values() for name in head.architectures))
+_UNNAMED = "dflash"  # the projector type of a file that names none
 _MOST = 2**31 - 1
 _MOST_LAYERS = 4096
 
@@ -75,7 +77,7 @@ def write_target(config: Target, eos_token_id: int | None = None) -> dict:
     }
 
 
-def read_drafter(values: dict, where: str) -> Drafter:
+def read_drafter(values: dict, where: str) -> ResolvedDrafter:
     """The architecture that a drafter's config.json describes; arguments and errors as for `read_target`."""
     if "speculators_model_type" in values:
         raise SpecaufError(
@@ -92,17 +94,16 @@ def read_drafter(values: dict, where: str) -> Drafter:
         )
     _refuse(values, where, "attention_bias", "quantization_config")
     dflash = _object(values, where, "dflash_config")
-    implied = "domino" if architecture == "DominoDraftModel" else "dflash"
-    projector = dflash.get("projector_type") or implied
-    kinds = typing.get_args(ProjectorType) if architecture == "DFlashDraftModel" else ("domino",)
+    kinds = {kind: head for kind, head in head_types().items() if architecture in head.architectures}
+    projector = dflash.get("projector_type") or (_UNNAMED if _UNNAMED in kinds else next(iter(kinds)))
     if projector not in kinds:
         raise SpecaufError(
             f"{where}: projector_type {projector!r} under {architecture}",
-            " or ".join(kinds),
-            "use a DFlash or Domino drafter",
+            " or ".join(sorted(kinds)),
+            f"use a drafter of {' or '.join(head.title for head in kinds.values())}",
         )
     return _build(
-        Drafter,
+        ResolvedDrafter,
         where,
         **_shared(values, where),
         **_layer_types(values, where),
@@ -110,12 +111,11 @@ def read_drafter(values: dict, where: str) -> Drafter:
         mask_token_id=_number(dflash, f"{where}: dflash_config", "mask_token_id", least=0),
         target_layer_ids=tuple(_list(dflash, f"{where}: dflash_config", "target_layer_ids", int)),
         num_target_layers=_number(values, where, "num_target_layers") if "num_target_layers" in values else None,
-        projector_type=projector,
-        **(_read_domino(values, dflash, where) if projector == "domino" else {"shift_label": False}),
+        head=_read_head(kinds[projector], values, dflash, where),
     )
 
 
-def write_drafter(config: Drafter, architecture: str = "DFlashDraftModel") -> dict:
+def write_drafter(config: ResolvedDrafter, architecture: str = "DFlashDraftModel") -> dict:
     """config.json of a drafter, in z-lab's layout."""
     dflash = {
         "block_size": config.block_size,
@@ -129,13 +129,13 @@ def write_drafter(config: Drafter, architecture: str = "DFlashDraftModel") -> di
         "num_target_layers": config.num_target_layers,
         "tie_word_embeddings": False,
     }
-    if config.projector_type == "domino":
-        values["emb_dim"] = config.emb_dim
-        dflash |= {"projector_type": "domino"} | {name: getattr(config, name) for name in _DOMINO}
+    if config.head.projector_type != _UNNAMED:
+        dflash |= {"projector_type": config.head.projector_type} | head_settings(config.head)
+        values |= {name: getattr(config.head, name) for name in config.head.top_level}
     return values
 
 
-def write_speculators(config: Drafter, verifier: str, verifier_architecture: str) -> dict:
+def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architecture: str) -> dict:
     """config.json of a plain DFlash drafter, in speculators' layout: its layer ids are one higher.
 
     Args:
@@ -166,23 +166,21 @@ def write_speculators(config: Drafter, verifier: str, verifier_architecture: str
 # ---------------------------------------------------------------------------------------------
 # Parts of a drafter's file
 
-_DOMINO = ("emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")
 
-
-def _read_domino(values: dict, dflash: dict, where: str) -> dict:
-    if "emb_dim" not in dflash and "emb_dim" in values:
-        dflash = dflash | {"emb_dim": values["emb_dim"]}
+def _read_head(kind: type[Head], values: dict, dflash: dict, where: str) -> Head:
+    """Every setting of the head, from dflash_config or, where that may be, from the top level."""
     inside = f"{where}: dflash_config"
-    if "shift_label" not in dflash:
-        raise SpecaufError(
-            f"{inside} has no shift_label", "true or false: which token a slot predicts", "add it, as it was trained"
-        )
-    return {
-        "emb_dim": _number(dflash, inside, "emb_dim"),
-        "gru_hidden_dim": _number(dflash, inside, "gru_hidden_dim"),
-        "pure_draft_prefix_len": _number({"pure_draft_prefix_len": 0} | dflash, inside, "pure_draft_prefix_len", 0),
-        "shift_label": _flag(dflash, inside, "shift_label"),
-    }
+    dflash = dict(kind.absent) | {name: values[name] for name in kind.top_level if name in values} | dflash
+    found = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in dflash:
+            raise SpecaufError(f"{inside} has no {field.name}", f"every setting of {kind.title}'s head",
+                               "add it, as it was trained")  # fmt: skip
+        if isinstance(field.default, bool):
+            found[field.name] = _flag(dflash, inside, field.name)
+        else:
+            found[field.name] = _number(dflash, inside, field.name, least=0)
+    return _build(kind, where, **found)
 
 
 def _block_size(values: dict, dflash: dict, where: str) -> int:
@@ -288,8 +286,8 @@ def _rope_scaling(place: dict, values: dict, where: str) -> RopeScaling:
     return _build(RopeScaling, where, **found)
 
 
-def _shared_json(config: Target | Drafter, model_type: str) -> dict:
-    windows = config.windows if isinstance(config, Drafter) else (None,) * config.num_hidden_layers
+def _shared_json(config: Target | ResolvedDrafter, model_type: str) -> dict:
+    windows = config.windows if isinstance(config, ResolvedDrafter) else (None,) * config.num_hidden_layers
     window = next((w for w in windows if w), None)
     scaling = _rope_json(config.rope_scaling)
     return {name: getattr(config, name) for name in (*_SIZES, "rms_norm_eps")} | {

@@ -2,7 +2,7 @@
 
 One rule of names serves every model: our tree's path is the tensor's name, `kernel` (transposed),
 `scale` and `embedding` are called `weight` in files, and the leading axis of stacked layers becomes
-the number after `layers.`. Domino's head is the one exception, in the table below.
+the number after `layers.`. The heads' own exceptions stand in their files.
 """
 
 import dataclasses
@@ -21,14 +21,10 @@ from safetensors.numpy import save_file
 from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import read_json
+from specauf_jax.models.heads import head_types
 
 PIECE_BYTES = 64 * 2**20  # read, turned and put on devices at one time
-_RENAMED = {
-    "prefix_gru.input.weight": "prefix_gru.weight_ih_l0",
-    "prefix_gru.hidden.weight": "prefix_gru.weight_hh_l0",
-    "embed_proj.down.weight": "embed_proj.0.weight",
-    "embed_proj.up.weight": "embed_proj.2.weight",
-}
+_RENAMED = {ours: theirs for head in head_types().values() for ours, theirs in head.tensors.items()}
 _DTYPES = ("F32", "F16", "BF16")
 
 Progress = Callable[[int, int], None]

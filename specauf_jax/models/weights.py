@@ -8,7 +8,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.config import Dtype
 from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
@@ -66,7 +66,9 @@ def save_target(params: dict, config: Target, folder, *, eos_token_id: int | Non
     _write(folder, tensors, {"config.json": values}, replaceable=tuple(hf_config.TARGET_ARCHITECTURES))
 
 
-def load_drafter(folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | None = None) -> tuple[dict, Drafter]:
+def load_drafter(
+    folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[dict, ResolvedDrafter]:
     """Parameters and architecture of a DFlash or Domino drafter in z-lab's (or SpecForge's) layout.
 
     Args: as for `load_target`.
@@ -75,25 +77,25 @@ def load_drafter(folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | Non
       SpecaufError: naming the file, tensor or key that does not fit.
     """
     config, folder = drafter_config(folder), local_copy(folder)
-    # Early Domino files keep the head under a prefix of its own.
-    old = any(name.startswith("logit_head.") for name in tensor_files(folder))
+    prefix = config.head.early_prefix
+    early = prefix is not None and any(name.startswith(prefix) for name in tensor_files(folder))
 
     def name_in_file(name: str) -> str:
-        return f"logit_head.{name}" if old and name.startswith(("prefix_gru.", "embed_proj.")) else name
+        return f"{prefix}{name}" if early and name in config.head.tensors.values() else name
 
     shapes = drafter_shapes(config)
     shardings = None if mesh is None else parameter_sharding(shapes, mesh)
     return read_tree(folder, shapes, name_in_file, _NUMPY[np.dtype(dtype).name], shardings=shardings), config
 
 
-def drafter_config(folder) -> Drafter:
+def drafter_config(folder) -> ResolvedDrafter:
     """Architecture of the drafter in `folder`, from its config.json alone."""
     return hf_config.read_drafter(*_read_config(folder, "a drafter, of `specauf train` or `specauf export`"))
 
 
 def save_drafter(
     params: dict,
-    config: Drafter,
+    config: ResolvedDrafter,
     folder,
     *,
     provenance: dict | None = None,
@@ -117,21 +119,22 @@ def save_drafter(
       SpecaufError: parameters and config are of different kinds, or the layout cannot hold them.
     """
     _check_kind(params, config)
-    domino = config.projector_type == "domino"
+    head = config.head
+    if layout not in head.layouts:
+        raise SpecaufError(f"a {head.title} drafter for the layout of {layout}", f"one of {', '.join(head.layouts)}",
+                           "use --layout zlab")  # fmt: skip
     if layout == "speculators":
         windows = any(config.windows)  # theirs starts at the anchor for all slots
-        if domino or windows or verifier is None:
+        if windows or verifier is None:
             raise SpecaufError(
-                f"{'a Domino drafter' if domino else 'sliding windows' if windows else 'no target'} for the layout of "
-                "speculators",
-                "a plain DFlash drafter with full attention, and the folder of its target",
-                "use --layout zlab" if domino or windows else "pass --target",
+                f"{'sliding windows' if windows else 'no target'} for the layout of speculators",
+                "a drafter with full attention, and the folder of its target",
+                "use --layout zlab" if windows else "pass --target",
             )
         architecture = _read_config(verifier, "the drafter's target")[0]["architectures"][0]
         values = hf_config.write_speculators(config, str(verifier), architecture)
     else:
-        name = "DominoDraftModel" if domino and layout == "specforge" else "DFlashDraftModel"
-        values = hf_config.write_drafter(config, name)
+        values = hf_config.write_drafter(config, head.architectures[-1 if layout == "specforge" else 0])
     files = {"config.json": values | {"dtype": dtype}}
     if provenance is not None:
         files["specauf.json"] = provenance
@@ -139,13 +142,13 @@ def save_drafter(
     _write(folder, flatten(params, _NUMPY[dtype]), files, replaceable)
 
 
-def _check_kind(params: dict, config: Drafter) -> None:
-    """A Domino body never leaves without its head: its labels may be shifted, which no plain drafter's are."""
-    has_head = "prefix_gru" in params
-    if has_head != (config.projector_type == "domino"):
+def _check_kind(params: dict, config: ResolvedDrafter) -> None:
+    """A body never leaves without its head: its labels may be shifted, which no plain drafter's are."""
+    found, expected = set(params), set(drafter_shapes(config))
+    if found != expected:
         raise SpecaufError(
-            f"parameters {'with' if has_head else 'without'} a Domino head and projector_type {config.projector_type}",
-            "both of one kind",
+            f"parameters of {', '.join(sorted(found))}",
+            f"those of a {config.head.title} drafter: {', '.join(sorted(expected))}",
             "save the drafter with the config that it was trained with",
         )
 

@@ -4,7 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.models.target import document_starts
 
 
@@ -71,7 +71,7 @@ def sample_anchors(rng: jax.Array, eligible: jax.Array, document_ids: jax.Array,
     return jnp.where(keep, index, 0), keep
 
 
-def make_blocks(batch: Batch, anchors, keep, *, config: Drafter) -> BlockBatch:
+def make_blocks(batch: Batch, anchors, keep, *, config: ResolvedDrafter) -> BlockBatch:
     """Inputs and labels of the block at each anchor.
 
     A label past the row or the document, unsupervised, or equal to the mask token (the drafter can

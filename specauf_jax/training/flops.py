@@ -3,7 +3,7 @@
 Attention counts what is visible on average in rows without packing; recomputation is not counted.
 """
 
-from specauf_jax.architecture import Drafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 
 PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
@@ -17,7 +17,7 @@ PEAK_FLOPS = {
 
 
 def step_flops(
-    drafter: Drafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int
+    drafter: ResolvedDrafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int
 ) -> dict[str, float]:
     """Floating-point operations of one optimiser step over the whole mesh, by part.
 
@@ -27,7 +27,7 @@ def step_flops(
       rows, sequence_length, num_anchors: B, S, A of the step.
 
     Returns:
-      target, context, blocks, attention, lm_head and (Domino) correction.
+      target, context, blocks, attention, lm_head, and what the head adds.
     """
     S, A, K = sequence_length, num_anchors, drafter.block_size
     D, L, M, V = target.hidden_size, len(drafter.target_layer_ids), drafter.num_hidden_layers, target.vocab_size
@@ -44,8 +44,7 @@ def step_flops(
         "attention": 3 * M * 4 * A * K * visible * heads,
         "lm_head": 2 * 2 * A * N * D * V,  # frozen: no gradient of its weights
     }
-    if drafter.projector_type == "domino":
-        parts["correction"] = 3 * A * N * _correction(drafter)
+    parts |= {name: 3 * A * N * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}
 
 
@@ -63,7 +62,7 @@ def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[s
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
 
-def round_flops(drafter: Drafter, target: Target, *, rows: int, context: int) -> dict[str, float]:
+def round_flops(drafter: ResolvedDrafter, target: Target, *, rows: int, context: int) -> dict[str, float]:
     """Floating-point operations of one decode round over the whole mesh, by part.
 
     Args:
@@ -73,7 +72,7 @@ def round_flops(drafter: Drafter, target: Target, *, rows: int, context: int) ->
       context: positions that every slot sees before its block.
 
     Returns:
-      target, context, blocks, attention, lm_head and (Domino) correction.
+      target, context, blocks, attention, lm_head, and what the head adds.
     """
     K, D, V, L = drafter.block_size, target.hidden_size, target.vocab_size, len(drafter.target_layer_ids)
     groups = drafter.num_key_value_heads * drafter.head_dim
@@ -85,18 +84,11 @@ def round_flops(drafter: Drafter, target: Target, *, rows: int, context: int) ->
         "attention": drafter.num_hidden_layers * 4 * K * (context + K) * drafter.num_attention_heads * drafter.head_dim,
         "lm_head": 2 * (2 * K - 1) * D * V,  # of K-1 drafts, and of the target's judgement on K slots
     }
-    if drafter.projector_type == "domino":
-        parts["correction"] = (K - 1) * _correction(drafter)
+    parts |= {name: (K - 1) * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}
 
 
-def _correction(drafter: Drafter) -> int:
-    """Domino's head for one draft: the GRU's step, and the correction of rank emb_dim."""
-    D, R, rank = drafter.hidden_size, drafter.gru_hidden_dim, drafter.emb_dim
-    return 2 * 3 * (D + R) * R + 2 * (D + R) * rank + 2 * rank * drafter.vocab_size
-
-
-def _layer_weights(config: Target | Drafter) -> int:
+def _layer_weights(config: Target | ResolvedDrafter) -> int:
     """Matrix entries that a token meets in one decoder layer."""
     D, E = config.hidden_size, config.head_dim
     attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E

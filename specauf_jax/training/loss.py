@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation
-from specauf_jax.kernels.lm_head import corrected_cross_entropy, frozen_head_cross_entropy
-from specauf_jax.models.domino import correction_features, prefix_states
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
-from specauf_jax.objectives import objective_sums
+from specauf_jax.objectives import LabelScores, objective_sums
 from specauf_jax.sharding import gather_head
 from specauf_jax.training.blocks import Batch, BlockBatch, eligible_anchors, make_blocks, sample_anchors
 
@@ -23,9 +21,9 @@ from specauf_jax.training.blocks import Batch, BlockBatch, eligible_anchors, mak
 class LossConfig:
     """Static data of `loss_fn`."""
 
-    drafter: Drafter  # resolved
-    objective: Objective  # of a plain drafter, or of Domino's final branch
-    base_objective: Objective = Objective()  # of Domino's base branch
+    drafter: ResolvedDrafter
+    objective: Objective  # of the branch that decoding follows
+    base_objective: Objective = Objective()  # of a base branch, where the head has one
     num_anchors: int = 512
     slot_chunk: int = 256
     head_slots: HeadSlots = "support"
@@ -33,20 +31,18 @@ class LossConfig:
     remat: Remat = "none"
 
     @property
-    def support_top_n(self) -> int | None:
-        """A label within so many best tokens keeps its block going; None where every slot meets the LM head."""
-        if self.head_slots == "all" or self.drafter.projector_type != "dflash":
-            return None
-        return {"auf": 1, "auf_decay": 1, "griffin": self.objective.griffin_top_n}.get(self.objective.name)
+    def stop(self) -> int | None:
+        """`Objective.stop`, where slots behind it skip the LM head; None where every slot meets it."""
+        return self.objective.stop if self.head_slots == "support" and self.drafter.head.skips_slots else None
 
 
-def loss_config(drafter: Drafter, objective: Objective, base: Objective, train: TrainOptimisation) -> LossConfig:
-    """What the loss takes of a training run's settings."""
+def loss_config(drafter: ResolvedDrafter, objective: Objective, base: Objective, train: TrainOptimisation):
+    """The LossConfig of a training run's settings."""
     return LossConfig(
         drafter=drafter,
         objective=objective,
         base_objective=base,
-        num_anchors=train.num_anchors or (512 if drafter.projector_type == "dflash" else 256),
+        num_anchors=train.num_anchors or drafter.head.num_anchors,
         slot_chunk=train.slot_chunk,
         head_slots=train.head_slots,
         dtype=train.dtype,
@@ -55,8 +51,8 @@ def loss_config(drafter: Drafter, objective: Objective, base: Objective, train: 
 
 
 @chex.dataclass(frozen=True)
-class LossAux:
-    """Sums over a batch, float32 []; every measure is a ratio of two of them."""
+class BranchSums:
+    """Sums over a batch of one set of logits, float32 []; every measure is a ratio of two of them."""
 
     numerator: jax.Array  # weighted cross-entropy
     denominator: jax.Array
@@ -66,10 +62,9 @@ class LossAux:
     correct: jax.Array | None  # … of which the drafter's argmax is right; None where not every slot met the LM head
     support: jax.Array  # slots with weight
     support_correct: jax.Array
-    base: "LossAux | None" = None  # Domino: the same of the base branch
 
-    def measures(self) -> dict:
-        """Names of the README's measures; 0 where nothing was counted. Domino's base branch as `base_…`."""
+    def measures(self) -> dict[str, jax.Array]:
+        """Names of the measures of launch/measure/README.md; 0 where nothing was counted."""
         ratio = {
             "loss": (self.numerator, self.denominator),
             "tau": (self.emitted, self.blocks),
@@ -78,14 +73,24 @@ class LossAux:
         }
         if self.correct is not None:
             ratio["common_token_accuracy"] = self.correct, self.valid
-        measures = {name: safe_ratio(*pair) for name, pair in ratio.items()}
-        if self.base is not None:
-            measures |= {f"base_{name}": value for name, value in self.base.measures().items()}
-        return measures
+        return {name: safe_ratio(*pair) for name, pair in ratio.items()}
 
-    def branches(self) -> list["LossAux"]:
-        """In the order of `loss_sums`' numerators."""
-        return [self] if self.base is None else [self, self.base]
+
+@chex.dataclass(frozen=True)
+class LossAux:
+    """The sums of every branch."""
+
+    final: BranchSums
+    base: BranchSums | None = None  # Domino
+
+    def branches(self) -> dict[str, BranchSums]:
+        """Those that there are, by name."""
+        return {"final": self.final} if self.base is None else {"final": self.final, "base": self.base}
+
+    def measures(self) -> dict[str, jax.Array]:
+        """Those of the final branch; of the base branch as `base_…`."""
+        base = {} if self.base is None else self.base.measures()
+        return self.final.measures() | {f"base_{name}": value for name, value in base.items()}
 
 
 def safe_ratio(numerator, denominator):
@@ -93,10 +98,15 @@ def safe_ratio(numerator, denominator):
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)
 
 
-def branch_factors(aux: LossAux, lambda_base) -> jax.Array:
-    """What each branch's numerator counts in the loss: float32 `[1]`, or (1-λ, λ) over their denominators."""
-    shares = [1.0] if aux.base is None else [1 - lambda_base, lambda_base]
-    return jnp.stack([safe_ratio(share, b.denominator) for share, b in zip(shares, aux.branches(), strict=True)])
+def branch_factors(aux: LossAux, lambda_base) -> dict[str, jax.Array]:
+    """What each branch's numerator counts in the loss: its share (1-λ, λ; 1 of a single one) over its denominator."""
+    shares = {"final": 1.0} if aux.base is None else {"final": 1 - lambda_base, "base": lambda_base}
+    return {name: safe_ratio(shares[name], branch.denominator) for name, branch in aux.branches().items()}
+
+
+def weighted(numerators: dict[str, jax.Array], factors: dict[str, jax.Array]) -> jax.Array:
+    """The loss: Σ over branches of factor · numerator, float32 []."""
+    return jnp.stack([numerators[name] for name in factors]) @ jnp.stack(list(factors.values()))
 
 
 def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, config: LossConfig, lambda_base=0.0):
@@ -112,8 +122,8 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
       batch: rows with `features` `[B, S, L·D]` of any target.
       rng: key for the anchors.
       config: static.
-      lambda_base: float [] λ, for Domino (arXiv 2605.29707): the loss is (1-λ) · final + λ · base.
-        Training lets it fall from 1 to 0 (`specauf_jax.training.step.lambda_base`).
+      lambda_base: float [] λ, for a head with a base branch (Domino, arXiv 2605.29707): the loss is
+        (1-λ) · final + λ · base. Training lets it fall from 1 to 0 (`specauf_jax.training.step.lambda_base_schedule`).
 
     Returns:
       float32 [] loss, and LossAux.
@@ -121,7 +131,7 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
     anchors, keep = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
     numerators, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
-    return numerators @ lax.stop_gradient(branch_factors(aux, lambda_base)), aux
+    return weighted(numerators, lax.stop_gradient(branch_factors(aux, lambda_base))), aux
 
 
 def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, config: LossConfig):
@@ -130,28 +140,29 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     Args: as for `loss_fn`, with anchors int32 `[B, A]` and keep bool `[B, A]`.
 
     Returns:
-      float32 `[1]` numerators (differentiable), for Domino `[2]` (final, base), and LossAux.
+      Branch → float32 [] numerator (differentiable), and LossAux.
     """
     drafter = config.drafter
     blocks = make_blocks(batch, anchors, keep, config=drafter)
     hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
-    lm_head = gather_head(lax.stop_gradient(head.lm_head).astype(config.dtype))
-    if drafter.projector_type == "dflash":
-        top_n = config.support_top_n
-        seen = frozen_head_cross_entropy(
-            hidden, lm_head, blocks.labels, blocks.valid, chunk=config.slot_chunk, top_n=top_n
+    with jax.named_scope("lm_head"):
+        scores = drafter.head.training_scores(
+            cast(drafter_params, config.dtype),
+            hidden,
+            embedding=head.embedding,
+            lm_head=gather_head(lax.stop_gradient(head.lm_head).astype(config.dtype)),
+            previous=blocks.previous,
+            labels=blocks.labels,
+            valid=blocks.valid,
+            chunk=config.slot_chunk,
+            stop=config.stop,
         )
-        branches = [_branch(config.objective, seen, None, blocks, drafter, every_slot=top_n is None)]
-    else:
-        features, up = _correction(cast(drafter_params, config.dtype), head, hidden, blocks, config=config)
-        base, final = corrected_cross_entropy(hidden, features, lm_head, up, blocks.labels, chunk=config.slot_chunk)
-        witness = base if config.objective.witness == "base" else None
-        branches = [
-            _branch(config.objective, final, witness, blocks, drafter),
-            _branch(config.base_objective, base, None, blocks, drafter),
-        ]
-    numerators, auxes = zip(*branches, strict=True)
-    return jnp.stack(numerators), auxes[0].replace(base=auxes[1] if auxes[1:] else None)
+    with jax.named_scope("objective"):
+        witness = scores["base"] if config.objective.witness == "base" else None
+        sums = {"final": _branch(config.objective, scores["final"], witness, blocks, config)}
+        if "base" in scores:
+            sums["base"] = _branch(config.base_objective, scores["base"], None, blocks, config)
+    return {name: branch.numerator for name, branch in sums.items()}, LossAux(**sums)
 
 
 def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBatch, *, config: LossConfig):
@@ -173,30 +184,21 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
     )
 
 
-def _correction(params: dict, head: Head, hidden, blocks: BlockBatch, *, config: LossConfig):
-    """Domino's features `[B, A, N, emb_dim]` after the gold tokens, and the matrix that makes logits of them."""
-    embeddings = lax.stop_gradient(head.embedding[blocks.previous]).astype(config.dtype)
-    states = prefix_states(params, embeddings)
-    n = jnp.arange(config.drafter.num_labels)
-    features = correction_features(params, hidden, states, n, config=config.drafter)
-    return features, gather_head(params["embed_proj"]["up"]["kernel"])
-
-
-def _branch(objective: Objective, seen, witness, blocks: BlockBatch, drafter: Drafter, every_slot: bool = True):
-    """Numerator and LossAux of one set of logits, from the labels' cross-entropy and rank."""
-    ce, rank = seen
-    sums = objective_sums(objective, ce, rank, blocks.valid, block_size=drafter.block_size, witness=witness)
-    correct = (rank == 0) & blocks.valid
+def _branch(objective: Objective, scores: LabelScores, witness, blocks: BlockBatch, config: LossConfig) -> BranchSums:
+    """Sums of one set of logits, from what they say of the labels."""
+    K = config.drafter.block_size
+    sums = objective_sums(objective, scores, blocks.valid, block_size=K, witness=witness)
+    correct = (scores.rank == 0) & blocks.valid
     support = sums.weights > 0
     # A round drafts K-1 tokens, also where K labels are trained.
-    accepted = lax.cumprod(correct[..., : drafter.block_size - 1].astype(jnp.int32), axis=2).sum(-1)
-    return sums.numerator, LossAux(
+    accepted = lax.cumprod(correct[..., : K - 1].astype(jnp.int32), axis=2).sum(-1)
+    return BranchSums(
         numerator=sums.numerator,
         denominator=sums.denominator,
         blocks=_total(blocks.keep),
         emitted=_total(jnp.where(blocks.keep, accepted + 1, 0)),
         valid=_total(blocks.valid),
-        correct=_total(correct) if every_slot else None,
+        correct=_total(correct) if config.stop is None else None,
         support=_total(support),
         support_correct=_total(correct & support),
     )

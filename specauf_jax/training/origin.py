@@ -1,17 +1,16 @@
 """Where a drafter came from."""
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 
 
-def drafter_origin(record: dict, step: int) -> dict:
+def drafter_origin(record: dict, drafter: ResolvedDrafter, step: int) -> dict:
     """Where a drafter came from, for people and for checks; stored beside its weights."""
-    drafter = Drafter(**{name: record["drafter"][name] for name in ("projector_type", "shift_label")})
-    if drafter.shift_label:
+    if drafter.first_slot == 0:
         labels = "slot k predicts the token k + 1 after the anchor; every slot is trained"
     else:
         labels = "slot k predicts the token k after the anchor; slot 0 is not trained"
-    domino = {"base_objective": record["base_objective"]} if drafter.projector_type == "domino" else {}
-    return domino | {
+    base = {"base_objective": record["base_objective"]} if "base" in drafter.head.branches else {}
+    return base | {
         "objective": record["objective"],
         "init_from": record["init_from"],
         "steps": step,

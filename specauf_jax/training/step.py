@@ -15,13 +15,13 @@ import optax
 
 from specauf_jax.architecture import Target
 from specauf_jax.config import Optimisation, TrainOptimisation
-from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import init_target, target_features, target_head, target_hidden, target_shapes
 from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
-from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio
+from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio, weighted
 
 
 @chex.dataclass(frozen=True)
@@ -118,18 +118,20 @@ def make_train_step(
         # parts every branch keeps its own gradient until then, of a single part one backward pass gives the sum.
         def cotangents(aux):
             factors = branch_factors(aux, share)
-            return [factors] if accumulation == 1 else jnp.eye(len(factors))
+            if accumulation == 1:
+                return [factors]
+            return [{other: jnp.float32(other == name) for other in factors} for name in factors]
 
         grads, aux, bad = _accumulate(
             lambda part: part_gradients(state.params, target_params, *part, cotangents), (batch, *drawn), accumulation
         )
         factors = branch_factors(aux, share)
-        weights = [1.0] if accumulation == 1 else list(factors)
+        weights = [1.0] if accumulation == 1 else list(factors.values())
         grads = jax.tree.map(lambda *branches: sum(w * g for w, g in zip(weights, branches, strict=True)), *grads)
-        metrics = aux.measures() | {"anchor_coverage": safe_ratio(aux.blocks, eligible.sum(dtype=jnp.float32))}
+        metrics = aux.measures() | {"anchor_coverage": safe_ratio(aux.final.blocks, eligible.sum(dtype=jnp.float32))}
         if aux.base is not None:
             metrics |= {"final_loss": metrics["loss"], "lambda_base": share}
-            metrics["loss"] = jnp.stack([branch.numerator for branch in aux.branches()]) @ factors
+            metrics["loss"] = weighted({name: branch.numerator for name, branch in aux.branches().items()}, factors)
         return _update(state, optimizer, grads, metrics, {"features": bad})
 
     return step
@@ -142,8 +144,9 @@ def make_pretrain_step(target: Target, optimizer: optax.GradientTransformation, 
         def numerator(params):
             compute = cast(params, dtype)
             hidden = target_hidden(compute, batch.tokens, batch.positions, batch.document_ids, config=target)
-            ce, rank = lm_head_cross_entropy(
-                hidden[:, :-1], target_head(compute).lm_head, batch.tokens[:, 1:], chunk=chunk
+            lm_head = target_head(compute).lm_head
+            ce, rank = chunked_scores(
+                lambda hidden: project(hidden, lm_head), (hidden[:, :-1],), batch.tokens[:, 1:], chunk=chunk
             )
             same_document = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
             valid = batch.loss_mask[:, 1:] & same_document

@@ -3,19 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 
-from specauf_jax.architecture import Drafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.doctor.measured import (
     CLEAR,
     SMALL,
     Measured,
     Reading,
-    ShiftedSlots,
     gain,
     id_readings,
 )
 from specauf_jax.evaluation.doctor.pair import Finding, Level, Pair
 from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
+from specauf_jax.models.heads import head_settings
 
 NOTHING = 1.05
 """Below this tau a drafter does next to nothing."""
@@ -57,12 +57,12 @@ def built_in_prompts(tokenizer) -> list[list[int]]:
 # What to decode
 
 
-def has_rope_of(drafter: Drafter, target: Target) -> bool:
+def has_rope_of(drafter: ResolvedDrafter, target: Target) -> bool:
     """Whether the drafter's RoPE is the target's."""
     return (drafter.rope_theta, drafter.rope_scaling) == (target.rope_theta, target.rope_scaling)
 
 
-def readings_of(drafter: Drafter, pair: Pair, *, alone: bool) -> list[Reading]:
+def readings_of(drafter: ResolvedDrafter, pair: Pair, *, alone: bool) -> list[Reading]:
     """The drafter as written if it can be decoded so, and in every other way worth a comparison.
 
     Args:
@@ -74,7 +74,7 @@ def readings_of(drafter: Drafter, pair: Pair, *, alone: bool) -> list[Reading]:
     readings = id_readings(drafter.target_layer_ids, target.num_hidden_layers, drafter, alone=alone)
     if not readings:
         return []
-    others = [("labels", "the other label convention", shifted_labels(drafter))]
+    others = [(kind, name, replace(drafter, head=head)) for kind, name, head in drafter.head.variants()]
     mask = getattr(pair.tokenizer, "mask_token_id", None)
     if mask not in (None, drafter.mask_token_id):
         others.append(("mask", f"mask token {mask}", replace(drafter, mask_token_id=mask)))
@@ -84,24 +84,15 @@ def readings_of(drafter: Drafter, pair: Pair, *, alone: bool) -> list[Reading]:
     if any(drafter.windows):
         full = ("full_attention",) * drafter.num_hidden_layers
         others.append(("windows", "full attention in all layers", replace(drafter, layer_types=full)))
-    if drafter.projector_type == "domino":
-        others.append(("plain", "plain DFlash", replace(drafter, projector_type="dflash", shift_label=False)))
     ids = readings[0].layer_ids
     return readings + [Reading(kind, name, ids, changed) for kind, name, changed in others]
-
-
-def shifted_labels(drafter: Drafter) -> Drafter:
-    """The drafter under the other convention of which token a slot predicts."""
-    if drafter.projector_type == "domino":
-        return dataclasses.replace(drafter, shift_label=not drafter.shift_label)
-    return ShiftedSlots(**{field.name: getattr(drafter, field.name) for field in dataclasses.fields(Drafter)})
 
 
 # ---------------------------------------------------------------------------------------------
 # What it means
 
 
-def judge(measured: Sequence[Measured], drafter: Drafter, pair: Pair) -> list[Finding]:
+def judge(measured: Sequence[Measured], drafter: ResolvedDrafter, pair: Pair) -> list[Finding]:
     """Findings from the acceptance of all readings.
 
     Args:
@@ -117,7 +108,7 @@ def judge(measured: Sequence[Measured], drafter: Drafter, pair: Pair) -> list[Fi
     return found + [*_labels(given, others, drafter), *_rope(given, others, drafter, pair)]
 
 
-def rope_unmeasured(drafter: Drafter, target: Target) -> list[Finding]:
+def rope_unmeasured(drafter: ResolvedDrafter, target: Target) -> list[Finding]:
     """The finding on a RoPE that is not the target's, when nothing was decoded."""
     return [] if has_rope_of(drafter, target) else [_other_rope("error", "", drafter, target)]
 
@@ -129,7 +120,7 @@ def _level(better, errors: float) -> Level | None:
     return "warning" if better.exceeds(SMALL, errors) else None
 
 
-def _tau(given: Measured, drafter: Drafter) -> Finding:
+def _tau(given: Measured, drafter: ResolvedDrafter) -> Finding:
     rounds, prompts = sum(map(len, given.accepted)), len(given.accepted)
     found = f"tau {given.tau:.2f} over {rounds} rounds of {prompts} prompts"
     if given.tau < NOTHING:
@@ -169,7 +160,7 @@ def _ids(level: Level, found: str, better: Measured) -> Finding:
                    f"write {list(better.reading.layer_ids)} in dflash_config.target_layer_ids")  # fmt: skip
 
 
-def _mask_token(given: Measured, others: list[Measured], drafter: Drafter) -> list[Finding]:
+def _mask_token(given: Measured, others: list[Measured], drafter: ResolvedDrafter) -> list[Finding]:
     mask, found = drafter.mask_token_id, []
     texts = sum(mask in g.prompt or mask in g.tokens for g in given.generations)
     if texts:
@@ -185,22 +176,22 @@ def _mask_token(given: Measured, others: list[Measured], drafter: Drafter) -> li
     return found
 
 
-def _labels(given: Measured, others: list[Measured], drafter: Drafter) -> list[Finding]:
+def _labels(given: Measured, others: list[Measured], drafter: ResolvedDrafter) -> list[Finding]:
     [other] = [m for m in others if m.reading.kind == "labels"]
-    better, domino = gain(other, given), drafter.projector_type == "domino"
+    better, domino = gain(other, given), "shift_label" in head_settings(drafter.head)
     if not better.exceeds(CLEAR, 2):
         return []
     taus = f"tau {given.tau:.2f}, under the other convention {other.tau:.2f} ({better})"
     if domino:
-        shift = other.reading.drafter.shift_label
-        return [Finding("labels", "error", f"shift_label {drafter.shift_label} decodes at {taus}",
+        shift = other.reading.drafter.first_slot == 0
+        return [Finding("labels", "error", f"shift_label {not shift} decodes at {taus}",
                         "the convention of training", f"write shift_label {str(shift).lower()}")]  # fmt: skip
     return [Finding("labels", "error", f"trained with shifted labels: {taus}",
                     "slot k predicts the token k after the anchor, in every plain DFlash drafter",
                     "no engine serves it: train again without shifted labels")]  # fmt: skip
 
 
-def _rope(given: Measured, others: list[Measured], drafter: Drafter, pair: Pair) -> list[Finding]:
+def _rope(given: Measured, others: list[Measured], drafter: ResolvedDrafter, pair: Pair) -> list[Finding]:
     for other in others:
         if other.reading.kind == "rope":
             better, worse = gain(other, given), gain(given, other)
@@ -210,7 +201,7 @@ def _rope(given: Measured, others: list[Measured], drafter: Drafter, pair: Pair)
     return []
 
 
-def _other_rope(level: Level, taus: str, drafter: Drafter, target: Target) -> Finding:
+def _other_rope(level: Level, taus: str, drafter: ResolvedDrafter, target: Target) -> Finding:
     def name(config) -> str:
         scaling = config.rope_scaling
         factor = "" if scaling.rope_type == "default" else f", {scaling.rope_type} by {scaling.factor:g}"

@@ -12,10 +12,11 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.evaluation.measure import tau_micro
+from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import TargetStep, target_head
 
 CLEAR, SMALL = 0.10, 0.02
@@ -31,7 +32,7 @@ class Reading:
     """What it changes; nothing for "given"."""
     name: str
     layer_ids: tuple[int, ...]
-    drafter: Drafter
+    drafter: ResolvedDrafter
     errors: float = 2.0
     """Standard errors by which it must be better before it counts: more for the best of many."""
 
@@ -67,12 +68,6 @@ class Gain:
 
     def __str__(self):
         return f"{100 * self.share:+.1f} % ± {100 * self.error:.1f}"
-
-
-class ShiftedSlots(Drafter):
-    """A plain DFlash drafter read as if its labels were shifted: slot k predicts the token k + 1 after the anchor."""
-
-    first_slot = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +118,10 @@ def measure(
     step, measured = ChosenTaps(target, union), []
     for reading in readings:
         begin(reading.name)
-        plain = reading.drafter.projector_type == "dflash"
-        head = ("prefix_gru", "embed_proj") if plain else ()
+        wanted = drafter_shapes(reading.drafter)
         taps = jnp.asarray([union.index(i) for i in reading.layer_ids], jnp.int32)
         generations = generate(
-            {name: x for name, x in drafter_params.items() if name not in head},
+            {name: x for name, x in drafter_params.items() if name in wanted},
             {"model": target_params, "taps": taps},
             prompts,
             config=Decoding(step, reading.drafter, stop_tokens, chosen_head),
@@ -158,7 +152,7 @@ def gain(other: Measured, given: Measured) -> Gain:
     return Gain(best, error)
 
 
-def id_readings(ids: Sequence[int], depth: int, drafter: Drafter, *, alone: bool) -> list[Reading]:
+def id_readings(ids: Sequence[int], depth: int, drafter: ResolvedDrafter, *, alone: bool) -> list[Reading]:
     """The layer ids as written, all of them one higher and lower and, if `alone`, each moved by itself.
 
     Only those that a target of `depth` layers has, ascending and distinct.

@@ -12,11 +12,13 @@ from typing import Literal
 import jax
 from safetensors import safe_open
 
-from specauf_jax.architecture import Drafter, Target, default_target_layer_ids
+from specauf_jax.architecture import ResolvedDrafter, RopeScaling, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, local_copy, read_json
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.heads import make_head
 from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
+from specauf_jax.models.resolve import default_target_layer_ids
 from specauf_jax.models.tensors import file_names, tensor_files
 
 Level = Literal["error", "warning", "note"]
@@ -202,7 +204,9 @@ def _wanted_names(kind: str, layers: int) -> frozenset[str]:
     """Names of a drafter's tensors, from the tree of a drafter of size 2."""
     size_2 = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings"), 2)
     heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "target_layer_ids": (0,)}
-    drafter = Drafter(num_hidden_layers=layers, projector_type=kind, **size_2, **heads)
+    kinds = {"layer_types": ("full_attention",) * layers, "rope_scaling": RopeScaling(), "rope_theta": 1.0}
+    more = kinds | {"block_size": 2, "mask_token_id": 0, "head": make_head(kind), "num_hidden_layers": layers}
+    drafter = ResolvedDrafter(**size_2, **heads, **more)
     leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(drafter))
     return frozenset(name for path, leaf in leaves for name in file_names(path, leaf.shape))
 

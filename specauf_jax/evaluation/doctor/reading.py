@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator
 
-from specauf_jax.architecture import default_target_layer_ids
 from specauf_jax.data.tokenizer import hashes
 from specauf_jax.evaluation.doctor.pair import DOMINO_KEYS, Finding, Level, Pair, agree
 from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
+from specauf_jax.models.resolve import default_target_layer_ids
 
 Findings = Iterator[Finding]
 

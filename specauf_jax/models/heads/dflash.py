@@ -1,0 +1,44 @@
+"""DFlash's head (arXiv 2602.06036): the target's frozen LM head on every slot, nothing of its own."""
+
+from dataclasses import dataclass
+
+from specauf_jax.architecture import Head
+from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
+
+
+@dataclass(frozen=True)
+class DFlash(Head):
+    """All drafts at one time; slot k predicts the token k after the anchor."""
+
+    projector_type = "dflash"
+    title = "DFlash"
+    layouts = ("zlab", "specforge", "speculators")
+    skips_slots = True
+
+    @property
+    def first_slot(self) -> int:
+        return 1
+
+    def modules(self, drafter, rngs):
+        return {}
+
+    def training_scores(self, params, hidden, *, embedding, lm_head, previous, labels, valid, chunk, stop):
+        return {"final": frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=chunk, stop=stop)}
+
+    def roll(self, params, hidden, *, embedding, anchor, logits, choose):
+        return choose(logits, None), logits
+
+    def variants(self):
+        return [("labels", "the other label convention", ShiftedDFlash())]
+
+
+@dataclass(frozen=True)
+class ShiftedDFlash(DFlash):
+    """A plain drafter read as if slot k predicted the token k + 1 after the anchor: no engine serves such a one."""
+
+    @property
+    def first_slot(self) -> int:
+        return 0
+
+
+HEAD = DFlash
