@@ -69,7 +69,7 @@ def forms(arguments) -> dict:
     seen = {
         "recomputing all slots": checkpointed,
         "all slots": functools.partial(frozen_head_cross_entropy, chunk=chunk),
-        "up to first failures": functools.partial(frozen_head_cross_entropy, chunk=chunk, top_n=1),
+        "up to first failures": functools.partial(frozen_head_cross_entropy, chunk=chunk, stop=1),
     }
 
     def value_and_gradient(form):

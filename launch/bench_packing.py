@@ -18,11 +18,12 @@ import time
 import jax
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.data.dataset import open_dataset, read_manifest
 from specauf_jax.data.packing import Document, document_positions, pack, unpack
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import init_target
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.loss import LossConfig

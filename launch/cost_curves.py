@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.decoding.generate import decode_round, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import serving_params
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.flops import round_flops, step_flops

@@ -19,18 +19,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from specauf_jax.models.domino import correction_features, prefix_states
 
-from specauf_jax.architecture import Drafter, resolve_drafter
+from specauf_jax.architecture import Drafter
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import generate, prompt_batches, start
 from specauf_jax.decoding.speculate import draft_and_verify, propose
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.domino import correction_features, prefix_states
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
 from specauf_jax.models.tensors import flatten
 from specauf_jax.models.weights import load_drafter, load_target
-from specauf_jax.objectives import cross_entropy_and_rank, objective_sums
+from specauf_jax.objectives import label_scores, objective_sums
 from specauf_jax.training.blocks import Batch, make_blocks
 from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums
 
@@ -202,12 +203,12 @@ def check_dflash(case: Case) -> None:
     report.same("dflash_target_ids", jnp.concatenate([blocks.inputs[..., :1], blocks.labels], -1), keep)
     report.same("dflash_weight_mask", np.pad(blocks.valid, ((0, 0), (0, 0), (1, 0))))
     labels = jnp.concatenate([blocks.inputs[..., :1], blocks.labels], -1)
-    report.close("dflash_ce", cross_entropy_and_rank(logits, labels)[0], keep)
+    report.close("dflash_ce", label_scores(logits, labels)[0], keep)
     names = [name.partition("/")[2] for name in golden if name.startswith("grad_decay7/")]
     for name, objective in (("full", FULL), ("decay7", DECAY), ("dpace", DPACE)):
         [numerator], aux = case.sums(objective)
-        report.close(f"dflash_loss_{name}", numerator / aux.denominator)
-        report.close(f"dflash_loss_terms_{name}", jnp.stack([numerator, aux.denominator]))
+        report.close(f"dflash_loss_{name}", numerator / aux.final.denominator)
+        report.close(f"dflash_loss_terms_{name}", jnp.stack([numerator, aux.final.denominator]))
         gradient = case.gradient(objective)
         report.close(f"dflash_gradnorm_{name}", [np.linalg.norm(gradient[n]) for n in names])
         if name == "decay7":
@@ -215,7 +216,7 @@ def check_dflash(case: Case) -> None:
                 report.close(f"grad_decay7/{n}", gradient[n])
     report.close("dflash_accuracy", aux.measures()["common_token_accuracy"])
     [numerator], aux = case.sums(FULL, prefix="all_")
-    report.close("dflash_loss_full_all_anchors", numerator / aux.denominator)
+    report.close("dflash_loss_full_all_anchors", numerator / aux.final.denominator)
 
 
 def check_speculators(case: Case, target_logits) -> None:
@@ -228,7 +229,7 @@ def check_speculators(case: Case, target_logits) -> None:
     labels = choice[jnp.maximum(anchors[0, :, None] + jnp.arange(K) - 1, 0)]
     report.same("spk_target_ids", labels.at[:, 0].set(golden["spk_target_ids"][:, 0]))  # the anchor's has no weight
     hidden = block_hidden(case.params, case.head, row, blocks, config=case.loss(FULL))
-    ce, rank = cross_entropy_and_rank(hidden[0, :, 1:] @ case.head.lm_head, labels[:, 1:])
+    ce, rank = label_scores(hidden[0, :, 1:] @ case.head.lm_head, labels[:, 1:])
     valid = blocks.valid[0]
     decay = objective_sums(DECAY, ce, rank, valid, block_size=K)
     report.close("spk_loss_ce_decay7", decay.numerator / valid.sum())
@@ -270,15 +271,15 @@ def check_domino(case: Case) -> None:
         for suffix, objective in (("", FULL), ("_decay7", DECAY)):
             key = f"domino_{name}{suffix}"
             numerators, aux = case.sums(objective, config)
-            report.close(f"{key}_final_loss", numerators[0] / aux.denominator)
+            report.close(f"{key}_final_loss", numerators[0] / aux.final.denominator)
             report.close(f"{key}_base_loss", numerators[1] / aux.base.denominator)
             report.close(f"{key}_loss_lambda{LAMBDA}", numerators @ branch_factors(aux, LAMBDA))
             measures = aux.measures()
             report.close(f"{key}_accuracy", measures["common_token_accuracy"])
             report.close(f"{key}_base_accuracy", measures["base_common_token_accuracy"])
-            report.close(f"{key}_accuracy_denom", aux.valid)
+            report.close(f"{key}_accuracy_denom", aux.final.valid)
             for branch, logits in (("", final), ("base_", base)):
-                _, rank = cross_entropy_and_rank(logits[:, :, config.first_slot :], blocks.labels)
+                _, rank = label_scores(logits[:, :, config.first_slot :], blocks.labels)
                 report.close(f"{key}_{branch}accept_len", accepted_length(rank == 0, blocks.valid))
     gradient = case.gradient(DECAY, LAMBDA)  # of the folder's own convention, shifted
     for name in golden:

@@ -8,9 +8,9 @@ from specauf_jax.config import Objective
 from specauf_jax.kernels import attention, block_attention_xla
 from specauf_jax.kernels.attention import attend
 from specauf_jax.kernels.chunks import map_chunks
-from specauf_jax.kernels.lm_head import lm_head_cross_entropy
+from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.target import target_features, target_head
-from specauf_jax.objectives import cross_entropy_and_rank
+from specauf_jax.objectives import label_scores
 from specauf_jax.training.loss import LossConfig, loss_fn
 
 CHUNKS = (1, 3, 5, 100)  # of a length of 7: the last chunk is whole, or filled up by 2 or 3
@@ -84,19 +84,23 @@ def test_attend_in_chunks_equals_attend_at_once(monkeypatch):
         assert tiny.largest_difference(grads_and_value(lambda *x: attend(*x, start, stop), *arrays), whole) < 1e-6
 
 
-def test_lm_head_cross_entropy_in_chunks_equals_all_logits_at_once():
+def in_chunks(hidden, lm_head, labels, chunk):
+    return chunked_scores(lambda hidden: project(hidden, lm_head), (hidden,), labels, chunk=chunk)
+
+
+def test_label_scores_in_chunks_equals_all_logits_at_once():
     rng = np.random.default_rng(3)
     hidden, lm_head = rng.normal(size=(2, 7, 3, 6)).astype(np.float32), rng.normal(size=(6, 11)).astype(np.float32)
     labels = rng.integers(0, 11, (2, 7, 3), dtype=np.int32)
 
     def run(chunk):
-        return grads_and_value(lambda h, w: lm_head_cross_entropy(h, w, labels, chunk=chunk), hidden, lm_head)
+        return grads_and_value(lambda h, w: in_chunks(h, w, labels, chunk), hidden, lm_head)
 
-    whole = grads_and_value(lambda h, w: cross_entropy_and_rank(h @ w, labels), hidden, lm_head)
+    whole = grads_and_value(lambda h, w: label_scores(h @ w, labels), hidden, lm_head)
     for chunk in CHUNKS:
-        grads, (ce, rank) = run(chunk)
-        assert tiny.largest_difference((grads, (ce, rank)), whole) < 1e-6
-        np.testing.assert_array_equal(rank == 0, (hidden @ lm_head).argmax(-1) == labels)
+        grads, scores = run(chunk)
+        assert tiny.largest_difference((grads, scores), whole) < 1e-6
+        np.testing.assert_array_equal(scores.rank == 0, (hidden @ lm_head).argmax(-1) == labels)
 
 
 def test_logits_of_bfloat16_models_are_float32():
@@ -106,7 +110,7 @@ def test_logits_of_bfloat16_models_are_float32():
     lm_head = jnp.asarray(rng.normal(size=(16, 60)), jnp.bfloat16)
     exact = np.asarray(hidden, np.float64) @ np.asarray(lm_head, np.float64)
     labels = exact.argsort(-1)[..., -2].astype(np.int32)
-    ce, rank = lm_head_cross_entropy(hidden, lm_head, labels, chunk=3)
+    ce, rank = in_chunks(hidden, lm_head, labels, 3)
     chosen = np.take_along_axis(exact, labels[..., None], -1)[..., 0]
     np.testing.assert_array_equal(rank, np.ones_like(labels))
     np.testing.assert_allclose(ce, np.log(np.exp(exact).sum(-1)) - chosen, atol=1e-5)

@@ -18,7 +18,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType
 
 from specauf_jax import cli
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter, resolve_drafter
+from specauf_jax.architecture import KNOWN_TARGETS, Drafter
 from specauf_jax.commands import compile as command
 from specauf_jax.commands.compiled import measure, read_buffers, read_collectives
 from specauf_jax.config import Objective
@@ -27,6 +27,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
 from specauf_jax.sharding import cache_sharding, parameter_sharding
 from specauf_jax.training.flops import round_flops, step_flops

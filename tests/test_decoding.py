@@ -23,6 +23,7 @@ from specauf_jax.decoding.state import Decoding, init_state
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import init_kv_cache
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import Head, TargetStep, init_target, target_features, target_head, target_hidden
 
 V, D, K = 17, 16, 4
@@ -35,7 +36,7 @@ TARGET = a.Target(
     num_key_value_heads=2,
     head_dim=8,
 )
-DRAFTER = a.resolve_drafter(
+DRAFTER = resolve_drafter(
     a.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=16, target_layer_ids=(0, 2)), TARGET
 )
 
@@ -354,7 +355,7 @@ def test_a_recurrent_targets_features_train_a_drafter():
     grad = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True))
     (loss, aux), grads = grad(drafter_params, recurrent_head(params), batch, jax.random.key(1))
     chex.assert_tree_all_finite((loss, grads))
-    assert aux.blocks == 12 and loss > 0
+    assert aux.final.blocks == 12 and loss > 0
     stepped = jax.tree.map(lambda p, g: p - 0.1 * g, drafter_params, grads)
     assert grad(stepped, recurrent_head(params), batch, jax.random.key(1))[0][0] < loss
 

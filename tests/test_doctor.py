@@ -25,6 +25,8 @@ from specauf_jax.evaluation.doctor.measured import Gain, Measured, Reading, gain
 from specauf_jax.evaluation.doctor.pair import read_pair, repaired
 from specauf_jax.evaluation.doctor.reading import read_findings
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.heads.domino import Domino
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
 from specauf_jax.training.blocks import Batch
@@ -43,10 +45,8 @@ TARGET = a.Target(
     head_dim=8,
     tie_word_embeddings=False,
 )
-DFLASH = a.resolve_drafter(
-    a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK, target_layer_ids=IDS), TARGET
-)
-DOMINO = dataclasses.replace(DFLASH, projector_type="domino", shift_label=True, emb_dim=8, gru_hidden_dim=16)
+DFLASH = resolve_drafter(a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK, target_layer_ids=IDS), TARGET)
+DOMINO = dataclasses.replace(DFLASH, head=Domino(emb_dim=8, gru_hidden_dim=16))
 TEXTS = (
     "red fox",
     "seven dogs",

@@ -22,11 +22,12 @@ from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.speculate import prefill, propose
 from specauf_jax.decoding.state import Decoding, init_state
-from specauf_jax.kernels.lm_head import corrected_cross_entropy, frozen_head_cross_entropy
-from specauf_jax.models.domino import next_state, prefix_states
+from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy
+from specauf_jax.models.heads import dflash, domino
+from specauf_jax.models.heads.domino import Domino, next_state, prefix_states
 from specauf_jax.models.layers import init_kv_cache
 from specauf_jax.models.target import TargetStep, init_target, target_features, target_head
-from specauf_jax.objectives import ObjectiveSums
+from specauf_jax.objectives import LabelScores, ObjectiveSums
 from specauf_jax.training import loss as loss_module
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
 from specauf_jax.training.loss import LossConfig, block_hidden, loss_fn, loss_sums
@@ -116,11 +117,11 @@ def block_by_hand(drafter, batch, z, b, anchor):
       z: `[K, D]`, hidden states of the block.
       b, anchor: row and index.
     """
-    tokens, prefix = batch.tokens[b], drafter.pure_draft_prefix_len
+    tokens, prefix = batch.tokens[b], drafter.head.pure_draft_prefix_len
     embedding, lm_head = (np.asarray(x, np.float64) for x in (HEAD.embedding, HEAD.lm_head))
     down, up = (np.asarray(PARAMS["embed_proj"][name]["kernel"], np.float64) for name in ("down", "up"))
     for k in range(drafter.block_size):
-        if drafter.shift_label:
+        if drafter.head.shift_label:
             label, read, corrected = anchor + k + 1, tokens[anchor : anchor + k + 1], k >= prefix
         else:
             label, read, corrected = anchor + k, tokens[anchor : anchor + k], k >= 1 + prefix
@@ -245,7 +246,7 @@ def test_the_loss_of_two_branches_equals_plain_loops(shift_label, prefix):
         batch, anchors, keep = drawn_blocks(seed)
         (final, _), (base, _) = loss_by_hand(config, batch, anchors, keep)
         value, aux = loss_and_aux(batch, jax.random.key(seed), jnp.float32(share), config)
-        check_aux(aux, final, "final")
+        check_aux(aux.final, final, "final")
         check_aux(aux.base, base, "base")
         whole = (1 - share) * final["numerator"] / final["denominator"]
         whole += share * base["numerator"] / base["denominator"]
@@ -260,9 +261,11 @@ def test_blocks_over_the_end_of_documents_and_rows_and_holes_and_blocks_that_are
     config = loss_config("decay", "auf", shift_label=shift_label)
     (final, _), (base, _) = loss_by_hand(config, *fixed_blocks())
     numerators, aux = sums_at(*fixed_blocks(), config)
-    check_aux(aux, final, "final")
+    check_aux(aux.final, final, "final")
     check_aux(aux.base, base, "base")
-    np.testing.assert_allclose(numerators, [final["numerator"], base["numerator"]], rtol=1e-5)
+    np.testing.assert_allclose(
+        [numerators["final"], numerators["base"]], [final["numerator"], base["numerator"]], rtol=1e-5
+    )
     assert base["valid"] < 0.8 * base["blocks"] * config.drafter.num_labels
 
 
@@ -293,7 +296,7 @@ def test_every_combination_of_objectives_and_witness_equals_plain_loops():
     }
     for config, aux in zip(configs, every(batch, anchors, jnp.asarray(keep)), strict=True):
         name = f"{config.objective} {config.base_objective.name}"
-        check_aux(aux, by_hand[config.objective], name)
+        check_aux(aux.final, by_hand[config.objective], name)
         check_aux(aux.base, base_by_hand[config.base_objective.name], name)
     for name in OBJECTIVES[2:]:
         own, base = (by_hand[Objective(name, witness=witness)] for witness in ("own", "base"))
@@ -315,7 +318,7 @@ def one_block(config, base, final):
     batch = random_batch([[K + 1]], length=K + 1, supervised=1.0)
     with (
         mock.patch.object(loss_module, "block_hidden", lambda *_, **__: jnp.zeros((1, 1, K, TARGET.hidden_size))),
-        mock.patch.object(loss_module, "corrected_cross_entropy", lambda *_, **__: (base, final)),
+        mock.patch.object(Domino, "training_scores", lambda *_, **__: {"final": final, "base": base}),
     ):
         return loss_sums(PARAMS, HEAD, batch, jnp.array([[0]]), jnp.array([[True]]), config=config)
 
@@ -325,27 +328,28 @@ def test_the_five_variants_by_hand(name):
     """One block of four labels: the base is wrong at the second, the corrected drafts are wrong at the third."""
     final, base, *supports = BY_HAND[name]
     ce = jnp.array([[[1.0, 10.0, 100.0, 1000.0]]])  # the numerator's digits show what was counted
-    seen = (ce, jnp.array([[[0, 1, 0, 0]]])), (2 * ce, jnp.array([[[0, 0, 1, 0]]]))
+    seen = LabelScores(ce, jnp.array([[[0, 1, 0, 0]]])), LabelScores(2 * ce, jnp.array([[[0, 0, 1, 0]]]))
     numerators, aux = one_block(loss_config(final, base, shift_label=False), *seen)
-    for branch, objective, support, scale in zip((aux, aux.base), (final, base), supports, (2, 1), strict=True):
+    for branch, objective, support, scale in zip((aux.final, aux.base), (final, base), supports, (2, 1), strict=True):
         weights = [int(digit) for digit in support]
         if "decay" in objective.name:
             weights = [w * fading for w, fading in zip(weights, FADING, strict=True)]
         numerator = scale * sum(w * 10**n for n, w in enumerate(weights))
         np.testing.assert_allclose([branch.numerator, branch.denominator], [numerator, sum(weights)], rtol=1e-6)
         assert branch.support == support.count("1")
-    np.testing.assert_array_equal(numerators, [aux.numerator, aux.base.numerator])
-    assert (aux.emitted, aux.base.emitted) == (3, 2)
+    assert numerators == {"final": aux.final.numerator, "base": aux.base.numerator}
+    assert (aux.final.emitted, aux.base.emitted) == (3, 2)
 
 
 @conventions
 def test_a_block_without_failure_emits_as_many_tokens_as_a_round_can(shift_label):
     """K, also where K labels are trained and all of them are right."""
     config = loss_config(shift_label=shift_label)
-    seen = jnp.ones((1, 1, config.drafter.num_labels)), jnp.zeros((1, 1, config.drafter.num_labels), int)
+    N = config.drafter.num_labels
+    seen = LabelScores(jnp.ones((1, 1, N)), jnp.zeros((1, 1, N), int))
     _, aux = one_block(config, seen, seen)
-    assert aux.emitted == aux.base.emitted == K
-    assert aux.support == aux.correct == aux.valid == config.drafter.num_labels == K - (not shift_label)
+    assert aux.final.emitted == aux.base.emitted == K
+    assert aux.final.support == aux.final.correct == aux.final.valid == N == K - (not shift_label)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,9 +367,11 @@ def test_supports_and_weights_are_constants_to_the_gradient():
         loss = functools.partial(loss_fn, config=config, lambda_base=0.4)
         return jax.jit(jax.grad(lambda params: loss(params, HEAD, batch, rng)[0]))(PARAMS)
 
-    def held(objective, ce, rank, valid, **_):
+    def held(objective, scores, valid, **_):
         weights, denominator = constants.pop(0)
-        return ObjectiveSums(numerator=(weights * ce).sum(), denominator=jnp.float32(denominator), weights=weights)
+        return ObjectiveSums(
+            numerator=(weights * scores.cross_entropy).sum(), denominator=jnp.float32(denominator), weights=weights
+        )
 
     found = gradient()
     constants = [(jnp.float32(final_weights), final["denominator"]), (jnp.float32(base_weights), base["denominator"])]
@@ -425,7 +431,11 @@ def test_a_step_is_the_gradient_of_both_branches_by_their_shares():
     new, metrics = trained(1, step=3)
     (loss, aux), grads = gradient_of_loss(step=3)
     assert tiny.largest_difference(new.opt_state[0], grads) < 1e-6
-    expected = aux.measures() | {"final_loss": aux.numerator / aux.denominator, "lambda_base": 0.7, "loss": loss}
+    expected = aux.measures() | {
+        "final_loss": aux.final.numerator / aux.final.denominator,
+        "lambda_base": 0.7,
+        "loss": loss,
+    }
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
     base = aux.base.numerator / aux.base.denominator
@@ -470,18 +480,19 @@ def trained_logits(params, target_params, batch, anchors, keep, *, config, targe
     """Base and final logits `[B, A, N, V]` of training; of a plain drafter twice the same."""
     seen = []
 
-    def plain(hidden, lm_head, labels, valid, *, chunk, top_n):
+    def plain(hidden, lm_head, *arguments, **kwargs):
         seen.append((hidden @ lm_head, hidden @ lm_head))
-        return frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=chunk, top_n=top_n)
+        return frozen_head_cross_entropy(hidden, lm_head, *arguments, **kwargs)
 
-    def corrected(hidden, features, lm_head, up, labels, *, chunk):
-        seen.append((hidden @ lm_head, hidden @ lm_head + features @ up))
-        return corrected_cross_entropy(hidden, features, lm_head, up, labels, chunk=chunk)
+    def corrected(logits, arrays, labels, *, chunk):
+        found = logits(*arrays)
+        seen.append((found["base"], found["final"]))
+        return chunked_scores(logits, arrays, labels, chunk=chunk)
 
     batch = batch.replace(features=features_of(batch, target_params, target, config.drafter.target_layer_ids))
     with (
-        mock.patch.object(loss_module, "frozen_head_cross_entropy", plain),
-        mock.patch.object(loss_module, "corrected_cross_entropy", corrected),
+        mock.patch.object(dflash, "frozen_head_cross_entropy", plain),
+        mock.patch.object(domino, "chunked_scores", corrected),
     ):
         loss_sums(params, target_head(target_params), batch, anchors, keep, config=config)
     return seen[0]
@@ -525,7 +536,7 @@ SERVED = {
     "unshifted": {"shift_label": False},
     "shifted, first three as they are": {"shift_label": True, "pure_draft_prefix_len": 3},
     "unshifted, with windows": {"shift_label": False, "pure_draft_prefix_len": 0, "sliding_window": 6, **WINDOWS},
-    "plain, with windows": {"projector_type": "dflash", "sliding_window": 5, **WINDOWS},
+    "plain, with windows": {"head": "dflash", "sliding_window": 5, **WINDOWS},
 }
 
 
@@ -551,7 +562,8 @@ def proposed(params, drafter, texts, anchors):
 @pytest.mark.parametrize("changes", SERVED.values(), ids=SERVED)
 def test_training_logits_equal_decoding_logits(changes):
     """Documents in packed rows against the same prompts alone; the text goes on with exactly what was drafted."""
-    drafter = tiny.domino_config(block_size=K, **changes)
+    make = tiny.drafter_config if "head" in changes else tiny.domino_config
+    drafter = make(block_size=K, **{name: value for name, value in changes.items() if name != "head"})
     params = tiny.drafter_params(drafter, seed=2)
     batch = random_batch([[7, 17, 8]] * 5, length=32, seed=4, supervised=1.0)
     anchors = jnp.array([0, 2, 7, 11, 12])
@@ -683,9 +695,8 @@ def test_sampled_speculation_follows_the_targets_law(shift_label):
 @conventions
 def test_one_text_learnt_by_heart_decodes_at_tau_k(shift_label, monkeypatch):
     """The gate of test_overfit, with λ falling over the whole run."""
-    drafter = dataclasses.replace(
-        test_overfit.DRAFTER, projector_type="domino", shift_label=shift_label, emb_dim=8, gru_hidden_dim=16
-    )
+    head = Domino(shift_label=shift_label, emb_dim=8, gru_hidden_dim=16)
+    drafter = dataclasses.replace(test_overfit.DRAFTER, head=head)
     share = lambda_base_schedule(c.TrainOptimisation(steps=200))
     monkeypatch.setattr(test_overfit, "DRAFTER", drafter)
     monkeypatch.setattr(test_overfit, "make_train_step", functools.partial(make_train_step, lambda_base=share))

@@ -51,8 +51,8 @@ def slot_logits(batch, anchors, keep):
 @functools.partial(jax.jit, static_argnames="config")
 def sums_and_grads(params, batch, anchors, keep, config=AUF):
     def numerator(params):
-        [numerator], aux = loss_sums(params, HEAD, batch, anchors, keep, config=config)
-        return numerator, aux
+        numerators, aux = loss_sums(params, HEAD, batch, anchors, keep, config=config)
+        return numerators["final"], aux
 
     grads, aux = jax.grad(numerator, has_aux=True)(params)
     return aux, grads
@@ -140,7 +140,7 @@ def test_gradients_with_respect_to_features_reach_exactly_the_context_of_each_bl
 def test_blocks_that_are_not_kept_have_no_loss_and_gradients_of_zero():
     batch, anchors, keep = masked_batch()
     aux, grads = sums_and_grads(PARAMS, with_features(batch), anchors, jnp.zeros_like(keep))
-    assert aux.numerator == aux.denominator == aux.blocks == aux.valid == aux.emitted == 0
+    assert aux.final.numerator == aux.final.denominator == aux.final.blocks == aux.final.valid == aux.final.emitted == 0
     assert all(not g.any() for g in jax.tree.leaves(grads))  # nan would count as any
 
 
@@ -149,7 +149,7 @@ def test_fillers_do_not_change_the_loss_wherever_they_stand():
     batch, keep = with_features(batch), keep.at[:, 5:].set(False)
     here = sums_and_grads(PARAMS, batch, anchors, keep)
     there = sums_and_grads(PARAMS, batch, anchors.at[:, 5:].set(0), keep)
-    assert here[0].numerator > 0 and tiny.same_bits(here, there)
+    assert here[0].final.numerator > 0 and tiny.same_bits(here, there)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,9 +187,9 @@ def test_the_loss_equals_plain_loops_over_the_logits():
         aux, _ = sums_and_grads(PARAMS, with_features(batch), anchors, keep, config)
         for name, expected in count.items():
             if name == "correct" and config is AUF:
-                assert aux.correct is None and "common_token_accuracy" not in aux.measures()
+                assert aux.final.correct is None and "common_token_accuracy" not in aux.measures()
             else:
-                np.testing.assert_allclose(aux[name], expected, rtol=1e-5, err_msg=name)
+                np.testing.assert_allclose(aux.final[name], expected, rtol=1e-5, err_msg=name)
     assert count["support"] > count["support_correct"] > 1 and count["emitted"] > count["blocks"]  # some are right
     measures = aux.measures()
     np.testing.assert_allclose(measures["loss"], count["numerator"] / count["denominator"], rtol=1e-5)
@@ -206,7 +206,7 @@ def test_rows_without_anchors_add_exactly_nothing():
     batch = batch.replace(loss_mask=batch.loss_mask.at[2].set(EVERY_OTHER))
     batch = with_features(batch)
     loss, aux, grads = loss_and_grads(PARAMS, batch, rng)
-    assert aux.blocks == 5 and jnp.isfinite(loss) and loss > 0
+    assert aux.final.blocks == 5 and jnp.isfinite(loss) and loss > 0
     assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(grads))
     garbage = batch.replace(features=batch.features.at[1:].multiply(-3), tokens=batch.tokens.at[1:].set(7))
     changed, _, changed_grads = loss_and_grads(PARAMS, garbage, rng)

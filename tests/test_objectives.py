@@ -10,8 +10,9 @@ import pytest
 from specauf_jax import objectives
 from specauf_jax.config import Objective, decay_gamma
 from specauf_jax.objectives import (
+    LabelScores,
     accept_until_fail_mask,
-    cross_entropy_and_rank,
+    label_scores,
     objective_sums,
     prefix_acceptance,
     slot_weights,
@@ -121,8 +122,8 @@ def random_blocks(rng, K, B=2, A=4, V=11):
 
 @functools.partial(jax.jit, static_argnames=("objective", "K"))
 def sums_of_logits(logits, labels, valid, objective, K):
-    ce, rank = cross_entropy_and_rank(logits, labels)
-    return objective_sums(objective, ce, rank, valid, block_size=K)
+    ce, rank = label_scores(logits, labels)
+    return objective_sums(objective, LabelScores(ce, rank), valid, block_size=K)
 
 
 @ALL
@@ -168,7 +169,7 @@ SECOND_SLOT_UNSUPERVISED = {  # all slots right
 @pytest.mark.parametrize("name", FAILS_AT_THE_SECOND_SLOT)
 def test_by_hand_a_block_that_fails_at_its_second_slot(name):
     valid = np.array([[True, True, True, True]])
-    sums = objective_sums(Objective(name), CROSS_ENTROPY, np.array([[0, 2, 3, 0]]), valid, block_size=16)
+    sums = objective_sums(Objective(name), LabelScores(CROSS_ENTROPY, np.array([[0, 2, 3, 0]])), valid, block_size=16)
     weights, numerator, denominator = FAILS_AT_THE_SECOND_SLOT[name]
     np.testing.assert_allclose(sums.weights, [weights], rtol=1e-6)
     np.testing.assert_allclose([sums.numerator, sums.denominator], [numerator, denominator], rtol=1e-6)
@@ -177,7 +178,7 @@ def test_by_hand_a_block_that_fails_at_its_second_slot(name):
 @pytest.mark.parametrize("name", SECOND_SLOT_UNSUPERVISED)
 def test_by_hand_a_block_all_right_with_an_unsupervised_second_slot(name):
     valid = np.array([[True, False, True, True]])
-    sums = objective_sums(Objective(name), CROSS_ENTROPY, np.zeros((1, 4), int), valid, block_size=16)
+    sums = objective_sums(Objective(name), LabelScores(CROSS_ENTROPY, np.zeros((1, 4), int)), valid, block_size=16)
     weights, numerator, denominator = SECOND_SLOT_UNSUPERVISED[name]
     np.testing.assert_allclose(sums.weights, [weights], rtol=1e-6)
     np.testing.assert_allclose([sums.numerator, sums.denominator], [numerator, denominator], rtol=1e-6)
@@ -186,7 +187,7 @@ def test_by_hand_a_block_all_right_with_an_unsupervised_second_slot(name):
 def test_dpace_can_divide_by_rows():
     objective = Objective("dpace", dpace_denominator="rows")
     ce, rank, valid = np.ones((3, 2, 4)), np.zeros((3, 2, 4), int), np.ones((3, 2, 4), bool)
-    assert objective_sums(objective, ce, rank, valid, block_size=5).denominator == 3
+    assert objective_sums(objective, LabelScores(ce, rank), valid, block_size=5).denominator == 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,10 +246,10 @@ def test_prefix_acceptance_by_hand():
 
 def test_rank_zero_is_argmax_and_the_lower_id_wins_ties():
     logits = jnp.array([[1.0, 3.0, 3.0, 2.0]] * 4)
-    ce, rank = jax.jit(cross_entropy_and_rank)(logits, jnp.arange(4))
+    ce, rank = jax.jit(label_scores)(logits, jnp.arange(4))
     assert rank.tolist() == [3, 0, 1, 2]
     np.testing.assert_allclose(jnp.exp(-ce), jax.nn.softmax(logits[0]), rtol=1e-6)
-    assert cross_entropy_and_rank(jnp.zeros((3, 3)), jnp.arange(3))[1].tolist() == [0, 1, 2]
+    assert label_scores(jnp.zeros((3, 3)), jnp.arange(3))[1].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -257,7 +258,7 @@ def test_rank_zero_equals_numpys_argmax_of_the_logits_as_given(dtype):
     logits = jnp.asarray(rng.normal(size=(1000, 60)), dtype)
     rounded = np.asarray(logits.astype(jnp.float32))
     labels = np.where(rng.random(1000) < 0.5, rounded.argmax(-1), rounded.argsort(-1)[:, -2])
-    ce, rank = jax.jit(cross_entropy_and_rank)(logits, jnp.asarray(labels))
+    ce, rank = jax.jit(label_scores)(logits, jnp.asarray(labels))
     assert ce.dtype == jnp.float32
     np.testing.assert_array_equal(rank == 0, rounded.argmax(-1) == labels)
     ties = (rounded == rounded.max(-1, keepdims=True)).sum(-1) > 1
@@ -271,8 +272,8 @@ def test_rank_zero_equals_numpys_argmax_of_the_logits_as_given(dtype):
 
 def loss_of_logits(logits, labels, valid, objective, weights=None):
     """The mean loss; with `weights` given they stand in for the objective's own."""
-    ce, rank = cross_entropy_and_rank(logits, labels)
-    sums = objective_sums(objective, ce, rank, valid, block_size=8)
+    ce, rank = label_scores(logits, labels)
+    sums = objective_sums(objective, LabelScores(ce, rank), valid, block_size=8)
     numerator = sums.numerator if weights is None else jnp.where(weights > 0, weights * ce, 0.0).sum()
     return numerator / sums.denominator, sums.weights
 
@@ -295,8 +296,8 @@ def test_no_gradient_passes_through_the_weights(objective):
     logits, labels, valid = random_blocks(np.random.default_rng(4), 8)
 
     def total_weight(logits):
-        ce, rank = cross_entropy_and_rank(logits, labels)
-        return slot_weights(objective, ce, rank, valid, 8).sum()
+        ce, rank = label_scores(logits, labels)
+        return slot_weights(objective, LabelScores(ce, rank), valid, 8).sum()
 
     assert not jax.jit(jax.grad(total_weight))(logits).any()
     grads, weights = gradient_and_weights(logits, labels, valid, objective)
@@ -331,7 +332,7 @@ def test_a_non_finite_cross_entropy_without_weight_does_not_poison_the_loss(obje
     @jax.jit
     @jax.value_and_grad
     def numerator(ce):
-        return objective_sums(objective, ce, rank, valid, block_size=4).numerator
+        return objective_sums(objective, LabelScores(ce, rank), valid, block_size=4).numerator
 
     value, grad = numerator(jnp.array([[0.5, jnp.inf, jnp.nan]]))
     expected, expected_grad = numerator(jnp.array([[0.5, 1.0, 1.0]]))

@@ -12,6 +12,7 @@ from specauf_jax import config as c
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.loss import LossConfig
@@ -28,7 +29,7 @@ TARGET = a.Target(
     head_dim=8,
 )
 MASK = 29  # a token that the text below happens not to hold
-DRAFTER = a.resolve_drafter(a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK), TARGET)
+DRAFTER = resolve_drafter(a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK), TARGET)
 
 
 @pytest.mark.parametrize("objective", ["auf", "decay"])

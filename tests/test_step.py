@@ -120,7 +120,7 @@ def test_the_denominator_is_one_for_all_parts():
     @jax.jit
     def sums(batch, anchors, keep):
         _, aux = loss_sums(PARAMS, target_head(TARGET_PARAMS), batch, anchors, keep, config=AUF)
-        return aux.numerator, aux.denominator
+        return aux.final.numerator, aux.final.denominator
 
     parts = [sums(*jax.tree.map(lambda x, i=i: x[i::4], (batch, *drawn))) for i in range(4)]
     numerators, denominators = np.array(parts).T

@@ -181,8 +181,8 @@ def test_losses_and_gradients_equal_those_of_specforge(name, objective, pair, ta
     expected, accuracy, measures = their_loss(online, their_features(model, rows()[0], config.target_layer_ids))
     assert relative_error(loss, expected, floor=1.0) < TOLERANCE
     numerator, denominator = measures["loss_terms"]
-    assert relative_error(aux.numerator, numerator, floor=1.0) < TOLERANCE
-    assert relative_error(aux.denominator, denominator, floor=1.0) < TOLERANCE
+    assert relative_error(aux.final.numerator, numerator, floor=1.0) < TOLERANCE
+    assert relative_error(aux.final.denominator, denominator, floor=1.0) < TOLERANCE
     assert relative_error(aux.measures()["common_token_accuracy"], accuracy) < 1e-6
     assert_gradients_equal(gradients, theirs)
 
@@ -202,7 +202,7 @@ def test_both_losses_of_domino_and_their_gradients_equal_those_of_specforge(name
         (loss, (numerators, aux)), gradients = loss_and_gradient(params, *arguments, share, config=loss_config)
         expected, accuracy, measures = their_loss(online, features, lambda_base=share)
         assert relative_error(loss, expected, floor=1.0) < TOLERANCE
-        final, base = numerators / jnp.stack([aux.denominator, aux.base.denominator])
+        final, base = numerators / jnp.stack([aux.final.denominator, aux.base.denominator])
         assert relative_error(final, measures["final_loss"], floor=1.0) < TOLERANCE
         assert relative_error(base, measures["base_loss"], floor=1.0) < TOLERANCE
         assert abs(final - base) > 0.01

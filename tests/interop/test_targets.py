@@ -11,10 +11,11 @@ import tiny
 import torch
 from peers import relative_error
 
-from specauf_jax.architecture import Drafter, RopeScaling, resolve_drafter
+from specauf_jax.architecture import Drafter, RopeScaling
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
 from specauf_jax.models.weights import load_target, save_target
