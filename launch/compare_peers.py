@@ -34,7 +34,7 @@ import specauf_jax as sa
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.evaluation.timing import timed_pass
-from specauf_jax.models.layers import serving_params
+from specauf_jax.models.cpu import serving_params
 
 
 def seconds(*methods, repeats: int) -> list[list[float]]:

@@ -22,8 +22,8 @@ from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.decoding.generate import decode_round, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
-from specauf_jax.models.layers import serving_params
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.training.blocks import Batch
@@ -110,7 +110,7 @@ def one_round(width: int, *, B, S, K, V):
     target, drafter = models(width, K, V)
     decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
     params = init_drafter(drafter, jax.random.key(1)), init_target(target, jax.random.key(0))
-    params = tuple(map(serving_params, params)) if jax.default_backend() == "cpu" else params
+    params = tuple(map(serving_params, params))
     prompts = np.random.default_rng(0).integers(0, V - 1, (B, S))
     [batch] = prompt_batches(prompts, B)
     current = start(*params, batch, config=decoding, max_new_tokens=2 * K)

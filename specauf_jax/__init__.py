@@ -22,7 +22,7 @@ _HOME = {
     "prefix_acceptance": "objectives",
     "Head": "models.target",
     "TargetStep": "models.target",
-    "serving_params": "models.layers",
+    "serving_params": "models.cpu",
     "init_target": "models.target",
     "target_features": "models.target",
     "target_head": "models.target",

@@ -22,7 +22,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.report import write_report
 from specauf_jax.evaluation.runs import read_benchmark
 from specauf_jax.evaluation.timing import Timed
-from specauf_jax.models.layers import serving_params
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.target import TargetStep, target_features
 from specauf_jax.models.weights import save_drafter, save_target
 

@@ -280,7 +280,7 @@ def test_packing_does_not_change_the_drafters_loss_and_gradients():
     apart = sums_and_grads(
         PARAMS, unpacked, jnp.array([first + [0] * 5, second + [0] * 5]), jnp.array([[True] * 3 + [False] * 5] * 2)
     )
-    assert together[0].blocks == 6 and together[0].support > 6
+    assert together[0].final.blocks == 6 and together[0].final.support > 6
     assert tiny.largest_difference(together, apart) < 1e-6
 
 

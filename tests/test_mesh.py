@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,10 @@ def test_one_device_has_no_mesh():
     assert mesh_of(jnp.zeros(3)) is None
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     assert mesh_of(jax.device_put(jnp.zeros(3), replicated(mesh))) is None
+
+
+def test_a_profile_names_the_parts_of_a_step():
+    run, arguments = a_caller(make_mesh(Mesh(), jax.devices()[:1]))["step"]
+    text = run.lower(*arguments).as_text(debug_info=True)
+    for scope in ("target", "context", "blocks", "attention", "lm_head", "objective", "optimiser"):
+        assert re.search(rf'[/("]{scope}[/)"]', text), scope

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specauf_jax.commands.benchmark_train import benchmark_training
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models, served
+from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
 from specauf_jax.config import Benchmark, Mesh, Train
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
@@ -22,6 +22,7 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
 from specauf_jax.files import existing_folder, write_text
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
@@ -114,7 +115,7 @@ def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> 
     for name, folder in folders.items():
         drafter = fitted(drafter_config(folder), target)
         step = TargetStep(target, drafter.target_layer_ids)
-        params = served(load_drafter(folder, config.dtype, models.mesh)[0])
+        params = serving_params(load_drafter(folder, config.dtype, models.mesh)[0])
         methods[name] = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
     return methods
 

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from specauf_jax.commands.setup import announce, check_rows, float32_precision, load_target_with_bar, read_data, served
+from specauf_jax.commands.setup import announce, check_rows, float32_precision, load_target_with_bar, read_data
 from specauf_jax.config import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
@@ -31,6 +31,7 @@ from specauf_jax.files import (
     write_bytes,
     write_text,
 )
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import target_config
 from specauf_jax.sharding import make_mesh
@@ -51,7 +52,7 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     announce(config.out, mesh, console)
-    params = served(load_target_with_bar(config.target, config.dtype, console, mesh)[0])
+    params = serving_params(load_target_with_bar(config.target, config.dtype, console, mesh)[0])
     stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
     decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
 

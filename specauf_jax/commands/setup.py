@@ -14,7 +14,7 @@ from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.layers import serving_params
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
@@ -107,18 +107,13 @@ def check_rows(batch_size: int, mesh) -> None:
         )
 
 
-def served(params: dict) -> dict:
-    """Parameters as this machine decodes fastest with them: in serving form on CPUs, as they are elsewhere."""
-    return serving_params(params) if jax.default_backend() == "cpu" else params
-
-
 def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console) -> Models:
     """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
     tokenizer, config = load_tokenizer(target), target_config(target)
     resolved = None if drafter is None else fitted(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
-    target_params = served(load_target_with_bar(target, dtype, console, mesh)[0])
-    drafter_params = None if drafter is None else served(load_drafter(drafter, dtype, mesh)[0])
+    target_params = serving_params(load_target_with_bar(target, dtype, console, mesh)[0])
+    drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
     autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
     speculative = dataclasses.replace(autoregressive, drafter=resolved) if resolved else None
     return Models(

@@ -33,7 +33,8 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     positions = state.length[:, None] - 1 + jnp.arange(config.block_size)
     proposal = propose(drafter_params, target_params, state, anchor, positions, draft_keys, config=config)
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
-    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    with jax.named_scope("verify"):
+        logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
     state = state.replace(target_cache=cache)
     if config.has_model:
         # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
@@ -41,6 +42,7 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
 
 
+@jax.named_scope("propose")
 def propose(
     drafter_params, target_params, state: DecodeState, anchor, positions, keys, *, config: Decoding
 ) -> Proposal:
@@ -89,6 +91,7 @@ def _choose(logits, state: DecodeState, keys) -> jax.Array:
     return lax.cond(jnp.any(state.temperature > 0), sampled, lambda: jnp.argmax(logits, -1).astype(jnp.int32))
 
 
+@jax.named_scope("verify")
 def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:
     """The target's judgement of the drafts, from its float32 logits `[B, K, V]` over the block."""
 
@@ -102,6 +105,7 @@ def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:
     return Verdict(accepted=accepted, token=token)
 
 
+@jax.named_scope("commit")
 def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: Decoding) -> tuple[DecodeState, Round]:
     """Append accepted drafts and the target's token, up to the row's stop token or limit."""
     slot = jnp.arange(config.block_size)

@@ -14,6 +14,7 @@ NO_WINDOW = 0  # as the `window` of a layer that has none
 QUERY_CHUNK = 512  # queries whose scores over the whole row exist at one time
 
 
+@jax.named_scope("attention")
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
     """Softmax attention with grouped key/value heads.
 

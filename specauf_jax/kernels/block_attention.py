@@ -18,6 +18,7 @@ from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 _HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
 
 
+@jax.named_scope("attention")
 def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=None) -> jax.Array:
     """Softmax attention with grouped key/value heads; never an array of A·K·S numbers for more than one block.
 

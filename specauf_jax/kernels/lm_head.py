@@ -18,6 +18,7 @@ from specauf_jax.objectives import LabelScores, label_scores, scores_and_probabi
 from specauf_jax.sharding import mesh_of, per_device, rows_spec, vocabulary_spec
 
 
+@jax.named_scope("lm_head")
 def chunked_scores(logits: Callable, arrays: tuple, labels: jax.Array, *, chunk: int):
     """`label_scores` of the logits that `logits` makes, `chunk` slots of every row at a time; for heads that train.
 
@@ -38,6 +39,7 @@ def chunked_scores(logits: Callable, arrays: tuple, labels: jax.Array, *, chunk:
     return jax.tree.map(lambda x: x.reshape(labels.shape), map_chunks(one, chunk, *flat))
 
 
+@jax.named_scope("lm_head")
 def frozen_head_cross_entropy(
     hidden: jax.Array, lm_head: jax.Array, labels: jax.Array, valid: jax.Array, *, chunk: int, stop: int | None = None
 ) -> LabelScores:

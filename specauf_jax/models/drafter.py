@@ -5,8 +5,6 @@ as keys and values only. They are computed once per position, so that training (
 row share them) and decoding (a growing cache holds them) run the same `draft_blocks`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +13,7 @@ from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import NO_WINDOW
 from specauf_jax.kernels.block_attention import block_attention
-from specauf_jax.models.layers import KVCache, for_serving, is_serving, scan_layers, stack_layers
+from specauf_jax.models.layers import KVCache, module_of, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
 from specauf_jax.sharding import spread_rows
 
@@ -43,6 +41,7 @@ def drafter_shapes(config: ResolvedDrafter) -> dict:
     return jax.eval_shape(lambda: init_drafter(config, jax.random.key(0)))
 
 
+@jax.named_scope("context")
 def context_keys_values(params: dict, features, positions, *, config: ResolvedDrafter) -> KVCache:
     """What every drafter layer remembers of committed positions.
 
@@ -54,7 +53,7 @@ def context_keys_values(params: dict, features, positions, *, config: ResolvedDr
     Returns:
       KVCache with k, v `[M, B, S, G, E]` for M drafter layers.
     """
-    model = _module(config, params)
+    model = module_of(DrafterModel, config, params)
     context = spread_rows(model.hidden_norm(model.fc(features)))
     angles = rope_angles(positions, config)
     _, (k, v) = scan_layers(
@@ -63,6 +62,7 @@ def context_keys_values(params: dict, features, positions, *, config: ResolvedDr
     return KVCache(k=k, v=v)
 
 
+@jax.named_scope("blocks")
 def draft_blocks(
     params: dict,
     embeddings,
@@ -94,7 +94,7 @@ def draft_blocks(
     Returns:
       `[B, A, K, D]`.
     """
-    model = _module(config, params)
+    model = module_of(DrafterModel, config, params)
     angles = rope_angles(positions, config)
 
     windows = None if not any(config.windows) else jnp.asarray([w or NO_WINDOW for w in config.windows])
@@ -109,16 +109,3 @@ def draft_blocks(
         return spread_rows(x), None
 
     return model.norm(scan_layers(body, spread_rows(embeddings), model.layers, (context, windows), remat)[0])
-
-
-@functools.lru_cache
-def _graphdef(config: ResolvedDrafter, serving: bool):
-    def build():
-        model = DrafterModel(config, rngs=nnx.Rngs(0))
-        return for_serving(model, config) if serving else model
-
-    return nnx.split(nnx.eval_shape(build))[0]
-
-
-def _module(config: ResolvedDrafter, params: dict) -> DrafterModel:
-    return nnx.merge(_graphdef(config, is_serving(params)), params)

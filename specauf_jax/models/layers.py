@@ -5,6 +5,8 @@ may see is the caller's business, passed in as a function. Compute precision is 
 parameters; norms, softmax and RoPE angles are float32 inside.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from specauf_jax.config import Remat
+from specauf_jax.models.cpu import for_serving, gated, is_serving, product
 from specauf_jax.models.rope import apply_rope
 
 _PRODUCT = "product with weights"  # the name of such a result, for what is kept for the backward pass
@@ -112,6 +115,22 @@ def stack_layers(config, rngs: nnx.Rngs) -> DecoderLayer:
     return nnx.vmap(lambda rngs: DecoderLayer(config, rngs=rngs))(rngs.split(count))
 
 
+def module_of(kind: type, config, params: dict):
+    """A model of class `kind` with these parameters, stacked or in serving form."""
+    return nnx.merge(_graphdef(kind, config, is_serving(params)), params)
+
+
+@functools.lru_cache
+def _graphdef(kind: type, config, serving: bool):
+    def build():
+        model = kind(config, rngs=nnx.Rngs(0))
+        if not serving:
+            return model
+        return for_serving(model, [DecoderLayer(config, rngs=nnx.Rngs(0)) for _ in range(config.num_hidden_layers)])
+
+    return nnx.split(nnx.eval_shape(build))[0]
+
+
 def scan_layers(body, carry, layers: DecoderLayer, xs=None, remat: Remat = "none"):
     """`carry, y = body(carry, layer, x)` over all stacked layers, compiled once whatever their number.
 
@@ -156,55 +175,6 @@ def scan_first_layers(body, carry, layers: DecoderLayer, count: int):
     return lax.scan(step, carry, jnp.arange(count))[0]
 
 
-# ---------------------------------------------------------------------------------------------
-# Serving form: each layer's parameters by themselves, matrices with their outputs first
-
-
-def serving_params(params: dict) -> dict:
-    """Parameters of a target or drafter laid out for decoding; every function that decodes takes either form.
-
-    A round multiplies few rows by every matrix, so that reading the weights is nearly all of its time. On CPUs a
-    layer taken out of a stack is a copy (three times the traffic), and a product of few rows is 2 to 4 times
-    faster with the outputs in front (each core then walks through its own rows of the matrix, nothing is packed).
-    Training keeps the stacked form, whose compile time does not grow with depth.
-    """
-
-    def turned(path, x):
-        names = [key.key for key in path]
-        return x.T if names[-1] == "kernel" and names[0] in ("layers", "fc", "lm_head") else x
-
-    layers = params["layers"]
-    count = jax.tree.leaves(layers)[0].shape[0]
-    apart = {i: jax.tree.map(lambda p, i=i: p[i], layers) for i in range(count)}
-    return jax.tree_util.tree_map_with_path(turned, params | {"layers": apart})
-
-
-def is_serving(params: dict) -> bool:
-    """Whether parameters are in serving form."""
-    return 0 in params["layers"]
-
-
-def for_serving(model: nnx.Module, config) -> nnx.Module:
-    """The module whose parameters are those of `model` in serving form."""
-    model.layers = nnx.List(DecoderLayer(config, rngs=nnx.Rngs(0)) for _ in range(config.num_hidden_layers))
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.Linear):
-            module.dot_general = _turned_dot
-    return model
-
-
-def few_rows(x, weight, preferred_element_type=None):
-    """`[..., D]` by a matrix in serving form `[F, D]` → `[..., F]`."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = lax.dot_general(weight, rows, (((1,), (1,)), ((), ())), preferred_element_type=preferred_element_type)
-    # Without the barrier XLA swaps the factors to save the small transposition, and packs the matrix again.
-    return lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
-
-
-def _turned_dot(x, kernel, dimensions, **_):
-    return few_rows(x, kernel)
-
-
 def cast(params, dtype):
     """Parameters in compute precision."""
     return jax.tree.map(lambda p: p.astype(dtype), params)
@@ -217,42 +187,3 @@ def _linear(inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False) -> nn
 
 def _dot(x, kernel, dimensions, **_):
     return checkpoint_name(product(x, kernel), _PRODUCT)
-
-
-# ---------------------------------------------------------------------------------------------
-# Operations with a backward pass of their own: what autodiff makes of them, with fewer bytes
-
-
-@jax.custom_vjp
-def gated(gate, up):
-    """silu(gate) · up, all `[..., F]`; keeps both for the backward pass, where autodiff keeps four arrays."""
-    return jax.nn.silu(gate) * up
-
-
-def _gated_backward(saved, cotangent):
-    gate, up = saved
-    share = jax.nn.sigmoid(gate)
-    return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
-
-
-gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
-
-
-@jax.custom_vjp
-def product(x, kernel):
-    """`[..., D]` by `[D, F]` → `[..., F]`.
-
-    The kernel's gradient is asked for as `[D, F]` at once. Autodiff asks for `[F, D]`, and XLA on CPUs then makes a
-    transposed copy of the cotangent, whose computation it fuses into that copy and runs against the memory's grain.
-    """
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _product_backward(saved, cotangent):
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    dx = lax.dot_general(cotangent, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return dx, lax.dot_general(x, cotangent, ((rows, rows), ((), ())))
-
-
-product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)

@@ -1,7 +1,6 @@
 """The target: a dense causal language model (Qwen3, Qwen2.5, Llama 3), as pure functions of a parameter tree."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -13,12 +12,11 @@ from jax import lax
 from specauf_jax.architecture import Target
 from specauf_jax.kernels.attention import attend
 from specauf_jax.kernels.block_attention import causal_attention
+from specauf_jax.models.cpu import few_rows, is_serving
 from specauf_jax.models.layers import (
     KVCache,
-    few_rows,
-    for_serving,
     init_kv_cache,
-    is_serving,
+    module_of,
     scan_first_layers,
     scan_layers,
     stack_layers,
@@ -83,6 +81,7 @@ def document_starts(document_ids: jax.Array) -> jax.Array:
     return lax.cummax(jnp.where(first, index, 0), axis=document_ids.ndim - 1)
 
 
+@jax.named_scope("target")
 def target_hidden(params: dict, tokens, positions, document_ids, *, config: Target) -> jax.Array:
     """Final-normed hidden states of packed rows, `[B, S, D]`; for training the target itself.
 
@@ -92,7 +91,7 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
       positions: int32 `[B, S]`, within each token's own document.
       document_ids: int32 `[B, S]`; attention is causal within a document.
     """
-    model = _module(config, params)
+    model = module_of(CausalLM, config, params)
     angles, start = rope_angles(positions, config), document_starts(document_ids)
 
     def body(x, layer, _):
@@ -102,13 +101,14 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
     return model.norm(scan_layers(body, spread_rows(model.embed_tokens(tokens)), model.layers)[0])
 
 
+@jax.named_scope("target")
 def target_features(params: dict, tokens, positions, document_ids, *, config: Target, layer_ids) -> jax.Array:
     """Residual outputs of the tapped layers side by side, `[B, S, L·D]`.
 
     Runs no layer above the highest tap, no final norm and no LM head. Arguments as for
     `target_hidden`; `layer_ids` are 0-based and ascending.
     """
-    model = _module(config, params)
+    model = module_of(CausalLM, config, params)
     angles, start = rope_angles(positions, config), document_starts(document_ids)
     x = spread_rows(model.embed_tokens(tokens))
     count = max(layer_ids) + 1
@@ -136,9 +136,10 @@ class TargetStep:
     config: Target
     layer_ids: tuple[int, ...]
 
+    @jax.named_scope("target")
     def __call__(self, params, tokens, positions, cache: KVCache):
         config, count = self.config, self.config.num_hidden_layers
-        model = _module(config, params)
+        model = module_of(CausalLM, config, params)
         angles = rope_angles(positions, config)
         rows = jnp.arange(tokens.shape[0])[:, None]
         x = model.embed_tokens(tokens)
@@ -165,19 +166,6 @@ class TargetStep:
     def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> KVCache:
         """Room for `length` positions of each row."""
         return init_kv_cache(self.config, batch, length, dtype)
-
-
-@functools.lru_cache
-def _graphdef(config: Target, serving: bool):
-    def build():
-        model = CausalLM(config, rngs=nnx.Rngs(0))
-        return for_serving(model, config) if serving else model
-
-    return nnx.split(nnx.eval_shape(build))[0]
-
-
-def _module(config: Target, params: dict) -> CausalLM:
-    return nnx.merge(_graphdef(config, is_serving(params)), params)
 
 
 def _empty_taps(x, layer_ids, layers_run):

@@ -145,18 +145,17 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     drafter = config.drafter
     blocks = make_blocks(batch, anchors, keep, config=drafter)
     hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
-    with jax.named_scope("lm_head"):
-        scores = drafter.head.training_scores(
-            cast(drafter_params, config.dtype),
-            hidden,
-            embedding=head.embedding,
-            lm_head=gather_head(lax.stop_gradient(head.lm_head).astype(config.dtype)),
-            previous=blocks.previous,
-            labels=blocks.labels,
-            valid=blocks.valid,
-            chunk=config.slot_chunk,
-            stop=config.stop,
-        )
+    scores = drafter.head.training_scores(
+        cast(drafter_params, config.dtype),
+        hidden,
+        embedding=head.embedding,
+        lm_head=gather_head(lax.stop_gradient(head.lm_head).astype(config.dtype)),
+        previous=blocks.previous,
+        labels=blocks.labels,
+        valid=blocks.valid,
+        chunk=config.slot_chunk,
+        stop=config.stop,
+    )
     with jax.named_scope("objective"):
         witness = scores["base"] if config.objective.witness == "base" else None
         sums = {"final": _branch(config.objective, scores["final"], witness, blocks, config)}

@@ -183,6 +183,7 @@ def _accumulate(gradient, batch, parts: int):
     return jax.lax.scan(add, zero, split)[0]
 
 
+@jax.named_scope("optimiser")
 def _update(state: TrainState, optimizer, grads, metrics: dict, bad_inputs: dict):
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
