@@ -22,11 +22,11 @@ from specauf_jax.architecture import Drafter, Target, resolve_drafter
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.decoding.generate import decode_round, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.flops import round_flops, step_flops
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import serving_params
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.training.blocks import Batch
-from specauf_jax.training.flops import round_flops, step_flops
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import init_state, make_optimizer, make_train_step
 

@@ -14,12 +14,13 @@ import tiny
 from rich.console import Console
 
 from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, named_drafters, summary
-from specauf_jax.config import Benchmark, Report
+from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.report import write_report
+from specauf_jax.commands.report_settings import Report
 from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation.report import write_report
 from specauf_jax.evaluation.runs import read_benchmark
 from specauf_jax.evaluation.timing import Timed
 from specauf_jax.models.layers import serving_params
@@ -176,7 +177,8 @@ def test_serving_form_decodes_the_same(drafter):
 
 RECIPE = """
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
 
 config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4, mask_token_id=3),
                train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=8))

@@ -13,7 +13,8 @@ import pytest
 
 from specauf_jax import cli, config
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Objective, Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.recipes import from_dict
 

@@ -10,14 +10,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specauf_jax.architecture import resolve_drafter
+from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.benchmark_train import benchmark_training
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models, served
-from specauf_jax.config import Benchmark, Mesh, Train
+from specauf_jax.commands.loading import Models, check_rows, load_models, served
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import Mesh
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
-from specauf_jax.environment import describe_environment
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts

@@ -13,19 +13,21 @@ from rich.progress import track
 from rich.table import Table
 
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Target, resolve_drafter
-from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar
+from specauf_jax.commands.loading import load_target_with_bar
+from specauf_jax.commands.record import announce
 from specauf_jax.commands.train import PlacedStep, make_placed_step, with_anchors
-from specauf_jax.config import Train
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
+from specauf_jax.environment import float32_precision
 from specauf_jax.files import as_path
+from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import Head, init_target, target_features, target_head
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
-from specauf_jax.training.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.training.loss import block_hidden, loss_fn
 from specauf_jax.training.step import init_state, make_optimizer
 

@@ -7,11 +7,12 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
-from specauf_jax.config import Evaluate, Sampling
+from specauf_jax.commands.evaluate_settings import Evaluate
+from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.config import Sampling
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
-from specauf_jax.environment import describe_environment
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts

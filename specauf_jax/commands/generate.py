@@ -7,11 +7,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
-from specauf_jax.config import Generate, Sampling
+from specauf_jax.commands.generate_settings import Generate
+from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.config import Sampling
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
 from specauf_jax.distributed import is_primary
+from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts

@@ -5,11 +5,14 @@ import dataclasses
 import jax
 from rich.console import Console
 
-from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
-from specauf_jax.config import Pretrain
+from specauf_jax.commands.loading import read_data
+from specauf_jax.commands.pretrain_settings import Pretrain
+from specauf_jax.commands.record import announce, run_record
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.environment import float32_precision
 from specauf_jax.files import as_path
+from specauf_jax.flops import pretrain_flops
 from specauf_jax.models.target import init_target
 from specauf_jax.models.weights import save_target
 from specauf_jax.sharding import (
@@ -21,7 +24,6 @@ from specauf_jax.sharding import (
     placed,
     replicated,
 )
-from specauf_jax.training.flops import pretrain_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.step import init_state, make_optimizer, make_pretrain_step
 

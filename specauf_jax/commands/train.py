@@ -8,17 +8,20 @@ import numpy as np
 from rich.console import Console
 
 from specauf_jax.architecture import Drafter, Target, resolve_drafter
-from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data, run_record
-from specauf_jax.config import Train
+from specauf_jax.commands.loading import load_target_with_bar, read_data
+from specauf_jax.commands.record import announce, run_record
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import as_path
+from specauf_jax.flops import needed_flops, step_flops
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
 from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
@@ -33,7 +36,6 @@ from specauf_jax.sharding import (
     replicated,
 )
 from specauf_jax.training.blocks import eligible_anchors
-from specauf_jax.training.flops import needed_flops, step_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
