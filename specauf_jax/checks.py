@@ -1,5 +1,6 @@
 """Checks of single values, shared by all settings; each names the field, what it holds and what it should."""
 
+import dataclasses
 import difflib
 
 from specauf_jax.errors import SpecaufError
@@ -40,3 +41,20 @@ def choice(config, name: str, choices) -> None:
         raise SpecaufError(
             f"{name} is {value!r}{nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
         )
+
+
+def unused(config, *names: str, when: str) -> None:
+    """Refuse fields that nothing reads: they must hold their defaults.
+
+    Args:
+      config: settings of a dataclass.
+      names: of its fields.
+      when: what makes them useless, to follow their value in the message: "with --method autoregressive".
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise SpecaufError(
+                f"{name} is {value!r} {when}, where it has no effect", "settings that have one", f"leave {name} out"
+            )

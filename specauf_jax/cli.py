@@ -15,6 +15,7 @@ from rich.console import Console
 
 from specauf_jax.checks import nearest
 from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.compile_settings import Compile
 from specauf_jax.commands.doctor_settings import Doctor
 from specauf_jax.commands.evaluate_settings import Evaluate
@@ -36,12 +37,13 @@ COMMANDS = {
     "generate": (Generate, "generate"),
     "evaluate": (Evaluate, "evaluate"),
     "benchmark": (Benchmark, "benchmark"),
+    "benchmark-train": (BenchmarkTrain, "benchmark_train"),
     "export": (Export, "export"),
     "doctor": (Doctor, "doctor"),
     "compile": (Compile, "compile_recipe"),
     "report": (Report, "write_report"),
 }
-"""Name → its settings, and the function that does it, in the module of that name in `specauf_jax.commands`."""
+"""Name → its settings, and the function that does it, in the module of `specauf_jax.commands` with that name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,7 +71,7 @@ def _main(arguments: list[str]) -> int:
     parsed = _parse(settings, arguments[0], arguments[1:])
 
     def run(console=console):
-        module = importlib.import_module(f"specauf_jax.commands.{arguments[0]}")
+        module = importlib.import_module(f"specauf_jax.commands.{arguments[0].replace('-', '_')}")
         return getattr(module, function)(parsed, console)
 
     if not hasattr(parsed, "hosts"):
@@ -121,7 +123,7 @@ def _parse(settings: type, command: str, arguments: list[str]):
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
+    lines = [f"  {name:<15} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
     return "\n".join(
         [
             "specauf COMMAND [--config RECIPE.py] [--field value …]",

@@ -53,6 +53,10 @@ class Mesh:
     fsdp: int = -1
     tensor: int = 1
 
+    def over(self, other: "Mesh") -> "Mesh":
+        """`other`, with this mesh's axes in the place of its own where they are not 0."""
+        return Mesh(self.replica or other.replica, self.fsdp or other.fsdp, self.tensor or other.tensor)
+
 
 @dataclass(frozen=True)
 class Hosts:

@@ -186,7 +186,7 @@ def test_settings_take_the_place_of_the_recipe_s(run, measured, capsys):
 
 @pytest.mark.parametrize("name", ["train", "decode"])
 def test_one_program_too_large_is_enough(run, measured, monkeypatch, capsys, name):
-    monkeypatch.setitem(command._DEVICES, "v5e", (10, 1e12, 1))
+    monkeypatch.setitem(command._DEVICES, "v5e", ("TPU v5 lite", 10, 1))
     assert run()[0] == 0
     measured[name]["peak_bytes"] = 11
     code, report = run()

@@ -11,10 +11,7 @@ from rich.table import Table
 
 from specauf_jax.architecture import resolve_drafter
 from specauf_jax.commands.benchmark_settings import Benchmark
-from specauf_jax.commands.benchmark_train import benchmark_training
 from specauf_jax.commands.loading import Models, check_rows, load_models, served
-from specauf_jax.commands.train_settings import Train
-from specauf_jax.config import Mesh
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
@@ -27,7 +24,6 @@ from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
 from specauf_jax.files import existing_folder, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
-from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import make_mesh
 
 ALONE, LOOKUP = "autoregressive", "prompt_lookup"
@@ -55,8 +51,6 @@ class Method:
 
 def benchmark(config: Benchmark, console: Console) -> dict:
     """Measure, print a table, write `config.out`; returns what was written."""
-    if config.train is not None:
-        return _benchmark_train(config, console)
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
@@ -69,28 +63,15 @@ def benchmark(config: Benchmark, console: Console) -> dict:
         decoding = {}
         for size in config.batch_sizes:
             decoding[str(size)] = measure_size(size, requests, methods, models, config, console)
-    meta = {"target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)), "conventions": CONVENTIONS}
-    results = _write({"decoding": decoding}, meta, mesh, config)
-    _show(results, console)
-    return results
-
-
-def _benchmark_train(config: Benchmark, console: Console) -> dict:
-    recipe = read_recipe(Train, config.train)
-    for folder in named_drafters(config.drafters).values():
-        recipe = dataclasses.replace(recipe, init_from=folder)
-    if config.mesh != Mesh():
-        recipe = dataclasses.replace(recipe, mesh=config.mesh)
-    how = config.objectives, config.repeats, config.sequence_length
-    training = benchmark_training(recipe, *how, console)
-    return _write({"training": training}, {"recipe": dataclasses.asdict(recipe)}, make_mesh(recipe.mesh), config)
-
-
-def _write(measured: dict, meta: dict, mesh, config: Benchmark) -> dict:
-    meta = describe_environment(mesh) | {"dtype": config.dtype, "config": dataclasses.asdict(config)} | meta
-    results = measured | {"meta": meta}
+    meta = describe_environment(mesh) | {"dtype": config.dtype, "config": dataclasses.asdict(config)}
+    meta |= {
+        "target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)),
+        "conventions": CONVENTIONS,
+    }
+    results = {"decoding": decoding, "meta": meta}
     if is_primary():
         write_text(config.out, json.dumps(results, indent=2) + "\n")
+    _show(results, console)
     return results
 
 

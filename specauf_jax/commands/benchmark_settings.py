@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specauf_jax.checks import positive
-from specauf_jax.config import Dtype, Hosts, Mesh, ObjectiveName
+from specauf_jax.config import Dtype, Hosts, Mesh
 from specauf_jax.errors import SpecaufError
 
 
@@ -11,26 +11,17 @@ from specauf_jax.errors import SpecaufError
 class Benchmark:
     """Measure speed and latency of decoding: the target alone, prompt lookup, drafters, at several batch sizes.
 
-    Greedy; every method in turn within each repeat, so that a machine's moods hit all alike. Or of training, with
-    --train: whole steps under several objectives, and their parts.
+    Greedy; every method in turn within each repeat, so that a machine's moods hit all alike.
     """
 
-    out: str
-    """JSON to write: decoding or training, meta."""
-    target: str | None = None
+    target: str
     """Target folder in Hugging Face layout."""
-    prompts: str | None = None
+    prompts: str
     """JSONL as for `specauf generate`; of several turns the first."""
+    out: str
+    """JSON to write: decoding, meta."""
     drafters: tuple[str, ...] = ()
-    """NAME=DIR: drafter folders in z-lab layout. With --train one, whose weights the step starts from: they decide how
-    many slots `auf` needs."""
-    train: str | None = None
-    """Recipe of `specauf train` to measure in place of decoding. Its target may be Qwen3-4B, Qwen3-8B or Qwen3-32B,
-    with random weights; without its data rows are full of random tokens."""
-    objectives: tuple[ObjectiveName, ...] = ("auf", "decay")
-    """With --train: one after another within each repeat."""
-    sequence_length: int = 3072
-    """With --train and no data: S."""
+    """NAME=DIR: drafter folders in z-lab layout."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     """Rows that decode together."""
     max_prompts: int = 16
@@ -47,19 +38,7 @@ class Benchmark:
     hosts: Hosts = Hosts()
 
     def __post_init__(self):
-        positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram", "sequence_length")
-        if self.train is None and None in (self.target, self.prompts):
-            raise SpecaufError(
-                "neither --train nor both --target and --prompts",
-                "what to measure",
-                "pass --train RECIPE.py, or those two",
-            )
-        if self.train is not None and (len(self.drafters) > 1 or not self.objectives):
-            raise SpecaufError(
-                f"--train with {len(self.drafters)} drafters and {len(self.objectives)} objectives",
-                "at most one drafter, at least one objective",
-                "measure one after another",
-            )
+        positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
         if self.lookup_block_size < 2:
             raise SpecaufError(f"lookup_block_size is {self.lookup_block_size}", "at least 2", "set it to 8")
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):

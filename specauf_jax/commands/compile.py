@@ -154,9 +154,8 @@ def _recipe(config: Compile) -> Train:
     recipe = read_recipe(Train, config.config)
     changes = {"batch_size": config.batch_size, "accumulation": config.accumulation}
     changes = {name: value for name, value in changes.items() if value is not None}
-    axes = {name: size for name, size in dataclasses.asdict(config.mesh).items() if size != 0}
-    mesh = dataclasses.replace(recipe.mesh, **axes)
-    if config.slices > 1 and "replica" not in axes:
+    mesh = config.mesh.over(recipe.mesh)
+    if config.slices > 1 and not config.mesh.replica:
         mesh = dataclasses.replace(mesh, replica=config.slices)
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes), mesh=mesh)
 
