@@ -1,13 +1,15 @@
-"""Every setting of the system: frozen, hashable dataclasses, each field with one default and a reader.
+"""The method's settings: frozen, hashable dataclasses, each field with one default and a reader.
 
-`Objective` and the architectures (`specauf_jax.architecture`) are static data under `jit`. The other
-classes are the arguments of one command each; `specauf COMMAND --help` prints the texts below them.
+Commands put them together (`specauf_jax.commands.train_settings` and its like); `specauf COMMAND --help` prints the
+texts below the fields. `Objective` and the architectures (`specauf_jax.architecture`) are static data under `jit`.
 """
 
 import math
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from specauf_jax.checks import choice, not_negative, positive, seed
 from specauf_jax.errors import SpecaufError
@@ -181,6 +183,10 @@ class Sampling:
             raise SpecaufError(f"top_k is {self.top_k}", "a count of at least 0", "use 0 to keep every token")
         if not 0 < self.top_p <= 1:
             raise SpecaufError(f"top_p is {self.top_p}", "a probability in (0, 1]", "use 1 to keep every token")
+
+
+SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
+"""A command's field of this type has flags without a prefix: --temperature, --top-k, --top-p."""
 
 
 def decay_gamma(objective: Objective, block_size: int) -> float:

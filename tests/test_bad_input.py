@@ -303,7 +303,7 @@ CASES = {
         "documents has anything to answer; lower --prompt-length",
     ),
     "regenerate: documents": ("regenerate", {"documents": -1}, None, "documents is -1"),
-    "regenerate: top_k": ("regenerate", {"sampling__top_k": -1}, None, "top_k is -1"),
+    "regenerate: top_k": ("regenerate", {"top_k": -1}, None, "top_k is -1"),
     "regenerate: seed": ("regenerate", {"seed": -1}, None, "seed is -1"),
     # train: target
     "target missing": ("train", {"target": "nowhere"}, None, "nowhere does not exist; specauf pretrain"),

@@ -32,8 +32,11 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     assert exit_.value.code == 0
     assert f"usage: specauf {command}" in said and "--config RECIPE.py" in said
-    for field in dataclasses.fields(cli.COMMANDS[command][0]):
-        assert field.name.replace("_", "-") in said.lower().replace("_", "-")
+    names = {field.name for field in dataclasses.fields(cli.COMMANDS[command][0])}
+    if "sampling" in names:  # its flags have no prefix
+        names = names - {"sampling"} | {"temperature", "top_k", "top_p"}
+    for name in names:
+        assert name.replace("_", "-") in said.lower().replace("_", "-")
 
 
 def test_overview(capsys):
@@ -97,6 +100,25 @@ def test_settings_round_trip():
     )
     assert from_dict(Train, json.loads(json.dumps(dataclasses.asdict(settings))), "file") == settings
     assert hash(settings) == hash(from_dict(Train, dataclasses.asdict(settings), "file"))
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "regenerate"])
+def test_sampling_has_the_same_flags_everywhere(tmp_path, command):
+    settings, _ = cli.COMMANDS[command]
+    required = {
+        field.name: ("x",) if field.name == "prompts" and command == "evaluate" else "x"
+        for field in dataclasses.fields(settings) if field.default is dataclasses.MISSING
+    }  # fmt: skip
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"""
+from specauf_jax.commands.{command}_settings import {settings.__name__}
+from specauf_jax.config import Sampling
+
+config = {settings.__name__}(**{required!r}, sampling=Sampling(0.5, top_k=3))
+""")
+    parsed = cli._parse(settings, command, ["--config", str(recipe), "--top-k", "4", "--top-p", "0.9", "--seed", "5"])
+    assert parsed == settings(**required, sampling=config.Sampling(0.5, 4, 0.9), seed=5)
+    assert from_dict(settings, json.loads(json.dumps(dataclasses.asdict(parsed))), "file") == parsed
 
 
 @pytest.mark.parametrize(

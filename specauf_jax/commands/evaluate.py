@@ -9,7 +9,6 @@ from rich.table import Table
 
 from specauf_jax.commands.evaluate_settings import Evaluate
 from specauf_jax.commands.loading import Models, check_rows, load_models
-from specauf_jax.config import Sampling
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
@@ -56,8 +55,6 @@ class Measured:
 
 
 def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measured:
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
-
     def timed(requests, decoding: Decoding) -> Timed:
         return timed_pass(
             models.drafter_params if decoding.drafter else None,
@@ -66,7 +63,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
             config=decoding,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
-            sampling=sampling,
+            sampling=config.sampling,
             seed=config.seed,
             mesh=models.mesh,
         )
@@ -89,7 +86,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
         (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
     ]
     speculative, autoregressive = zip(*passes, strict=True)
-    return Measured(list(speculative), list(autoregressive), owners, greedy=config.temperature == 0)
+    return Measured(list(speculative), list(autoregressive), owners, greedy=config.sampling.temperature == 0)
 
 
 def _part(measured: Measured, models: Models) -> dict:
@@ -142,7 +139,7 @@ def _origin(drafter: str) -> dict:
 def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
     return describe_environment(models.mesh) | {
         "dtype": config.dtype,
-        "temperature": config.temperature,
+        "temperature": config.sampling.temperature,
         "block_size": models.speculative.block_size,
         "seed": config.seed,
         "objective": (origin.get("objective") or {}).get("name"),

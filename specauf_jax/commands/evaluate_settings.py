@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specauf_jax.checks import not_negative, positive, seed
-from specauf_jax.config import Dtype, Hosts, Mesh
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,7 @@ class Evaluate:
     out: str
     """JSON to write: overall, sets, meta."""
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: SamplingFlags = Sampling()
     seed: int = 0
     dtype: Dtype = "float32"
     batch_size: int = 16

@@ -9,7 +9,6 @@ from rich.text import Text
 
 from specauf_jax.commands.generate_settings import Generate
 from specauf_jax.commands.loading import Models, check_rows, load_models
-from specauf_jax.config import Sampling
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
 from specauf_jax.distributed import is_primary
@@ -23,7 +22,6 @@ from specauf_jax.sharding import make_mesh
 
 def generate(config: Generate, console: Console) -> None:
     """Answer every prompt; write JSONL, or print as it comes."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
     prompts = read_prompts(config.prompts)
     if config.method == "speculative" and config.drafter is None:
         raise SpecaufError(
@@ -42,14 +40,12 @@ def generate(config: Generate, console: Console) -> None:
     with float32_precision(config.dtype):
         models = load_models(config.target, drafter, config.dtype, mesh, console)
         if config.out is None:
-            _stream_all(models, prompts, config, sampling, console)
+            _stream_all(models, prompts, config, console)
         else:
-            _write_all(models, prompts, out, config, sampling, console)
+            _write_all(models, prompts, out, config, console)
 
 
-def _write_all(
-    models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, sampling: Sampling, console: Console
-) -> None:
+def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, console: Console) -> None:
     def run(requests, indices):
         models.check_room(requests, config.max_new_tokens)
         return generate_tokens(
@@ -58,7 +54,7 @@ def _write_all(
             requests,
             config=models.speculative or models.autoregressive,
             max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
+            sampling=config.sampling,
             seed=config.seed,
             batch_size=config.batch_size,
             mesh=models.mesh,
@@ -99,7 +95,7 @@ def _row(tokenizer, turns: list[Generation]) -> dict:
     }
 
 
-def _stream_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
+def _stream_all(models: Models, prompts: list[Prompt], config: Generate, console: Console) -> None:
     """One prompt after another; green is what the drafter contributed."""
 
     accepted = []
@@ -107,7 +103,7 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, samplin
 
         def run(requests, _, index=index):
             models.check_room(requests, config.max_new_tokens)
-            return [_stream_one(models, request, index, config, sampling, console) for request in requests]
+            return [_stream_one(models, request, index, config, console) for request in requests]
 
         accepted += [g.accepted for g in answer(models.tokenizer, [prompt], run)[0]]
     console.print(
@@ -116,7 +112,7 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, samplin
     )
 
 
-def _stream_one(models: Models, request, index: int, config: Generate, sampling: Sampling, console: Console):
+def _stream_one(models: Models, request, index: int, config: Generate, console: Console):
     tokens: list[int] = []
     history: list[int] = []
     console.print(Text(models.tokenizer.decode(request), style="dim"), end="")
@@ -126,7 +122,7 @@ def _stream_one(models: Models, request, index: int, config: Generate, sampling:
         request,
         config=models.speculative or models.autoregressive,
         max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
+        sampling=config.sampling,
         seed=config.seed,
         index=index,
         mesh=models.mesh,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specauf_jax.checks import positive, seed
-from specauf_jax.config import Dtype, Hosts, Mesh
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,7 @@ class Generate:
     """Drafter folder in z-lab layout; not needed for --method autoregressive."""
     method: Literal["speculative", "autoregressive"] = "speculative"
     max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: SamplingFlags = Sampling()
     seed: int = 0
     dtype: Dtype = "float32"
     batch_size: int = 16

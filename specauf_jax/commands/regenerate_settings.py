@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specauf_jax.checks import not_negative, positive, seed
-from specauf_jax.config import Dtype, Hosts, Mesh, Sampling
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Regenerate:
     """Tokens kept at the start of a document without any unsupervised prefix."""
     max_new_tokens: int = 96
     batch_size: int = 64
-    sampling: Sampling = Sampling()
+    sampling: SamplingFlags = Sampling()
     seed: int = 0
     dtype: Dtype = "float32"
     mesh: Mesh = Mesh()
