@@ -56,5 +56,7 @@ def unused(config, *names: str, when: str) -> None:
         value = getattr(config, name)
         if value != defaults[name]:
             raise SpecaufError(
-                f"{name} is {value!r} {when}, where it has no effect", "settings that have one", f"leave {name} out"
+                f"{name} is {value!r} {when}, where it has no effect",
+                "only settings that something reads",
+                f"leave {name} out, or set it to {defaults[name]!r}",
             )

@@ -110,6 +110,7 @@ def _tell(text: str, style: str = "red") -> None:
 def _parse(settings: type, command: str, arguments: list[str]):
     """Command-line arguments over a recipe over the defaults."""
     default, is_field = None, any(field.name == "config" for field in dataclasses.fields(settings))
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in arguments and not is_field:
         at = arguments.index("--config")
         if at + 1 == len(arguments):

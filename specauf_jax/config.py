@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from specauf_jax.checks import choice, not_negative, positive, seed
+from specauf_jax.checks import choice, not_negative, positive, seed, unused
 from specauf_jax.errors import SpecaufError
 
 ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
@@ -26,7 +26,7 @@ class Objective:
 
     name: ObjectiveName = "auf"
     gamma: float | None = None
-    """Time constant of decay in slots; None takes 7, 5, 4 for K = 16, 10, 8 and K/2 otherwise."""
+    """decay, auf_decay: time constant in slots; None takes 7, 5, 4 for K = 16, 10, 8 and K/2 otherwise."""
     griffin_top_n: int = 3
     """griffin: a slot counts as right when the label is among the drafter's n best tokens."""
     dpace_alpha: float = 0.5
@@ -34,7 +34,8 @@ class Objective:
     dpace_denominator: Literal["slots", "rows"] = "slots"
     """dpace: divide by the number of valid slots, or (as SpecForge does) by the batch rows."""
     witness: Literal["own", "base"] = "own"
-    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's."""
+    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's (auf, auf_decay,
+    griffin, dpace)."""
 
     def __post_init__(self):
         choice(self, "name", typing.get_args(ObjectiveName))
@@ -45,6 +46,15 @@ class Objective:
             positive(self, "gamma")
         if not 0 <= self.dpace_alpha <= 1:
             raise SpecaufError(f"objective.dpace_alpha is {self.dpace_alpha}", "a number from 0 to 1", "set it to 0.5")
+        readers = {
+            "gamma": ("decay", "auf_decay"),
+            "griffin_top_n": ("griffin",),
+            "dpace_alpha": ("dpace",),
+            "dpace_denominator": ("dpace",),
+            "witness": ("auf", "auf_decay", "griffin", "dpace"),
+        }
+        unread = (field for field, names in readers.items() if self.name not in names)
+        unused(self, *unread, when=f"under objective {self.name}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,8 @@ class TrainOptimisation(Optimisation):
     """What the backward pass computes again instead of keeping it: nothing, all but products with weights (dots), or
     all of each drafter layer (layers). Changes memory and speed, not results."""
     decode_every: int = 0
-    """Steps between measurements of real decode tau on held-out prompts; 0 for never."""
+    """Steps between measurements of real decode tau on held-out prompts; 0 for never. The best checkpoint is the best
+    of those at which it was measured."""
     decode_files: tuple[str, ...] = ()
     """JSONL prompts to decode; none takes the dataset's own held-out prompts."""
     decode_prompts: int = 16
@@ -162,6 +173,14 @@ class TrainOptimisation(Optimisation):
         super().__post_init__()
         positive(self, "num_anchors", "slot_chunk", "decode_prompts", "decode_tokens")
         not_negative(self, "decode_every", "lambda_base_decay_ratio")
+        if not self.decode_every:
+            unused(self, "decode_files", "decode_prompts", "decode_tokens", when="without decode_every")
+        elif self.decode_every % self.checkpoint_every and self.checkpoint_every % self.decode_every:
+            raise SpecaufError(
+                f"decode_every {self.decode_every} with checkpoint_every {self.checkpoint_every}",
+                "one a multiple of the other, so that tau is measured where checkpoints are saved and compared",
+                "change one of the two",
+            )
 
 
 @dataclass(frozen=True)
@@ -183,6 +202,8 @@ class Sampling:
             raise SpecaufError(f"top_k is {self.top_k}", "a count of at least 0", "use 0 to keep every token")
         if not 0 < self.top_p <= 1:
             raise SpecaufError(f"top_p is {self.top_p}", "a probability in (0, 1]", "use 1 to keep every token")
+        if self.temperature == 0:
+            unused(self, "top_k", "top_p", when="at temperature 0")
 
 
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]

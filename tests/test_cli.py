@@ -80,9 +80,11 @@ def test_recipe(recipe):
     assert parsed == values["config"]
 
 
-def test_arguments_override_a_recipe():
+@pytest.mark.parametrize("joined", [False, True])
+def test_arguments_override_a_recipe(joined):
     path = str(ROOT / "configs" / "tiny_cpu.py")
-    parsed = cli._parse(Train, "train", ["--train.steps", "7", "--config", path, "--objective.name", "griffin"])
+    recipe = [f"--config={path}"] if joined else ["--config", path]
+    parsed = cli._parse(Train, "train", ["--train.steps", "7", *recipe, "--objective.name", "griffin"])
     assert parsed.objective == Objective(name="griffin")
     recipe = runpy.run_path(path)["config"]
     assert parsed.train == dataclasses.replace(recipe.train, steps=7) and parsed.drafter == recipe.drafter
@@ -94,8 +96,8 @@ def test_settings_round_trip():
         data="b",
         out="c",
         drafter=Drafter(block_size=8, target_layer_ids=(1, 3), mask_token_id=None),
-        objective=Objective("dpace", gamma=2.5),
-        train=TrainOptimisation(decode_files=("x.jsonl", "y.jsonl"), learning_rate=1.0),
+        objective=Objective("decay", gamma=2.5),
+        train=TrainOptimisation(decode_every=100, decode_files=("x.jsonl", "y.jsonl"), learning_rate=1.0),
         mesh=config.Mesh(tensor=2),
     )
     assert from_dict(Train, json.loads(json.dumps(dataclasses.asdict(settings))), "file") == settings
@@ -205,7 +207,8 @@ def test_every_command(tmp_path, monkeypatch, capsys):
 
     models = "--target pre/target --drafter drafter --max-new-tokens 6 --batch-size 2"
     specauf(f"generate {models} --prompts prompts.jsonl --out speculative.jsonl")
-    specauf(f"generate {models} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
+    alone = models.replace(" --drafter drafter", "")
+    specauf(f"generate {alone} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
     speculative, plain = lines("speculative.jsonl"), lines("plain.jsonl")
     assert [row["tokens"] for row in speculative] == [row["tokens"] for row in plain]
     keys = {"prompt_tokens", "tokens", "text", "rounds", "accepted"}
@@ -218,7 +221,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     assert all(row["accepted"] == [0] * len(row["tokens"]) for row in plain)
 
     Path("one.jsonl").write_text(json.dumps(talk[1]) + "\n")
-    streamed = specauf(f"generate {models} --prompts one.jsonl")
+    streamed = specauf(f"generate {models.removesuffix(' --batch-size 2')} --prompts one.jsonl")
     assert "1 prompts, " in streamed and "the quick" in streamed
 
     said = specauf(f"evaluate {models} --prompts a=prompts.jsonl b=prompts.jsonl --out results.json --repeats 1")

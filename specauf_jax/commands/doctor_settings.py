@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive
+from specauf_jax.checks import not_negative, positive, unused
 from specauf_jax.config import Dtype
 
 
@@ -29,3 +29,6 @@ class Doctor:
     def __post_init__(self):
         positive(self, "max_new_tokens", "batch_size")
         not_negative(self, "max_prompts")
+        if not self.max_prompts:
+            decoding = ("prompts", "max_new_tokens", "single_ids", "batch_size", "dtype")
+            unused(self, *decoding, when="with --max-prompts 0, where nothing is decoded")

@@ -19,6 +19,7 @@ class Evaluate:
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
+    """Of what is drawn; at temperature 0 nothing is."""
     dtype: Dtype = "float32"
     batch_size: int = 16
     max_prompts: int = 0

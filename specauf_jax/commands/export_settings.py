@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from specauf_jax.checks import unused
 from specauf_jax.config import Dtype
 from specauf_jax.errors import SpecaufError
 
@@ -37,3 +38,7 @@ class Export:
                 "one source",
                 "pass the run folder of `specauf train`, or a drafter folder",
             )
+        if self.run is None:
+            unused(self, "step", when="with --drafter")
+        if self.layout != "speculators":
+            unused(self, "target", when=f"with --layout {self.layout}, which names no target")

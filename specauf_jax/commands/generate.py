@@ -23,13 +23,6 @@ from specauf_jax.sharding import make_mesh
 def generate(config: Generate, console: Console) -> None:
     """Answer every prompt; write JSONL, or print as it comes."""
     prompts = read_prompts(config.prompts)
-    if config.method == "speculative" and config.drafter is None:
-        raise SpecaufError(
-            "--method speculative without --drafter",
-            "a drafter folder",
-            "pass --drafter DIR or --method autoregressive",
-        )
-    drafter = config.drafter if config.method == "speculative" else None
     if config.out is None and jax.process_count() > 1:
         raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
     out = None if config.out is None else as_path(config.out)
@@ -38,7 +31,7 @@ def generate(config: Generate, console: Console) -> None:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.batch_size if config.out is not None else 1, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, drafter, config.dtype, mesh, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
         if config.out is None:
             _stream_all(models, prompts, config, console)
         else:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import not_negative, positive
+from specauf_jax.checks import not_negative, positive, unused
 from specauf_jax.errors import SpecaufError
 
 SMALLEST_ROW = 16
@@ -64,6 +64,17 @@ class Prepare:
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
             raise SpecaufError(f"vocab_size is {self.vocab_size}", f"at least {SMALLEST_VOCABULARY} (256 bytes, "
                                "the markers and some merges)", "raise --vocab-size")  # fmt: skip
+        if not self.tfds:
+            unused(self, "tfds_split", "tfds_dir", "tfds_prompt_field", "tfds_response_field", "tfds_text_field",
+                   when="without --tfds")  # fmt: skip
+        if self.tokenizer is not None:
+            unused(self, "vocab_size", when="with --tokenizer")
+        if self.corpus is None:
+            unused(self, "corpus_bytes", "heldout_prompts", "prompt_length", when="without --corpus")
+        else:
+            unused(self, "max_bad_records", when="with --corpus, which has no bad records")
+        if self.corpus is not None or self.tfds_text_field is not None:
+            unused(self, "allow_uniform_mask", when="without conversations")
         pair = self.tfds_prompt_field, self.tfds_response_field
         if self.tfds and (any(pair) if self.tfds_text_field else not all(pair)):
             raise SpecaufError("the fields of the TFDS dataset are not named, or both ways at once",

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 from rich.console import Console
 
+from specauf_jax.checks import unused
 from specauf_jax.commands.loading import read_data
 from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.record import announce, run_record
@@ -32,6 +33,8 @@ def pretrain(config: Pretrain, console: Console) -> None:
     """Train, then write `out/target` in Hugging Face layout with the tokenizer."""
     data, out, train = as_path(config.data), as_path(config.out), config.train
     manifest = read_data(data)
+    if config.target.vocab_size != manifest["vocab_size"]:
+        unused(config.target, "vocab_size", when=f"for a tokenizer of {manifest['vocab_size']} tokens")
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, vocab_size=manifest["vocab_size"]))
     mesh = make_mesh(config.mesh)
     check_batch(train.batch_size, train.accumulation, mesh)

@@ -24,6 +24,7 @@ class Regenerate:
     batch_size: int = 64
     sampling: SamplingFlags = Sampling()
     seed: int = 0
+    """Of what is drawn; at temperature 0 nothing is."""
     dtype: Dtype = "float32"
     mesh: Mesh = Mesh()
     hosts: Hosts = Hosts()

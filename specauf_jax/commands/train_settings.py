@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from specauf_jax.architecture import Drafter
+from specauf_jax.checks import unused
 from specauf_jax.config import Hosts, Mesh, Objective, TrainOptimisation
 
 
@@ -25,3 +26,6 @@ class Train:
     train: TrainOptimisation = TrainOptimisation()
     mesh: Mesh = Mesh()
     hosts: Hosts = Hosts()
+
+    def __post_init__(self):
+        unused(self.base_objective, "witness", when="in base_objective, whose branch has only its own")
