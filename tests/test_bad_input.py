@@ -402,10 +402,8 @@ CASES = {
     "other recipe": (
         "train",
         {"config": "recipe.py"},
-        put(
-            "recipe.py", "from specauf_jax.commands.export_settings import Export\nconfig = Export(run='a', out='b')\n"
-        ),
-        "recipe.py defines config = Export; config = Train; specauf train",
+        put("recipe.py", "from specauf_jax.config import Mesh\nconfig = Mesh()\n"),
+        "recipe.py defines config = Mesh; config = Train; specauf train",
     ),
     "broken recipe": (
         "train",
@@ -611,10 +609,12 @@ UNREAD = [
 
 
 @pytest.mark.parametrize(("line", "more", "words"), UNREAD, ids=[f"{line.split()[0]} {m}" for line, m, _ in UNREAD])
-def test_settings_without_effect_are_refused(capsys, line, more, words):
+def test_settings_without_effect_are_refused(tmp_path, monkeypatch, capsys, line, more, words):
+    monkeypatch.chdir(tmp_path)
     command, *rest = line.split()
     cli._parse(cli.COMMANDS[command][0], command, rest)
     assert words in refused(capsys, [*line.split(), *more.split()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_dataset_cut_at_a_block(here, capsys):

@@ -107,10 +107,9 @@ def test_settings_round_trip():
 @pytest.mark.parametrize("command", ["generate", "evaluate", "regenerate"])
 def test_sampling_has_the_same_flags_everywhere(tmp_path, command):
     settings, _ = cli.COMMANDS[command]
-    required = {
-        field.name: ("x",) if field.name == "prompts" and command == "evaluate" else "x"
-        for field in dataclasses.fields(settings) if field.default is dataclasses.MISSING
-    }  # fmt: skip
+    names = [field.name for field in dataclasses.fields(settings) if field.default is dataclasses.MISSING]
+    required = dict.fromkeys(names, "x")
+    required |= {"generate": {"drafter": "x"}, "evaluate": {"prompts": ("x",)}}.get(command, {})
     recipe = tmp_path / "recipe.py"
     recipe.write_text(f"""
 from specauf_jax.commands.{command}_settings import {settings.__name__}

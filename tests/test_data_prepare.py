@@ -31,7 +31,9 @@ def write_jsonl(path, *records):
 def run(tmp_path, **settings):
     """Prepare into tmp_path/out; the manifest and what was printed."""
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
-    defaults = {"out": str(tmp_path / "out"), "vocab_size": 300, "sequence_length": 64}
+    defaults = {"out": str(tmp_path / "out"), "sequence_length": 64}
+    if "tokenizer" not in settings:
+        defaults["vocab_size"] = 300
     return prepare(Prepare(**defaults | settings), console), console.file.getvalue()
 
 
