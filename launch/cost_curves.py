@@ -4,7 +4,7 @@
 
 One size at a time takes half, twice and four times its base; the others stay. Everything runs in turn within each
 repeat; a time is the fastest of them, which other work on the machine disturbs least. Beside each stands the same
-ratio by the FLOP model (specauf_jax/training/flops.py): a step that costs what it must grows as that does. Weights are
+ratio by the FLOP model (specauf_jax/flops.py): a step that costs what it must grows as that does. Weights are
 random, and the objective is `decay`: what `auf` saves depends on how much the drafter has learnt.
 """
 

@@ -20,12 +20,17 @@ def positive(config, *names: str) -> None:
             raise SpecaufError(f"{name} is {value}", "a number above 0", f"change {name}")
 
 
-def not_negative(config, *names: str) -> None:
-    """Fields of at least 0."""
+def at_least(config, least: int, *names: str) -> None:
+    """Fields of at least `least`."""
     for name in names:
         value = getattr(config, name)
-        if not value >= 0:
-            raise SpecaufError(f"{name} is {value}", "0 or more", f"change {name}")
+        if not value >= least:
+            raise SpecaufError(f"{name} is {value}", f"{least} or more", f"change {name}")
+
+
+def not_negative(config, *names: str) -> None:
+    """Fields of at least 0."""
+    at_least(config, 0, *names)
 
 
 def seed(config) -> None:
@@ -41,6 +46,26 @@ def choice(config, name: str, choices) -> None:
         raise SpecaufError(
             f"{name} is {value!r}{nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
         )
+
+
+def named(flag: str, arguments: tuple[str, ...], kind: str, *, taken: tuple[str, ...] = ()) -> dict[str, str]:
+    """NAME=VALUE arguments by name, each name once.
+
+    Args:
+      flag: for messages, with its dashes.
+      arguments: as given.
+      kind: what a value is, for messages.
+      taken: names that are not free.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not (name and value):
+            raise SpecaufError(f"{flag} {argument}", f"NAME={kind}", "put a name and an equals sign before it")
+        if name in found or name in taken:
+            raise SpecaufError(f"{flag} names {name} twice", "a name for each", "give them different names")
+        found[name] = value
+    return found
 
 
 def unused(config, *names: str, when: str) -> None:

@@ -105,6 +105,7 @@ class Optimisation:
     """Length, batch, optimiser and book-keeping of a training run."""
 
     steps: int = 1000
+    """0 saves the untrained weights."""
     batch_size: int = 8
     """Rows per optimiser step over the whole mesh, all accumulated parts together."""
     accumulation: int = 1
@@ -128,10 +129,8 @@ class Optimisation:
     def __post_init__(self):
         positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
         positive(self, "learning_rate", "clip_norm")
-        not_negative(self, "weight_decay", "profile_steps")
+        not_negative(self, "steps", "weight_decay", "profile_steps")
         seed(self)
-        if self.steps < 0:
-            raise SpecaufError(f"steps is {self.steps}", "0 (save the untrained weights) or more", "set it to 1000")
         if not 0 <= self.warmup_ratio < 1:
             raise SpecaufError(
                 f"warmup_ratio is {self.warmup_ratio}", "a share of the steps in [0, 1)", "set it to 0.04"
@@ -198,8 +197,7 @@ class Sampling:
             raise SpecaufError(
                 f"temperature is {self.temperature}", "a number of at least 0", "use 0 for greedy decoding"
             )
-        if self.top_k < 0:
-            raise SpecaufError(f"top_k is {self.top_k}", "a count of at least 0", "use 0 to keep every token")
+        not_negative(self, "top_k")
         if not 0 < self.top_p <= 1:
             raise SpecaufError(f"top_p is {self.top_p}", "a probability in (0, 1]", "use 1 to keep every token")
         if self.temperature == 0:

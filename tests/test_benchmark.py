@@ -13,7 +13,7 @@ import pytest
 import tiny
 from rich.console import Console
 
-from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, named_drafters, summary
+from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, summary
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.benchmark_train import benchmark_train
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
@@ -92,8 +92,8 @@ def test_a_summary_by_hand():
 def test_refusals(world):
     folder = world / "drafter"
     for arguments in (("drafter",), (f"a={folder}", f"a={folder}"), (f"autoregressive={folder}",), ("a=nowhere",)):
-        with pytest.raises(SpecaufError):
-            named_drafters(arguments)
+        with pytest.raises(SpecaufError, match="--drafters|does not exist"):
+            benchmark(settings(world, drafters=arguments), Console(quiet=True))
     for changes in ({"batch_sizes": (1, 1)}, {"batch_sizes": ()}, {"lookup_block_size": 1}, {"repeats": 0}):
         with pytest.raises(SpecaufError):
             settings(world, **changes)

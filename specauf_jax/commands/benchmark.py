@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from specauf_jax.architecture import resolve_drafter
+from specauf_jax.checks import named
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.loading import Models, check_rows, load_models, served
 from specauf_jax.decoding.baselines import PromptLookup
@@ -17,10 +18,9 @@ from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
-from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
+from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass
 from specauf_jax.files import existing_folder, write_text
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
@@ -54,7 +54,9 @@ def benchmark(config: Benchmark, console: Console) -> dict:
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
-    prompts, folders = read_prompts(config.prompts), named_drafters(config.drafters)
+    prompts, folders = read_prompts(config.prompts), named("--drafters", config.drafters, "DIR", taken=(ALONE, LOOKUP))
+    for folder in folders.values():
+        existing_folder(folder, "a drafter")
     with float32_precision(config.dtype):
         models = load_models(config.target, None, config.dtype, mesh, console)
         requests = [encode_first_turn(models.tokenizer, prompt) for prompt in prompts]
@@ -73,20 +75,6 @@ def benchmark(config: Benchmark, console: Console) -> dict:
         write_text(config.out, json.dumps(results, indent=2) + "\n")
     _show(results, console)
     return results
-
-
-def named_drafters(arguments: tuple[str, ...]) -> dict[str, str]:
-    """Folders by name, of NAME=DIR arguments."""
-    folders: dict[str, str] = {}
-    for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        if not (name and equals and folder):
-            raise SpecaufError(f"--drafters {argument}", "NAME=DIR", "give the drafter a name")
-        if name in folders or name in (ALONE, LOOKUP):
-            raise SpecaufError(f"--drafters names {name} twice", "a name for each method", "give it another name")
-        existing_folder(folder, "a drafter")
-        folders[name] = folder
-    return folders
 
 
 def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> dict[str, Method]:
@@ -154,11 +142,6 @@ def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
         "prefill_s": spread([p.prefill_s for p in passes]),
         "speedup": spread([a.decode_s / p.decode_s for p, a in zip(passes, alone, strict=True)]),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    return {name: float(np.percentile(values, at)) for name, at in (("median", 50), ("p10", 10), ("p90", 90))}
 
 
 def measure_round(method: Method, requests, models: Models, config: Benchmark) -> dict[str, float]:

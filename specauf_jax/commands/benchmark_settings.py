@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import positive
+from specauf_jax.checks import at_least, positive
 from specauf_jax.config import Dtype, Hosts, Mesh
 from specauf_jax.errors import SpecaufError
 
@@ -39,7 +39,6 @@ class Benchmark:
 
     def __post_init__(self):
         positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
-        if self.lookup_block_size < 2:
-            raise SpecaufError(f"lookup_block_size is {self.lookup_block_size}", "at least 2", "set it to 8")
+        at_least(self, 2, "lookup_block_size")
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):
             raise SpecaufError(f"batch_sizes {self.batch_sizes}", "different counts of rows", "pass 1 4 16 64")

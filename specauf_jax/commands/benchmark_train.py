@@ -25,6 +25,7 @@ from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
+from specauf_jax.evaluation.timing import spread
 from specauf_jax.files import as_path, write_text
 from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
@@ -197,9 +198,8 @@ def _measures(seconds, metrics, parts, compiled, recipe: Train, step: PlacedStep
     needed = sum(needed_flops(flops, active if step.loss.support_top_n else 1.0).values())
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     memory = compiled.memory_analysis()
-    p10, p90 = np.quantile(seconds, [0.1, 0.9]).tolist()
     return {
-        "step_s": {"median": median, "p10": p10, "p90": p90},
+        "step_s": spread(seconds),
         "rows_per_s": B / median,
         "tokens_per_s": B * S / median,
         "useful_tokens_per_s": int(batch.loss_mask.sum()) / median,

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import positive
+from specauf_jax.checks import at_least, positive
 from specauf_jax.config import Mesh
-from specauf_jax.errors import SpecaufError
 
 
 @dataclass(frozen=True)
@@ -36,5 +35,4 @@ class Compile:
 
     def __post_init__(self):
         positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size")
-        if self.decode_length < 2:
-            raise SpecaufError(f"decode_length is {self.decode_length}", "at least 2", "set it to 4096")
+        at_least(self, 2, "decode_length")

@@ -7,12 +7,12 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
+from specauf_jax.checks import named
 from specauf_jax.commands.evaluate_settings import Evaluate
 from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
-from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
@@ -22,10 +22,9 @@ from specauf_jax.sharding import make_mesh
 
 def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
-    out, sets = as_path(config.out), _read_sets(config.prompts)
+    out, files = as_path(config.out), named("--prompts", config.prompts, "FILE.jsonl")
+    sets = {name: read_prompts(file)[: config.max_prompts or None] for name, file in files.items()}
     origin = _origin(config.drafter)
-    if config.max_prompts:
-        sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
@@ -151,18 +150,6 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
             "tokens_per_s": "new tokens by seconds in the decoding loop, prefill apart; median over repeats",
         },
     }
-
-
-def _read_sets(arguments: tuple[str, ...]) -> dict[str, list[Prompt]]:
-    sets: dict[str, list[Prompt]] = {}
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not (name and equals and path):
-            raise SpecaufError(f"--prompts {argument}", "NAME=FILE.jsonl", "give the set a name")
-        if name in sets:
-            raise SpecaufError(f"--prompts names {name} twice", "a name for each set", "give them different names")
-        sets[name] = read_prompts(path)
-    return sets
 
 
 def _line(part: dict) -> str:

@@ -3,12 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import not_negative, positive, unused
+from specauf_jax.checks import at_least, not_negative, positive, unused
 from specauf_jax.errors import SpecaufError
-
-SMALLEST_ROW = 16
-SMALLEST_VOCABULARY = 300
-"""256 bytes, four markers and a few merges."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,9 @@ class Prepare:
     tokenizer: str | None = None
     """Folder with a Hugging Face tokenizer.json; None trains a byte-level BPE on the source."""
     vocab_size: int = 2048
-    """Vocabulary of the BPE that is trained."""
+    """Vocabulary of the BPE that is trained, at least 300: 256 bytes, four markers and a few merges."""
     sequence_length: int = 2048
-    """S: tokens per packed row."""
+    """S: tokens per packed row, at least 16."""
     heldout_prompts: int = 48
     """Prompts per held-out domain of the embedded corpus."""
     prompt_length: int = 64
@@ -54,16 +50,12 @@ class Prepare:
     def __post_init__(self):
         positive(self, "corpus_bytes", "heldout_prompts", "prompt_length")
         not_negative(self, "max_bad_records")
+        at_least(self, 16, "sequence_length")
+        at_least(self, 300, "vocab_size")
         given = [f"--{name}" for name in ("input", "tfds", "corpus") if getattr(self, name)]
         if len(given) != 1:
             raise SpecaufError(f"{len(given)} sources given ({', '.join(given) or 'none'})", "exactly one",
                                "pass one of --input, --tfds and --corpus")  # fmt: skip
-        if self.sequence_length < SMALLEST_ROW:
-            raise SpecaufError(f"sequence_length is {self.sequence_length}", f"at least {SMALLEST_ROW}",
-                               "raise --sequence-length")  # fmt: skip
-        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise SpecaufError(f"vocab_size is {self.vocab_size}", f"at least {SMALLEST_VOCABULARY} (256 bytes, "
-                               "the markers and some merges)", "raise --vocab-size")  # fmt: skip
         if not self.tfds:
             unused(self, "tfds_split", "tfds_dir", "tfds_prompt_field", "tfds_response_field", "tfds_text_field",
                    when="without --tfds")  # fmt: skip
