@@ -6,7 +6,8 @@ Hardware: see the README's table of what fits. Not yet run on a TPU.
 """
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
 
 config = Train(
     target="Qwen3-8B",

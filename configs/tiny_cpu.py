@@ -6,7 +6,8 @@ Hardware: one CPU core. Time: about a minute. Expected tau: see the README's tab
 """
 
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
 
 config = Train(
     target="runs/quickstart/target",

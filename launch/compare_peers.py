@@ -109,7 +109,8 @@ def compare_training(arguments) -> dict:
     head = sa.target_head(target_params)
 
     def ours(objective):
-        config = sa.LossConfig(drafter=drafter, objective=sa.Objective(objective, gamma=K / 2), num_anchors=A)
+        objective = sa.Objective(objective, gamma=K / 2 if objective == "decay" else None)
+        config = sa.LossConfig(drafter=drafter, objective=objective, num_anchors=A)
         step = jax.jit(jax.value_and_grad(functools.partial(sa.loss_fn, config=config), has_aux=True))
         return lambda: jax.block_until_ready(step(params, head, batch, jax.random.key(2)))
 

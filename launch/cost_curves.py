@@ -4,7 +4,7 @@
 
 One size at a time takes half, twice and four times its base; the others stay. Everything runs in turn within each
 repeat; a time is the fastest of them, which other work on the machine disturbs least. Beside each stands the same
-ratio by the FLOP model (specauf_jax/training/flops.py): a step that costs what it must grows as that does. Weights are
+ratio by the FLOP model (specauf_jax/flops.py): a step that costs what it must grows as that does. Weights are
 random, and the objective is `decay`: what `auf` saves depends on how much the drafter has learnt.
 """
 
@@ -22,12 +22,12 @@ from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.decoding.generate import decode_round, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.flops import round_flops, step_flops
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.training.blocks import Batch
-from specauf_jax.training.flops import round_flops, step_flops
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import init_state, make_optimizer, make_train_step
 

@@ -15,10 +15,11 @@ import sys
 import jax
 import numpy as np
 
-from specauf_jax.commands.setup import float32_precision, load_models
+from specauf_jax.commands.loading import load_models
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.packing import unpack
 from specauf_jax.decoding.generate import generate
+from specauf_jax.environment import float32_precision
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.models.drafter import init_drafter
 

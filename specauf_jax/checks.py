@@ -1,5 +1,6 @@
 """Checks of single values, shared by all settings; each names the field, what it holds and what it should."""
 
+import dataclasses
 import difflib
 
 from specauf_jax.errors import SpecaufError
@@ -19,12 +20,17 @@ def positive(config, *names: str) -> None:
             raise SpecaufError(f"{name} is {value}", "a number above 0", f"change {name}")
 
 
-def not_negative(config, *names: str) -> None:
-    """Fields of at least 0."""
+def at_least(config, least: int, *names: str) -> None:
+    """Fields of at least `least`."""
     for name in names:
         value = getattr(config, name)
-        if not value >= 0:
-            raise SpecaufError(f"{name} is {value}", "0 or more", f"change {name}")
+        if not value >= least:
+            raise SpecaufError(f"{name} is {value}", f"{least} or more", f"change {name}")
+
+
+def not_negative(config, *names: str) -> None:
+    """Fields of at least 0."""
+    at_least(config, 0, *names)
 
 
 def seed(config) -> None:
@@ -40,3 +46,42 @@ def choice(config, name: str, choices) -> None:
         raise SpecaufError(
             f"{name} is {value!r}{nearest(str(value), choices)}", f"one of {', '.join(choices)}", f"change {name}"
         )
+
+
+def named(flag: str, arguments: tuple[str, ...], kind: str, *, taken: tuple[str, ...] = ()) -> dict[str, str]:
+    """NAME=VALUE arguments by name, each name once.
+
+    Args:
+      flag: for messages, with its dashes.
+      arguments: as given.
+      kind: what a value is, for messages.
+      taken: names that are not free.
+    """
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not (name and value):
+            raise SpecaufError(f"{flag} {argument}", f"NAME={kind}", "put a name and an equals sign before it")
+        if name in found or name in taken:
+            raise SpecaufError(f"{flag} names {name} twice", "a name for each", "give them different names")
+        found[name] = value
+    return found
+
+
+def unused(config, *names: str, when: str) -> None:
+    """Refuse fields that nothing reads: they must hold their defaults.
+
+    Args:
+      config: settings of a dataclass.
+      names: of its fields.
+      when: what makes them useless, to follow their value in the message: "with --method autoregressive".
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise SpecaufError(
+                f"{name} is {value!r} {when}, where it has no effect",
+                "only settings that something reads",
+                f"leave {name} out, or set it to {defaults[name]!r}",
+            )

@@ -13,25 +13,37 @@ from collections.abc import Callable
 import tyro
 from rich.console import Console
 
-from specauf_jax import config
 from specauf_jax.checks import nearest
+from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
+from specauf_jax.commands.compile_settings import Compile
+from specauf_jax.commands.doctor_settings import Doctor
+from specauf_jax.commands.evaluate_settings import Evaluate
+from specauf_jax.commands.export_settings import Export
+from specauf_jax.commands.generate_settings import Generate
+from specauf_jax.commands.prepare_settings import Prepare
+from specauf_jax.commands.pretrain_settings import Pretrain
+from specauf_jax.commands.regenerate_settings import Regenerate
+from specauf_jax.commands.report_settings import Report
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.errors import SpecaufError, Stopped
 from specauf_jax.recipes import read_recipe
 
 COMMANDS = {
-    "prepare": (config.Prepare, "specauf_jax.data.prepare", "prepare"),
-    "pretrain": (config.Pretrain, "specauf_jax.commands.pretrain", "pretrain"),
-    "regenerate": (config.Regenerate, "specauf_jax.commands.regenerate", "regenerate"),
-    "train": (config.Train, "specauf_jax.commands.train", "train"),
-    "generate": (config.Generate, "specauf_jax.commands.generate", "generate"),
-    "evaluate": (config.Evaluate, "specauf_jax.commands.evaluate", "evaluate"),
-    "benchmark": (config.Benchmark, "specauf_jax.commands.benchmark", "benchmark"),
-    "export": (config.Export, "specauf_jax.commands.export", "export"),
-    "doctor": (config.Doctor, "specauf_jax.commands.doctor", "doctor"),
-    "compile": (config.Compile, "specauf_jax.commands.compile", "compile_recipe"),
-    "report": (config.Report, "specauf_jax.evaluation.report", "write_report"),
+    "prepare": (Prepare, "prepare"),
+    "pretrain": (Pretrain, "pretrain"),
+    "regenerate": (Regenerate, "regenerate"),
+    "train": (Train, "train"),
+    "generate": (Generate, "generate"),
+    "evaluate": (Evaluate, "evaluate"),
+    "benchmark": (Benchmark, "benchmark"),
+    "benchmark-train": (BenchmarkTrain, "benchmark_train"),
+    "export": (Export, "export"),
+    "doctor": (Doctor, "doctor"),
+    "compile": (Compile, "compile_recipe"),
+    "report": (Report, "write_report"),
 }
-"""Name → its settings, and the module and function that does it."""
+"""Name → its settings, and the function that does it, in the module of `specauf_jax.commands` with that name."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,11 +67,12 @@ def _main(arguments: list[str]) -> int:
             ", ".join(COMMANDS),
             "see specauf --help",
         )
-    settings, module, function = COMMANDS[arguments[0]]
+    settings, function = COMMANDS[arguments[0]]
     parsed = _parse(settings, arguments[0], arguments[1:])
 
     def run(console=console):
-        return getattr(importlib.import_module(module), function)(parsed, console)
+        module = importlib.import_module(f"specauf_jax.commands.{arguments[0].replace('-', '_')}")
+        return getattr(module, function)(parsed, console)
 
     if not hasattr(parsed, "hosts"):
         return run()
@@ -97,6 +110,7 @@ def _tell(text: str, style: str = "red") -> None:
 def _parse(settings: type, command: str, arguments: list[str]):
     """Command-line arguments over a recipe over the defaults."""
     default, is_field = None, any(field.name == "config" for field in dataclasses.fields(settings))
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in arguments and not is_field:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -110,7 +124,7 @@ def _parse(settings: type, command: str, arguments: list[str]):
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
+    lines = [f"  {name:<15} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
     return "\n".join(
         [
             "specauf COMMAND [--config RECIPE.py] [--field value …]",

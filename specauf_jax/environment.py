@@ -1,4 +1,4 @@
-"""What a result was made with: versions, revision, devices."""
+"""What a result is made with: versions, revision, devices, precision of products."""
 
 import importlib.metadata
 import platform
@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import jax
+
+from specauf_jax.config import Dtype
 
 _PACKAGES = (
     "specauf-jax",
@@ -30,6 +32,11 @@ def describe_environment(mesh: jax.sharding.Mesh | None = None) -> dict:
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape) if mesh is not None else None,
     }
+
+
+def float32_precision(dtype: Dtype):
+    """Matrix products in full precision for float32: accelerators would quietly use bfloat16 passes."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 def _version(package: str) -> str | None:

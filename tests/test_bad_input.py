@@ -278,6 +278,7 @@ CASES = {
         edit_json("data/manifest.json", lambda m: m.update(rows=99)),
         "data/dataset holds; the manifest's 99",
     ),
+    "pretrain: vocabulary": ("pretrain", {"target__vocab_size": 400}, None, "vocab_size is 400 for a tokenizer of 300"),
     "pretrain: heads": ("pretrain", {"target__num_attention_heads": 3}, None, "3 query heads over 2"),
     "accumulation": ("pretrain", {"train__accumulation": 3}, None, "batch_size 2 does not divide into accumulation 3"),
     "mesh": ("pretrain", {"mesh__tensor": 7}, None, "mesh replica=1 fsdp=-1 tensor=7 on 1 devices; --mesh.tensor"),
@@ -303,7 +304,7 @@ CASES = {
         "documents has anything to answer; lower --prompt-length",
     ),
     "regenerate: documents": ("regenerate", {"documents": -1}, None, "documents is -1"),
-    "regenerate: top_k": ("regenerate", {"sampling__top_k": -1}, None, "top_k is -1"),
+    "regenerate: top_k": ("regenerate", {"top_k": -1}, None, "top_k is -1"),
     "regenerate: seed": ("regenerate", {"seed": -1}, None, "seed is -1"),
     # train: target
     "target missing": ("train", {"target": "nowhere"}, None, "nowhere does not exist; specauf pretrain"),
@@ -401,8 +402,8 @@ CASES = {
     "other recipe": (
         "train",
         {"config": "recipe.py"},
-        put("recipe.py", "from specauf_jax.config import Export\nconfig = Export(run='a', out='b')\n"),
-        "recipe.py defines config = Export; config = Train; specauf train",
+        put("recipe.py", "from specauf_jax.config import Mesh\nconfig = Mesh()\n"),
+        "recipe.py defines config = Mesh; config = Train; specauf train",
     ),
     "broken recipe": (
         "train",
@@ -566,6 +567,54 @@ def test_refused_without_a_trace(here, capsys, case):
 def test_unknown_command(capsys):
     said = refused(capsys, ["trian", "--out", "x"])
     assert "unknown command 'trian' (did you mean 'train'?)" in said and "specauf --help" in said
+
+
+UNREAD = [
+    ("prepare --input x --out y", "--tfds-split test", "tfds_split is 'test' without --tfds"),
+    ("prepare --input x --out y", "--tfds-dir d", "tfds_dir is 'd' without --tfds"),
+    ("prepare --corpus stdlib --out y", "--tfds-prompt-field a", "tfds_prompt_field is 'a' without --tfds"),
+    ("prepare --corpus stdlib --out y", "--tfds-response-field a", "tfds_response_field is 'a' without --tfds"),
+    ("prepare --corpus stdlib --out y", "--tfds-text-field a", "tfds_text_field is 'a' without --tfds"),
+    ("prepare --input x --out y --tokenizer z", "--vocab-size 400", "vocab_size is 400 with --tokenizer"),
+    ("prepare --input x --out y", "--corpus-bytes 9", "corpus_bytes is 9 without --corpus"),
+    ("prepare --input x --out y", "--heldout-prompts 9", "heldout_prompts is 9 without --corpus"),
+    ("prepare --input x --out y", "--prompt-length 9", "prompt_length is 9 without --corpus"),
+    ("prepare --corpus stdlib --out y", "--max-bad-records 9", "max_bad_records is 9 with --corpus"),
+    ("prepare --corpus stdlib --out y", "--allow-uniform-mask", "allow_uniform_mask is True without conversations"),
+    ("prepare --tfds t --tfds-text-field f --out y", "--allow-uniform-mask", "allow_uniform_mask is True without"),
+    ("train --target x --data y --out z", "--objective.gamma 3", "gamma is 3.0 under objective auf"),
+    ("train --target x --data y --out z", "--base-objective.gamma 3", "gamma is 3.0 under objective auf"),
+    ("train --target x --data y --out z", "--objective.griffin-top-n 2", "griffin_top_n is 2 under objective auf"),
+    ("train --target x --data y --out z", "--objective.dpace-alpha 0.4", "dpace_alpha is 0.4 under objective auf"),
+    ("train --target x --data y --out z", "--objective.dpace-denominator rows", "dpace_denominator is 'rows' under"),
+    ("train --target x --data y --out z --objective.name decay", "--objective.witness base", "witness is 'base' under"),
+    ("train --target x --data y --out z", "--base-objective.witness base", "witness is 'base' in base_objective"),
+    ("train --target x --data y --out z", "--train.decode-files f", "decode_files is ('f',) without decode_every"),
+    ("train --target x --data y --out z", "--train.decode-prompts 9", "decode_prompts is 9 without decode_every"),
+    ("train --target x --data y --out z", "--train.decode-tokens 9", "decode_tokens is 9 without decode_every"),
+    ("train --target x --data y --out z", "--train.decode-every 300", "decode_every 300 with checkpoint_every 200"),
+    ("regenerate --data x --target y --out z", "--top-k 5", "top_k is 5 at temperature 0"),
+    ("evaluate --target x --drafter y --prompts a=b --out z", "--top-p 0.5", "top_p is 0.5 at temperature 0"),
+    ("generate --target x --prompts y --out z --method autoregressive", "--drafter d", "drafter is 'd' with --method"),
+    ("generate --target x --prompts y --drafter z", "--batch-size 4", "batch_size is 4 without --out"),
+    ("export --drafter x --out y", "--step best", "step is 'best' with --drafter"),
+    ("export --run x --out y", "--target z", "target is 'z' with --layout zlab"),
+    ("doctor --target x --drafter y --max-prompts 0", "--prompts z", "prompts is 'z' with --max-prompts 0"),
+    ("doctor --target x --drafter y --max-prompts 0", "--max-new-tokens 9", "max_new_tokens is 9 with --max-prompts 0"),
+    ("doctor --target x --drafter y --max-prompts 0", "--no-single-ids", "single_ids is False with --max-prompts 0"),
+    ("doctor --target x --drafter y --max-prompts 0", "--batch-size 9", "batch_size is 9 with --max-prompts 0"),
+    ("doctor --target x --drafter y --max-prompts 0", "--dtype bfloat16", "dtype is 'bfloat16' with --max-prompts 0"),
+]
+"""A command that would start, a setting that nothing in it reads, and what is said of it."""
+
+
+@pytest.mark.parametrize(("line", "more", "words"), UNREAD, ids=[f"{line.split()[0]} {m}" for line, m, _ in UNREAD])
+def test_settings_without_effect_are_refused(tmp_path, monkeypatch, capsys, line, more, words):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = line.split()
+    cli._parse(cli.COMMANDS[command][0], command, rest)
+    assert words in refused(capsys, [*line.split(), *more.split()])
+    assert not list(tmp_path.iterdir())
 
 
 def test_dataset_cut_at_a_block(here, capsys):

@@ -13,13 +13,16 @@ import pytest
 import tiny
 from rich.console import Console
 
-from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, named_drafters, summary
-from specauf_jax.config import Benchmark, Report
+from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, summary
+from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.benchmark_train import benchmark_train
+from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
+from specauf_jax.commands.report import write_report
+from specauf_jax.commands.report_settings import Report
 from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation.report import write_report
 from specauf_jax.evaluation.runs import read_benchmark
 from specauf_jax.evaluation.timing import Timed
 from specauf_jax.models.cpu import serving_params
@@ -89,8 +92,8 @@ def test_a_summary_by_hand():
 def test_refusals(world):
     folder = world / "drafter"
     for arguments in (("drafter",), (f"a={folder}", f"a={folder}"), (f"autoregressive={folder}",), ("a=nowhere",)):
-        with pytest.raises(SpecaufError):
-            named_drafters(arguments)
+        with pytest.raises(SpecaufError, match="--drafters|does not exist"):
+            benchmark(settings(world, drafters=arguments), Console(quiet=True))
     for changes in ({"batch_sizes": (1, 1)}, {"batch_sizes": ()}, {"lookup_block_size": 1}, {"repeats": 0}):
         with pytest.raises(SpecaufError):
             settings(world, **changes)
@@ -176,20 +179,21 @@ def test_serving_form_decodes_the_same(drafter):
 
 RECIPE = """
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
 
-config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4, mask_token_id=3),
-               train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=8))
+config = Train(target={target!r}, data={data!r}, out="", drafter=Drafter(block_size=4, mask_token_id=3),
+               train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=8, dtype="bfloat16"))
 """
 
 
 def test_training(world, tmp_path):
     """Random rows, all of them supervised; of the drafter's slots auf needs fewer than decay, and says so."""
     recipe, S = tmp_path / "recipe.py", 32
-    recipe.write_text(RECIPE.format(target=str(world / "target")))
-    config = Benchmark(train=str(recipe), drafters=(f"mine={world / 'drafter'}",), out=str(tmp_path / "out.json"),
-                       repeats=2, sequence_length=S)  # fmt: skip
-    found = benchmark(config, Console(quiet=True))
+    recipe.write_text(RECIPE.format(target=str(world / "target"), data=""))
+    config = BenchmarkTrain(config=str(recipe), drafter=str(world / "drafter"), out=str(tmp_path / "out.json"),
+                            repeats=2, sequence_length=S)  # fmt: skip
+    found = benchmark_train(config, Console(quiet=True))
     assert json.loads((tmp_path / "out.json").read_text())["training"] == found["training"]
     auf, decay = found["training"]["auf"], found["training"]["decay"]
     for m in (auf, decay):
@@ -198,11 +202,17 @@ def test_training(world, tmp_path):
         assert m["parts_s"]["drafter"] > 0 and m["parts_s"]["lm_head"] > 0 and m["peak_bytes"] > 0 and m["mfu"] is None
         assert m["parts_s"]["rest"] == seconds - m["parts_s"]["target"] - m["parts_s"]["drafter"]
     assert 0 < auf["active_ratio"] < decay["active_ratio"] == 1 and auf["flops"] < decay["flops"]
-    assert found["meta"]["recipe"]["init_from"] == str(world / "drafter")
+    meta = found["meta"]
+    assert meta["recipe"]["init_from"] == str(world / "drafter") and meta["dtype"] == "bfloat16"
 
 
-def test_nothing_to_measure():
-    with pytest.raises(SpecaufError, match="neither --train nor both"):
-        Benchmark(out="x", target="y")
-    with pytest.raises(SpecaufError, match="2 drafters"):
-        Benchmark(out="x", train="y", drafters=("a=b", "c=d"))
+def test_training_refusals(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(target="", data=str(tmp_path)))
+    (tmp_path / "manifest.json").write_text("{}")
+    config = BenchmarkTrain(config=str(recipe), out="", sequence_length=32)
+    with pytest.raises(SpecaufError, match="sequence_length is 32 with the rows of"):
+        benchmark_train(config, Console(quiet=True))
+    for objectives in ((), ("auf", "auf")):
+        with pytest.raises(SpecaufError, match="objectives"):
+            BenchmarkTrain(config="", out="", objectives=objectives)

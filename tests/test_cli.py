@@ -13,7 +13,8 @@ import pytest
 
 from specauf_jax import cli, config
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Objective, Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.recipes import from_dict
 
@@ -31,8 +32,11 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     assert exit_.value.code == 0
     assert f"usage: specauf {command}" in said and "--config RECIPE.py" in said
-    for field in dataclasses.fields(cli.COMMANDS[command][0]):
-        assert field.name.replace("_", "-") in said.lower().replace("_", "-")
+    names = {field.name for field in dataclasses.fields(cli.COMMANDS[command][0])}
+    if "sampling" in names:  # its flags have no prefix
+        names = names - {"sampling"} | {"temperature", "top_k", "top_p"}
+    for name in names:
+        assert name.replace("_", "-") in said.lower().replace("_", "-")
 
 
 def test_overview(capsys):
@@ -76,9 +80,11 @@ def test_recipe(recipe):
     assert parsed == values["config"]
 
 
-def test_arguments_override_a_recipe():
+@pytest.mark.parametrize("joined", [False, True])
+def test_arguments_override_a_recipe(joined):
     path = str(ROOT / "configs" / "tiny_cpu.py")
-    parsed = cli._parse(Train, "train", ["--train.steps", "7", "--config", path, "--objective.name", "griffin"])
+    recipe = [f"--config={path}"] if joined else ["--config", path]
+    parsed = cli._parse(Train, "train", ["--train.steps", "7", *recipe, "--objective.name", "griffin"])
     assert parsed.objective == Objective(name="griffin")
     recipe = runpy.run_path(path)["config"]
     assert parsed.train == dataclasses.replace(recipe.train, steps=7) and parsed.drafter == recipe.drafter
@@ -90,12 +96,30 @@ def test_settings_round_trip():
         data="b",
         out="c",
         drafter=Drafter(block_size=8, target_layer_ids=(1, 3), mask_token_id=None),
-        objective=Objective("dpace", gamma=2.5),
-        train=TrainOptimisation(decode_files=("x.jsonl", "y.jsonl"), learning_rate=1.0),
+        objective=Objective("decay", gamma=2.5),
+        train=TrainOptimisation(decode_every=100, decode_files=("x.jsonl", "y.jsonl"), learning_rate=1.0),
         mesh=config.Mesh(tensor=2),
     )
     assert from_dict(Train, json.loads(json.dumps(dataclasses.asdict(settings))), "file") == settings
     assert hash(settings) == hash(from_dict(Train, dataclasses.asdict(settings), "file"))
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "regenerate"])
+def test_sampling_has_the_same_flags_everywhere(tmp_path, command):
+    settings, _ = cli.COMMANDS[command]
+    names = [field.name for field in dataclasses.fields(settings) if field.default is dataclasses.MISSING]
+    required = dict.fromkeys(names, "x")
+    required |= {"generate": {"drafter": "x"}, "evaluate": {"prompts": ("x",)}}.get(command, {})
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"""
+from specauf_jax.commands.{command}_settings import {settings.__name__}
+from specauf_jax.config import Sampling
+
+config = {settings.__name__}(**{required!r}, sampling=Sampling(0.5, top_k=3))
+""")
+    parsed = cli._parse(settings, command, ["--config", str(recipe), "--top-k", "4", "--top-p", "0.9", "--seed", "5"])
+    assert parsed == settings(**required, sampling=config.Sampling(0.5, 4, 0.9), seed=5)
+    assert from_dict(settings, json.loads(json.dumps(dataclasses.asdict(parsed))), "file") == parsed
 
 
 @pytest.mark.parametrize(
@@ -182,7 +206,8 @@ def test_every_command(tmp_path, monkeypatch, capsys):
 
     models = "--target pre/target --drafter drafter --max-new-tokens 6 --batch-size 2"
     specauf(f"generate {models} --prompts prompts.jsonl --out speculative.jsonl")
-    specauf(f"generate {models} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
+    alone = models.replace(" --drafter drafter", "")
+    specauf(f"generate {alone} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
     speculative, plain = lines("speculative.jsonl"), lines("plain.jsonl")
     assert [row["tokens"] for row in speculative] == [row["tokens"] for row in plain]
     keys = {"prompt_tokens", "tokens", "text", "rounds", "accepted"}
@@ -195,7 +220,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     assert all(row["accepted"] == [0] * len(row["tokens"]) for row in plain)
 
     Path("one.jsonl").write_text(json.dumps(talk[1]) + "\n")
-    streamed = specauf(f"generate {models} --prompts one.jsonl")
+    streamed = specauf(f"generate {models.removesuffix(' --batch-size 2')} --prompts one.jsonl")
     assert "1 prompts, " in streamed and "the quick" in streamed
 
     said = specauf(f"evaluate {models} --prompts a=prompts.jsonl b=prompts.jsonl --out results.json --repeats 1")

@@ -20,24 +20,25 @@ from jax.sharding import AbstractMesh, AxisType
 from specauf_jax import cli
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter
 from specauf_jax.commands import compile as command
-from specauf_jax.commands.compiled import measure, read_buffers, read_collectives
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import decode_round, prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collectives
+from specauf_jax.flops import round_flops, step_flops
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
 from specauf_jax.sharding import cache_sharding, parameter_sharding
-from specauf_jax.training.flops import round_flops, step_flops
 from specauf_jax.training.loss import LossConfig, loss_sums
 
 B, S, A = 2, 32, 4
 TARGET = tiny.target_config(num_hidden_layers=5)
 RECIPE = """
 from specauf_jax.architecture import Drafter
-from specauf_jax.config import Train, TrainOptimisation
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
 
 config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4, num_hidden_layers=2, mask_token_id=16),
                train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=4))
@@ -186,7 +187,7 @@ def test_settings_take_the_place_of_the_recipe_s(run, measured, capsys):
 
 @pytest.mark.parametrize("name", ["train", "decode"])
 def test_one_program_too_large_is_enough(run, measured, monkeypatch, capsys, name):
-    monkeypatch.setitem(command._DEVICES, "v5e", (10, 1e12, 1))
+    monkeypatch.setitem(command._DEVICES, "v5e", ("TPU v5 lite", 10, 1))
     assert run()[0] == 0
     measured[name]["peak_bytes"] = 11
     code, report = run()

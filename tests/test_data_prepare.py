@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from specauf_jax.config import Prepare
+from specauf_jax.commands.prepare import prepare
+from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.data import dataset, tokenizer
 from specauf_jax.data.packing import unpack
-from specauf_jax.data.prepare import prepare
 from specauf_jax.errors import SpecaufError
 
 ALL_MARKED = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
@@ -31,7 +31,9 @@ def write_jsonl(path, *records):
 def run(tmp_path, **settings):
     """Prepare into tmp_path/out; the manifest and what was printed."""
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
-    defaults = {"out": str(tmp_path / "out"), "vocab_size": 300, "sequence_length": 64}
+    defaults = {"out": str(tmp_path / "out"), "sequence_length": 64}
+    if "tokenizer" not in settings:
+        defaults["vocab_size"] = 300
     return prepare(Prepare(**defaults | settings), console), console.file.getvalue()
 
 
@@ -131,7 +133,7 @@ def test_all_supervised_is_accepted_when_asked_for(tmp_path):
         ({"input": ("nowhere.jsonl",)}, "nowhere.jsonl does not exist"),
         ({"input": ("good.jsonl",), "vocab_size": 299}, "vocab_size is 299"),
         ({"input": ("good.jsonl",), "sequence_length": 15}, "sequence_length is 15"),
-        ({"input": ("good.jsonl",), "max_bad_records": -1}, "out of range"),
+        ({"input": ("good.jsonl",), "max_bad_records": -1}, "max_bad_records is -1"),
         ({"input": ("good.jsonl",), "tokenizer": "."}, "tokenizer.json does not exist"),
         ({"input": ("good.jsonl", "broken.jsonl")}, r"broken.jsonl:2: broken JSON"),
         ({"input": ("keys.jsonl",)}, r"keys.jsonl:1: neither 'conversations' nor 'messages'"),
@@ -141,6 +143,8 @@ def test_all_supervised_is_accepted_when_asked_for(tmp_path):
         ({"input": ("good.jsonl",), "tokenizer": "untemplated"}, "no chat template"),
         ({"input": ("good.jsonl",), "tokenizer": "silent"}, "good.jsonl:1: the chat template renders it as nothing"),
         ({"tfds": "talks"}, "fields of the TFDS dataset are not named"),
+        ({"tfds": "talks", "tfds_prompt_field": "question"}, "fields of the TFDS dataset are not named"),
+        ({"tfds": "talks", "tfds_text_field": "a", "tfds_prompt_field": "b"}, "not named, or both ways"),
         ({"corpus": "stdlib", "corpus_bytes": 300_000, "heldout_prompts": 10**6}, "too little text for 1000000"),
     ],
 )

@@ -4,7 +4,6 @@ import json
 import pytest
 from rich.console import Console
 
-from specauf_jax.config import Prepare
 from specauf_jax.data import sources, tfds_source
 from specauf_jax.data.sources import BadRecord, Record
 from specauf_jax.errors import SpecaufError
@@ -111,28 +110,25 @@ def tfds_dir(tmp_path):
     return str(tmp_path)
 
 
-def read_tfds(tfds_dir, name="talks", **fields):
-    return list(tfds_source.read_tfds(Prepare(out="", tfds=name, tfds_dir=tfds_dir, **fields)))
+def read_tfds(tfds_dir, *fields, name="talks", split="train"):
+    return list(tfds_source.read_tfds(name, fields, split=split, data_dir=tfds_dir))
 
 
 def test_tfds(tfds_dir):
-    pair = {"tfds_prompt_field": "question", "tfds_response_field": "answer"}
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo é"}]
     expected = [Record("talks[train]:0", messages=messages), BadRecord("talks[train]:1", "the field is empty")]
-    assert read_tfds(tfds_dir, **pair) == expected
-    texts = read_tfds(tfds_dir, "talks:1.0.0", tfds_text_field="question")
+    assert read_tfds(tfds_dir, "question", "answer") == expected
+    texts = read_tfds(tfds_dir, "question", name="talks:1.0.0")
     assert [record.text for record in texts] == ["Hi", "And?"]
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("field", "split", "found"),
     [
-        ({}, "fields .* not named"),
-        ({"tfds_text_field": "answer", "tfds_prompt_field": "question"}, "fields .* not named, or both"),
-        ({"tfds_text_field": "reply"}, "(?s)no field reply.*one of answer, question"),
-        ({"tfds_text_field": "answer", "tfds_split": "test"}, "split 'test' cannot be opened"),
+        ("reply", "train", "(?s)no field reply.*one of answer, question"),
+        ("answer", "test", "split 'test' cannot be opened"),
     ],
 )
-def test_tfds_mistakes(tfds_dir, settings, found):
+def test_tfds_mistakes(tfds_dir, field, split, found):
     with pytest.raises(SpecaufError, match=found):
-        read_tfds(tfds_dir, **settings)
+        read_tfds(tfds_dir, field, split=split)

@@ -21,9 +21,11 @@ from safetensors.numpy import load_file
 from specauf_jax import config as c
 from specauf_jax.cli import main
 from specauf_jax.commands.generate import generate
+from specauf_jax.commands.generate_settings import Generate
+from specauf_jax.commands.prepare import prepare
+from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
-from specauf_jax.data.prepare import prepare
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.distributed import Watch, everywhere, from_primary, to_host
 from specauf_jax.errors import SpecaufError
@@ -40,9 +42,7 @@ def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("hosts")
     lines = [f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(300)]
     (root / "text.txt").write_text("".join(lines))
-    prepare(
-        c.Prepare(input=(str(root / "text.txt"),), out=str(root / "data"), vocab_size=300, sequence_length=64), QUIET
-    )
+    prepare(Prepare(input=(str(root / "text.txt"),), out=str(root / "data"), vocab_size=300, sequence_length=64), QUIET)
     target = tiny.target_config(vocab_size=300)
     save_target(tiny.target_params(target), target, root / "target")
     drafter = tiny.drafter_config(target, mask_token_id=3, target_layer_ids=(1,))
@@ -235,13 +235,13 @@ def test_hosts_that_do_not_come_are_named(world):
 
 def test_batch_that_does_not_spread(world, monkeypatch):
     monkeypatch.setattr("specauf_jax.commands.generate.make_mesh", lambda *_: AbstractMesh((2, 4, 1), AXES))
-    config = c.Generate(target=str(world / "target"), prompts=str(world / "prompts.jsonl"), method="autoregressive")
+    config = Generate(target=str(world / "target"), prompts=str(world / "prompts.jsonl"), method="autoregressive")
     with pytest.raises(SpecaufError, match="batch_size 4 over 8 parts"):
         generate(dataclasses.replace(config, batch_size=4, out="x"), QUIET)
 
 
 def test_streams_are_for_one_host(world, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    config = c.Generate(target=str(world / "target"), prompts=str(world / "prompts.jsonl"), method="autoregressive")
+    config = Generate(target=str(world / "target"), prompts=str(world / "prompts.jsonl"), method="autoregressive")
     with pytest.raises(SpecaufError, match="no --out on several hosts"):
         generate(config, QUIET)

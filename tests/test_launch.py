@@ -15,8 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from specauf_jax import config
 from specauf_jax.cli import COMMANDS, _parse
+from specauf_jax.commands.train_settings import Train
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -229,7 +229,7 @@ def test_commands_are_those_of_several_hosts(line, name):
 
 def test_specauf_knows_the_flag_that_all_of_them_add():
     flags = [*TRAIN[2:], "--target", "gs://bucket/target", *STOPPED]
-    assert _parse(config.Train, "train", flags).hosts.stopped_code == 75
+    assert _parse(Train, "train", flags).hosts.stopped_code == 75
 
 
 # Cloud TPU -----------------------------------------------------------------------------------------------------------

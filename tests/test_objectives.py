@@ -196,7 +196,7 @@ def test_dpace_can_divide_by_rows():
 
 def test_decay_has_the_time_constants_of_the_paper():
     assert [decay_gamma(Objective(), K) for K in (16, 10, 8, 4)] == [7, 5, 4, 2]
-    assert decay_gamma(Objective(gamma=3.0), 16) == 3
+    assert decay_gamma(Objective("decay", gamma=3.0), 16) == 3
 
 
 @pytest.mark.parametrize(

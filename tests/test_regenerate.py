@@ -3,7 +3,7 @@
 import numpy as np
 
 from specauf_jax.commands.regenerate import _rewrite
-from specauf_jax.config import Regenerate
+from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.packing import Document
 from specauf_jax.decoding.generate import Generation
 

@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from specauf_jax import files
-from specauf_jax.config import Report
+from specauf_jax.commands.report import write_report
+from specauf_jax.commands.report_settings import Report
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation import report
+from specauf_jax.evaluation import page as page_
 from specauf_jax.evaluation import runs as runs_
 
 
@@ -56,7 +57,7 @@ def pair(tmp_path) -> tuple[str, str]:
 
 
 def page_of(tmp_path, *runs: str) -> str:
-    out = report.write_report(Report(runs=runs, out=str(tmp_path / "page" / "report.html")), Console(quiet=True))
+    out = write_report(Report(runs=runs, out=str(tmp_path / "page" / "report.html")), Console(quiet=True))
     return Path(out).read_text(encoding="utf-8")
 
 
@@ -198,7 +199,7 @@ def test_a_loss_that_diverged_is_still_drawn(tmp_path):
 
 def test_long_curves_are_averaged_in_bins(tmp_path):
     run = runs_.Run("r", "#000000", {i: {"loss": float(i)} for i in range(1200)}, {}, None)
-    steps, values = report.curve(run, "loss")
+    steps, values = page_.curve(run, "loss")
     np.testing.assert_array_equal(steps, np.arange(120) * 10 + 4.5)
     np.testing.assert_array_equal(values, steps)
 
@@ -260,19 +261,19 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, pair, mon
 
     monkeypatch.setattr(*((files.os, "fsync") if step == "fsync" else (Path, "replace")), full)
     with pytest.raises(SpecaufError, match="No space left"):
-        report.write_report(Report(runs=pair, out=str(out)), Console(quiet=True))
+        write_report(Report(runs=pair, out=str(out)), Console(quiet=True))
     assert out.read_bytes() == b"old" and [path.name for path in out.parent.iterdir()] == ["report.html"]
 
 
 def test_out_that_is_a_folder_is_refused(tmp_path, pair):
     (tmp_path / "page").mkdir()
     with pytest.raises(SpecaufError, match="cannot be written"):
-        report.write_report(Report(runs=pair, out=str(tmp_path / "page")), Console(quiet=True))
+        write_report(Report(runs=pair, out=str(tmp_path / "page")), Console(quiet=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auf", "decay", "page"]
 
 
 def test_the_report_needs_no_jax_and_no_pyplot():
-    code = "import sys, specauf_jax.evaluation.report; print(*{'jax', 'flax', 'matplotlib.pyplot'} & set(sys.modules))"
-    root = Path(report.__file__).parents[2]
+    code = "import sys, specauf_jax.commands.report; print(*{'jax', 'flax', 'matplotlib.pyplot'} & set(sys.modules))"
+    root = Path(page_.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -13,10 +13,13 @@ from rich.console import Console
 from specauf_jax import config as c
 from specauf_jax.commands import regenerate as regenerate_module
 from specauf_jax.commands import train as train_module
+from specauf_jax.commands.prepare import prepare
+from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.commands.regenerate import regenerate
+from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.train import train
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
-from specauf_jax.data.prepare import prepare
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.models.weights import save_target
 from specauf_jax.training.checkpoint import Checkpoints
@@ -30,9 +33,7 @@ def world(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("resume")
     lines = [f"line {i}: the quick brown fox jumps over {i * i} lazy dogs\n" for i in range(200)]
     (root / "text.txt").write_text("".join(lines))
-    prepare(
-        c.Prepare(input=(str(root / "text.txt"),), out=str(root / "data"), vocab_size=300, sequence_length=64), QUIET
-    )
+    prepare(Prepare(input=(str(root / "text.txt"),), out=str(root / "data"), vocab_size=300, sequence_length=64), QUIET)
     target = tiny.target_config(vocab_size=300)
     save_target(tiny.target_params(target), target, root / "target")
     copy_tokenizer(root / "data/tokenizer", root / "target")
@@ -50,9 +51,9 @@ def test_training_killed_at_random_moments_ends_with_the_same_bits(world):
     assert all(kind in done.stdout for kind in ("1: kill one;", "2: terminate all;", "3: kill in a write;"))
 
 
-def settings(world, out, **changes) -> c.Train:
+def settings(world, out, **changes) -> Train:
     optimisation = {"steps": 12, "batch_size": 2, "num_anchors": 4, "checkpoint_every": 2, "learning_rate": 1e-2}
-    return c.Train(
+    return Train(
         target=str(world / "target"),
         data=str(world / "data"),
         out=str(out),
@@ -99,7 +100,7 @@ def test_a_run_compiles_its_step_once_and_traces_warm_steps(world, tmp_path, mon
 def test_an_interrupted_regeneration_goes_on_where_it_stopped(world, tmp_path, monkeypatch):
     def config(out):
         sampling = c.Sampling(temperature=1.0)
-        return c.Regenerate(
+        return Regenerate(
             data=str(world / "data"),
             target=str(world / "target"),
             out=str(tmp_path / out),

@@ -9,24 +9,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from specauf_jax.commands.benchmark_train import benchmark_training
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
-from specauf_jax.config import Benchmark, Mesh, Train
+from specauf_jax.checks import named
+from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import prompt_batches, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
-from specauf_jax.environment import describe_environment
-from specauf_jax.errors import SpecaufError
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.evaluation.timing import Timed, timed_part, timed_pass
+from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass
 from specauf_jax.files import existing_folder, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
-from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import make_mesh
 
 ALONE, LOOKUP = "autoregressive", "prompt_lookup"
@@ -54,12 +52,12 @@ class Method:
 
 def benchmark(config: Benchmark, console: Console) -> dict:
     """Measure, print a table, write `config.out`; returns what was written."""
-    if config.train is not None:
-        return _benchmark_train(config, console)
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
-    prompts, folders = read_prompts(config.prompts), named_drafters(config.drafters)
+    prompts, folders = read_prompts(config.prompts), named("--drafters", config.drafters, "DIR", taken=(ALONE, LOOKUP))
+    for folder in folders.values():
+        existing_folder(folder, "a drafter")
     with float32_precision(config.dtype):
         models = load_models(config.target, None, config.dtype, mesh, console)
         requests = [encode_first_turn(models.tokenizer, prompt) for prompt in prompts]
@@ -68,43 +66,16 @@ def benchmark(config: Benchmark, console: Console) -> dict:
         decoding = {}
         for size in config.batch_sizes:
             decoding[str(size)] = measure_size(size, requests, methods, models, config, console)
-    meta = {"target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)), "conventions": CONVENTIONS}
-    results = _write({"decoding": decoding}, meta, mesh, config)
-    _show(results, console)
-    return results
-
-
-def _benchmark_train(config: Benchmark, console: Console) -> dict:
-    recipe = read_recipe(Train, config.train)
-    for folder in named_drafters(config.drafters).values():
-        recipe = dataclasses.replace(recipe, init_from=folder)
-    if config.mesh != Mesh():
-        recipe = dataclasses.replace(recipe, mesh=config.mesh)
-    how = config.objectives, config.repeats, config.sequence_length
-    training = benchmark_training(recipe, *how, console)
-    return _write({"training": training}, {"recipe": dataclasses.asdict(recipe)}, make_mesh(recipe.mesh), config)
-
-
-def _write(measured: dict, meta: dict, mesh, config: Benchmark) -> dict:
-    meta = describe_environment(mesh) | {"dtype": config.dtype, "config": dataclasses.asdict(config)} | meta
-    results = measured | {"meta": meta}
+    meta = describe_environment(mesh) | {"dtype": config.dtype, "config": dataclasses.asdict(config)}
+    meta |= {
+        "target_parameters": sum(x.size for x in jax.tree.leaves(models.target_params)),
+        "conventions": CONVENTIONS,
+    }
+    results = {"decoding": decoding, "meta": meta}
     if is_primary():
         write_text(config.out, json.dumps(results, indent=2) + "\n")
+    _show(results, console)
     return results
-
-
-def named_drafters(arguments: tuple[str, ...]) -> dict[str, str]:
-    """Folders by name, of NAME=DIR arguments."""
-    folders: dict[str, str] = {}
-    for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        if not (name and equals and folder):
-            raise SpecaufError(f"--drafters {argument}", "NAME=DIR", "give the drafter a name")
-        if name in folders or name in (ALONE, LOOKUP):
-            raise SpecaufError(f"--drafters names {name} twice", "a name for each method", "give it another name")
-        existing_folder(folder, "a drafter")
-        folders[name] = folder
-    return folders
 
 
 def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> dict[str, Method]:
@@ -172,11 +143,6 @@ def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
         "prefill_s": spread([p.prefill_s for p in passes]),
         "speedup": spread([a.decode_s / p.decode_s for p, a in zip(passes, alone, strict=True)]),
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    return {name: float(np.percentile(values, at)) for name, at in (("median", 50), ("p10", 10), ("p90", 90))}
 
 
 def measure_round(method: Method, requests, models: Models, config: Benchmark) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""`specauf benchmark --train RECIPE.py`: the train step and its parts, timed under several objectives in one run."""
+"""`specauf benchmark-train`: the train step and its parts, timed under several objectives in one run."""
 
 import dataclasses
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -13,64 +14,77 @@ from rich.progress import track
 from rich.table import Table
 
 from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
-from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar
-from specauf_jax.config import Train
+from specauf_jax.checks import unused
+from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
+from specauf_jax.commands.loading import load_target_with_bar
+from specauf_jax.commands.record import announce
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import Objective
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
-from specauf_jax.files import as_path
+from specauf_jax.distributed import is_primary
+from specauf_jax.environment import describe_environment, float32_precision
+from specauf_jax.evaluation.timing import spread
+from specauf_jax.files import as_path, write_text
+from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.models.layers import cast
 from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import Head, init_target, target_features, target_head
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
+from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
-from specauf_jax.training.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.training.loss import LossConfig, block_hidden, loss_config, loss_fn
 from specauf_jax.training.step import PlacedStep, place_drafter_step
 
 _WARM_STEPS = 2
 
 
-def benchmark_training(
-    recipe: Train, objectives: tuple[str, ...], repeats: int, sequence_length: int, console: Console
-) -> dict:
-    """Time whole steps, the objectives in turn within each repeat, and the parts of a step; prints a table.
+def benchmark_train(config: BenchmarkTrain, console: Console) -> dict:
+    """Measure, print a table, write `config.out`; returns what was written."""
+    recipe = read_recipe(Train, config.config)
+    if _has_data(recipe):
+        unused(config, "sequence_length", when=f"with the rows of {recipe.data}")
+    start = recipe.init_from if config.drafter is None else config.drafter
+    recipe = dataclasses.replace(recipe, init_from=start, mesh=config.mesh.over(recipe.mesh))
+    measured = _measure(recipe, config, console)
+    meta = describe_environment(make_mesh(recipe.mesh)) | {"dtype": recipe.train.dtype}
+    meta |= {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
+    results = {"training": measured, "meta": meta}
+    if is_primary():
+        write_text(config.out, json.dumps(results, indent=2) + "\n")
+    return results
 
-    Args:
-      recipe: of `specauf train`. Its target may be a published one's name: then the weights are random. Without its
-        data, rows are full of random tokens. `init_from` gives the drafter's weights, which decide how many slots
-        `auf` needs; without it they are random.
-      objectives: names; the recipe's other settings of the objective stay.
-      repeats: timed steps of each.
-      sequence_length: S of random rows.
 
-    Returns:
-      Objective → what the README's table of a training benchmark says.
-    """
+def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
+    """Objective → what the README's table of a training benchmark says."""
     mesh = make_mesh(recipe.mesh)
     target, drafter = _architectures(recipe)
     check_batch(recipe.train.batch_size, recipe.train.accumulation, mesh)
     announce(recipe.target, mesh, console)
+    own = recipe.objective
     with float32_precision(recipe.train.dtype):
-        losses = {name: loss_config(drafter, dataclasses.replace(recipe.objective, name=name), recipe.base_objective,
-                                    recipe.train) for name in objectives}  # fmt: skip
+        chosen = {name: own if own.name == name else Objective(name) for name in config.objectives}
+        losses = {name: loss_config(drafter, objective, recipe.base_objective, recipe.train)
+                  for name, objective in chosen.items()}  # fmt: skip
         placed = {name: place_drafter_step(loss, target, recipe.train, mesh) for name, loss in losses.items()}
-        step = placed[objectives[0]]
+        step = placed[config.objectives[0]]
         target_params = _target_params(recipe, step, target, mesh, console)
-        batch = _batch(recipe, step, target, sequence_length)
+        batch = _batch(recipe, step, target, config.sequence_length)
         compiled = {name: p.step.lower(p.state, *p.frozen, batch).compile() for name, p in placed.items()}
         start = recipe.init_from and load_drafter(recipe.init_from, mesh=mesh)[0]
         states = {name: p.initialise(start) for name, p in placed.items()}
-        seconds, metrics = {name: [] for name in objectives}, {}
-        for repeat in track(range(_WARM_STEPS + repeats), "timing", console=console, disable=not console.is_terminal):
-            for name in objectives:
+        seconds, metrics = {name: [] for name in config.objectives}, {}
+        repeats = range(_WARM_STEPS + config.repeats)
+        for repeat in track(repeats, "timing", console=console, disable=not console.is_terminal):
+            for name in config.objectives:
                 begin = time.perf_counter()
                 states[name], metrics[name] = jax.block_until_ready(compiled[name](states[name], target_params, batch))
                 if repeat >= _WARM_STEPS:
                     seconds[name].append(time.perf_counter() - begin)
         measured = {}
         for name, loss in losses.items():
-            parts = _parts(loss, states[name].params, target_params, batch, recipe, target, repeats)
+            parts = _parts(loss, states[name].params, target_params, batch, recipe, target, config.repeats)
             measured[name] = _measures(seconds[name], metrics[name], parts, compiled[name], loss, target, batch)
     _show(measured, console)
     return measured
@@ -182,9 +196,8 @@ def _measures(seconds, metrics, parts, compiled, loss: LossConfig, target: Targe
     needed = sum(needed_flops(flops, active if loss.stop is not None else 1.0).values())
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     memory = compiled.memory_analysis()
-    p10, p90 = np.quantile(seconds, [0.1, 0.9]).tolist()
     return {
-        "step_s": {"median": median, "p10": p10, "p90": p90},
+        "step_s": spread(seconds),
         "rows_per_s": B / median,
         "tokens_per_s": B * S / median,
         "useful_tokens_per_s": int(batch.loss_mask.sum()) / median,

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
-from specauf_jax.commands.compiled import measure
-from specauf_jax.commands.setup import float32_precision
-from specauf_jax.config import Compile, Train
+from specauf_jax.commands.compile_settings import Compile
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.decoding.generate import abstract_state, decode_round
 from specauf_jax.decoding.state import Decoding
-from specauf_jax.environment import describe_environment
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.xla_memory import measure
 from specauf_jax.files import write_text
+from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
@@ -29,19 +30,17 @@ from specauf_jax.models.weights import target_config
 from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import batch_shards, check_batch, make_mesh, parameter_sharding, placed
 from specauf_jax.training.blocks import Batch
-from specauf_jax.training.flops import round_flops, step_flops
 from specauf_jax.training.loss import LossConfig, loss_config
 from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
 _PROGRAMS = ("train", "decode")
-# Of one device as JAX counts them: memory that XLA may use in bytes, bfloat16 FLOP/s (Google Cloud's TPU pages), and
-# how many are a chip.
+# Of one device as JAX counts them: its name in PEAK_FLOPS, memory that XLA may use in bytes, how many are a chip.
 _DEVICES = {
-    "v5e": (15.75 * _GIB, 197e12, 1),
-    "v5p": (95.0 * _GIB, 459e12, 1),
-    "v6e": (31.25 * _GIB, 918e12, 1),
-    "tpu7x": (94.75 * _GIB, 1153e12, 2),
+    "v5e": ("TPU v5 lite", 15.75 * _GIB, 1),
+    "v5p": ("TPU v5", 95.0 * _GIB, 1),
+    "v6e": ("TPU v6 lite", 31.25 * _GIB, 1),
+    "tpu7x": ("TPU7x", 94.75 * _GIB, 2),
 }
 
 
@@ -73,7 +72,8 @@ def _resolved(config: Compile) -> tuple:
 
 def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, console: Console) -> dict:
     """Everything that is written, but where it came from."""
-    hbm, speed, per_chip = _DEVICES[config.topology.partition(":")[0]]
+    kind, hbm, per_chip = _DEVICES[config.topology.partition(":")[0]]
+    speed = PEAK_FLOPS[kind]
     settings, S = recipe.train, config.sequence_length
     rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
     place = f"for {mesh.size} devices of {config.topology}"
@@ -155,9 +155,8 @@ def _recipe(config: Compile) -> Train:
     recipe = read_recipe(Train, config.config)
     changes = {"batch_size": config.batch_size, "accumulation": config.accumulation}
     changes = {name: value for name, value in changes.items() if value is not None}
-    axes = {name: size for name, size in dataclasses.asdict(config.mesh).items() if size != 0}
-    mesh = dataclasses.replace(recipe.mesh, **axes)
-    if config.slices > 1 and "replica" not in axes:
+    mesh = config.mesh.over(recipe.mesh)
+    if config.slices > 1 and not config.mesh.replica:
         mesh = dataclasses.replace(mesh, replica=config.slices)
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes), mesh=mesh)
 

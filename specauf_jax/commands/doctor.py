@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from specauf_jax.architecture import ResolvedDrafter
-from specauf_jax.commands.setup import float32_precision, load_target_with_bar
-from specauf_jax.config import Doctor
+from specauf_jax.commands.doctor_settings import Doctor
+from specauf_jax.commands.loading import load_target_with_bar
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
-from specauf_jax.environment import describe_environment
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.doctor.acceptance import (
     built_in_prompts,

@@ -7,12 +7,12 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
-from specauf_jax.config import Evaluate, Sampling
+from specauf_jax.checks import named
+from specauf_jax.commands.evaluate_settings import Evaluate
+from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
-from specauf_jax.environment import describe_environment
-from specauf_jax.errors import SpecaufError
+from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
@@ -22,10 +22,9 @@ from specauf_jax.sharding import make_mesh
 
 def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
-    out, sets = as_path(config.out), _read_sets(config.prompts)
+    out, files = as_path(config.out), named("--prompts", config.prompts, "FILE.jsonl")
+    sets = {name: read_prompts(file)[: config.max_prompts or None] for name, file in files.items()}
     origin = _origin(config.drafter)
-    if config.max_prompts:
-        sets = {name: prompts[: config.max_prompts] for name, prompts in sets.items()}
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
@@ -55,8 +54,6 @@ class Measured:
 
 
 def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measured:
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
-
     def timed(requests, decoding: Decoding) -> Timed:
         return timed_pass(
             models.drafter_params if decoding.drafter else None,
@@ -65,7 +62,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
             config=decoding,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
-            sampling=sampling,
+            sampling=config.sampling,
             seed=config.seed,
             mesh=models.mesh,
         )
@@ -88,7 +85,7 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
         (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
     ]
     speculative, autoregressive = zip(*passes, strict=True)
-    return Measured(list(speculative), list(autoregressive), owners, greedy=config.temperature == 0)
+    return Measured(list(speculative), list(autoregressive), owners, greedy=config.sampling.temperature == 0)
 
 
 def _part(measured: Measured, models: Models) -> dict:
@@ -141,7 +138,7 @@ def _origin(drafter: str) -> dict:
 def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
     return describe_environment(models.mesh) | {
         "dtype": config.dtype,
-        "temperature": config.temperature,
+        "temperature": config.sampling.temperature,
         "block_size": models.speculative.block_size,
         "seed": config.seed,
         "objective": (origin.get("objective") or {}).get("name"),
@@ -153,18 +150,6 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
             "tokens_per_s": "new tokens by seconds in the decoding loop, prefill apart; median over repeats",
         },
     }
-
-
-def _read_sets(arguments: tuple[str, ...]) -> dict[str, list[Prompt]]:
-    sets: dict[str, list[Prompt]] = {}
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not (name and equals and path):
-            raise SpecaufError(f"--prompts {argument}", "NAME=FILE.jsonl", "give the set a name")
-        if name in sets:
-            raise SpecaufError(f"--prompts names {name} twice", "a name for each set", "give them different names")
-        sets[name] = read_prompts(path)
-    return sets
 
 
 def _line(part: dict) -> str:

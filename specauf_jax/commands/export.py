@@ -4,7 +4,8 @@ import jax
 from rich.console import Console
 
 from specauf_jax.architecture import ResolvedDrafter
-from specauf_jax.config import Export, TrainOptimisation
+from specauf_jax.commands.export_settings import Export
+from specauf_jax.config import TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter

@@ -7,11 +7,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from specauf_jax.commands.setup import Models, check_rows, float32_precision, load_models
-from specauf_jax.config import Generate, Sampling
+from specauf_jax.commands.generate_settings import Generate
+from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
 from specauf_jax.distributed import is_primary
+from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
@@ -21,15 +22,7 @@ from specauf_jax.sharding import make_mesh
 
 def generate(config: Generate, console: Console) -> None:
     """Answer every prompt; write JSONL, or print as it comes."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
     prompts = read_prompts(config.prompts)
-    if config.method == "speculative" and config.drafter is None:
-        raise SpecaufError(
-            "--method speculative without --drafter",
-            "a drafter folder",
-            "pass --drafter DIR or --method autoregressive",
-        )
-    drafter = config.drafter if config.method == "speculative" else None
     if config.out is None and jax.process_count() > 1:
         raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
     out = None if config.out is None else as_path(config.out)
@@ -38,16 +31,14 @@ def generate(config: Generate, console: Console) -> None:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.batch_size if config.out is not None else 1, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, drafter, config.dtype, mesh, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
         if config.out is None:
-            _stream_all(models, prompts, config, sampling, console)
+            _stream_all(models, prompts, config, console)
         else:
-            _write_all(models, prompts, out, config, sampling, console)
+            _write_all(models, prompts, out, config, console)
 
 
-def _write_all(
-    models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, sampling: Sampling, console: Console
-) -> None:
+def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, console: Console) -> None:
     def run(requests, indices):
         models.check_room(requests, config.max_new_tokens)
         return generate_tokens(
@@ -56,7 +47,7 @@ def _write_all(
             requests,
             config=models.speculative or models.autoregressive,
             max_new_tokens=config.max_new_tokens,
-            sampling=sampling,
+            sampling=config.sampling,
             seed=config.seed,
             batch_size=config.batch_size,
             mesh=models.mesh,
@@ -97,7 +88,7 @@ def _row(tokenizer, turns: list[Generation]) -> dict:
     }
 
 
-def _stream_all(models: Models, prompts: list[Prompt], config: Generate, sampling: Sampling, console: Console) -> None:
+def _stream_all(models: Models, prompts: list[Prompt], config: Generate, console: Console) -> None:
     """One prompt after another; green is what the drafter contributed."""
 
     accepted = []
@@ -105,7 +96,7 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, samplin
 
         def run(requests, _, index=index):
             models.check_room(requests, config.max_new_tokens)
-            return [_stream_one(models, request, index, config, sampling, console) for request in requests]
+            return [_stream_one(models, request, index, config, console) for request in requests]
 
         accepted += [g.accepted for g in answer(models.tokenizer, [prompt], run)[0]]
     console.print(
@@ -114,7 +105,7 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, samplin
     )
 
 
-def _stream_one(models: Models, request, index: int, config: Generate, sampling: Sampling, console: Console):
+def _stream_one(models: Models, request, index: int, config: Generate, console: Console):
     tokens: list[int] = []
     history: list[int] = []
     console.print(Text(models.tokenizer.decode(request), style="dim"), end="")
@@ -124,7 +115,7 @@ def _stream_one(models: Models, request, index: int, config: Generate, sampling:
         request,
         config=models.speculative or models.autoregressive,
         max_new_tokens=config.max_new_tokens,
-        sampling=sampling,
+        sampling=config.sampling,
         seed=config.seed,
         index=index,
         mesh=models.mesh,

@@ -4,14 +4,17 @@ import dataclasses
 
 from rich.console import Console
 
-from specauf_jax.commands.setup import announce, float32_precision, read_data, run_record
-from specauf_jax.config import Pretrain
+from specauf_jax.checks import unused
+from specauf_jax.commands.loading import read_data
+from specauf_jax.commands.pretrain_settings import Pretrain
+from specauf_jax.commands.record import announce, run_record
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.environment import float32_precision
 from specauf_jax.files import as_path
+from specauf_jax.flops import pretrain_flops
 from specauf_jax.models.weights import save_target
 from specauf_jax.sharding import check_batch, local_rows, make_mesh
-from specauf_jax.training.flops import pretrain_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.step import place_pretrain_step
 
@@ -20,6 +23,8 @@ def pretrain(config: Pretrain, console: Console) -> None:
     """Train, then write `out/target` in Hugging Face layout with the tokenizer."""
     data, out, train = as_path(config.data), as_path(config.out), config.train
     manifest = read_data(data)
+    if config.target.vocab_size != manifest["vocab_size"]:
+        unused(config.target, "vocab_size", when=f"for a tokenizer of {manifest['vocab_size']} tokens")
     config = dataclasses.replace(config, target=dataclasses.replace(config.target, vocab_size=manifest["vocab_size"]))
     mesh = make_mesh(config.mesh)
     check_batch(train.batch_size, train.accumulation, mesh)

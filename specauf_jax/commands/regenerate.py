@@ -9,14 +9,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from specauf_jax.commands.setup import announce, check_rows, float32_precision, load_target_with_bar, read_data
-from specauf_jax.config import Regenerate
+from specauf_jax.commands.loading import check_rows, load_target_with_bar, read_data
+from specauf_jax.commands.record import announce
+from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
 from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import from_primary, is_primary
+from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import (
     AnyPath,

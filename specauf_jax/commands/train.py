@@ -7,17 +7,21 @@ import numpy as np
 from rich.console import Console
 
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
-from specauf_jax.commands.setup import announce, float32_precision, load_target_with_bar, read_data, run_record
-from specauf_jax.config import Train
+from specauf_jax.checks import unused
+from specauf_jax.commands.loading import load_target_with_bar, read_data
+from specauf_jax.commands.record import announce, run_record
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import as_path
+from specauf_jax.flops import needed_flops, step_flops
 from specauf_jax.models.heads import head_settings, make_head
 from specauf_jax.models.hf_config import write_drafter
 from specauf_jax.models.resolve import fitted, resolve_drafter
@@ -30,7 +34,6 @@ from specauf_jax.sharding import (
     make_mesh,
 )
 from specauf_jax.training.blocks import eligible_anchors
-from specauf_jax.training.flops import needed_flops, step_flops
 from specauf_jax.training.loop import Run, train_loop
 from specauf_jax.training.loss import LossConfig, loss_config
 from specauf_jax.training.origin import drafter_origin
@@ -46,6 +49,7 @@ def train(config: Train, console: Console) -> None:
     target = target_config(config.target)
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
+    _check_branches(config, drafter)
     loss = loss_config(drafter, config.objective, config.base_objective, config.train)
     _check_rows(config, loss, manifest)
     mesh = make_mesh(config.mesh)
@@ -120,6 +124,16 @@ def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
             f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
         )
     return found
+
+
+def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
+    """Refuse the settings of a base branch where the head has none."""
+    if "base" in drafter.head.branches:
+        return
+    where = f"by a head without a base branch ({drafter.head.projector_type})"
+    unused(config, "base_objective", when=where)
+    unused(config.objective, "witness", when=where)
+    unused(config.train, "lambda_base_decay_ratio", when=where)
 
 
 def _asked(drafter: Drafter) -> dict:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from specauf_jax.config import Sampling
@@ -66,6 +67,11 @@ def timed_pass(
         rounds += max(len(g.accepted) for g in done.values())
         found |= done
     return Timed([found[i] for i in range(len(requests))], prefill_s, decode_s, rounds)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
+    return {name: float(np.percentile(values, at)) for name, at in (("median", 50), ("p10", 10), ("p90", 90))}
 
 
 # ---------------------------------------------------------------------------------------------

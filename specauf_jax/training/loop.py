@@ -18,10 +18,10 @@ from specauf_jax.config import Hosts, Optimisation
 from specauf_jax.distributed import Watch, is_primary
 from specauf_jax.errors import SpecaufError, Stopped
 from specauf_jax.files import AnyPath, GrowingFolder, read_bytes, write_text
+from specauf_jax.flops import PEAK_FLOPS
 from specauf_jax.sharding import put_rows
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
-from specauf_jax.training.flops import PEAK_FLOPS
 from specauf_jax.training.step import TrainState, learning_rate_schedule
 
 _STEPS_BEFORE_TRACE = 3  # the first one compiles

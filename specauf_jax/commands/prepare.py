@@ -1,4 +1,4 @@
-"""The body of `specauf prepare`: a source becomes a packed dataset, its tokenizer and a manifest."""
+"""`specauf prepare`: a source becomes a packed dataset, its tokenizer and a manifest."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from specauf_jax.config import Prepare
+from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.data import corpus, sources, tfds_source
 from specauf_jax.data import tokenizer as tokenizers
 from specauf_jax.data.dataset import write_dataset, write_manifest
@@ -19,10 +19,6 @@ from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import fresh_folder
-
-SMALLEST_ROW = 16
-SMALLEST_VOCABULARY = 300
-"""256 bytes, four markers and a few merges."""
 
 
 @dataclass
@@ -45,13 +41,10 @@ def prepare(config: Prepare, console: Console) -> dict:
       The manifest (keys: `dataset.MANIFEST_KEYS`).
 
     Raises:
-      SpecaufError: bad settings, source or records; `config.out` is left as it was.
+      SpecaufError: a source or records that cannot be used; `config.out` is left as it was.
     """
-    _check_settings(config)
     source = _open_source(config)
-    # Its import changes Python's own `import` for the while, which no thread of a progress bar may meet.
-    import tensorflow_datasets  # noqa: F401
-
+    tfds_source.import_tfds()
     bad, counts = BadRecords(config.max_bad_records, console), Counts()
     with fresh_folder(config.out) as folder, _progress(console) as progress:
         tokenizer = _tokenizer(config, source, folder / "tokenizer", progress)
@@ -67,29 +60,14 @@ def prepare(config: Prepare, console: Console) -> dict:
     return manifest
 
 
-def _check_settings(config: Prepare) -> None:
-    given = [f"--{name}" for name in ("input", "tfds", "corpus") if getattr(config, name)]
-    if len(given) != 1:
-        raise SpecaufError(f"{len(given)} sources given ({', '.join(given) or 'none'})", "exactly one",
-                           "pass one of --input, --tfds and --corpus")  # fmt: skip
-    if config.sequence_length < SMALLEST_ROW:
-        raise SpecaufError(f"sequence_length is {config.sequence_length}", f"at least {SMALLEST_ROW}",
-                           "raise --sequence-length")  # fmt: skip
-    if config.tokenizer is None and config.vocab_size < SMALLEST_VOCABULARY:
-        raise SpecaufError(f"vocab_size is {config.vocab_size}", f"at least {SMALLEST_VOCABULARY} (256 bytes, "
-                           "the markers and some merges)", "raise --vocab-size")  # fmt: skip
-    if min(config.heldout_prompts, config.prompt_length) < 1 or config.max_bad_records < 0:
-        raise SpecaufError("heldout_prompts, prompt_length or max_bad_records is out of range",
-                           "counts of at least 1, 1 and 0", "correct the setting")  # fmt: skip
-
-
 def _open_source(config: Prepare) -> Source:
     if config.input:
         files = sources.input_files(config.input)
         return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
     if config.tfds:
-        tfds_source.tfds_fields(config)
-        return Source(f"tfds: {config.tfds}, split {config.tfds_split}", lambda: tfds_source.read_tfds(config))
+        place = {"split": config.tfds_split, "data_dir": config.tfds_dir}
+        return Source(f"tfds: {config.tfds}, split {config.tfds_split}",
+                      lambda: tfds_source.read_tfds(config.tfds, config.tfds_fields, **place))  # fmt: skip
     training, heldout = corpus.stdlib_corpus(config.corpus_bytes)
     records = [Record(f"corpus:{number}", text=text) for number, text in enumerate(training)]
     return Source(f"corpus: {corpus.corpus_name()}", lambda: records, heldout)

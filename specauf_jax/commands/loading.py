@@ -1,7 +1,6 @@
-"""What several commands do before their work begins."""
+"""Datasets and models from users' folders, checked against each other before the work begins."""
 
 import dataclasses
-import json
 
 import jax
 from rich.console import Console
@@ -12,33 +11,12 @@ from specauf_jax.config import Dtype
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
 from specauf_jax.decoding.state import Decoding
-from specauf_jax.environment import describe_environment
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
 from specauf_jax.sharding import batch_shards
-
-
-def run_record(config, manifest: dict, **resolved) -> dict:
-    """What a checkpoint must agree with: the command's config, what was resolved from it, the dataset."""
-    record = json.loads(json.dumps(dataclasses.asdict(config) | resolved))
-    return record | {
-        name: manifest[name] for name in ("sequence_length", "tokenizer_sha256", "template_sha256", "rows")
-    }
-
-
-def announce(out, mesh, console: Console) -> dict:
-    """Print where and on what a command runs; returns the environment's description."""
-    environment = describe_environment(mesh)
-    shape = " ".join(f"{axis}={size}" for axis, size in environment["mesh"].items())
-    console.print(
-        f"[bold]{out}[/bold]  {environment['devices']} × {environment['device']}, mesh {shape}, "
-        f"jax {environment['versions']['jax']}, revision {environment['revision']}",
-        highlight=False,
-    )
-    return environment
 
 
 def read_data(folder, target: Target | None = None) -> dict:
@@ -57,11 +35,6 @@ def read_data(folder, target: Target | None = None) -> dict:
             "prepare shorter rows with --sequence-length",
         )
     return manifest
-
-
-def float32_precision(dtype: Dtype):
-    """Matrix products in full precision for float32: accelerators would quietly use bfloat16 passes."""
-    return jax.default_matmul_precision("highest" if dtype == "float32" else "default")
 
 
 @dataclasses.dataclass(frozen=True)

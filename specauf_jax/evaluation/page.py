@@ -1,4 +1,4 @@
-"""Compare runs on one self-contained HTML page: tau, acceptance, training curves, speed, settings.
+"""One self-contained HTML page that compares runs: tau, acceptance, training curves, speed, settings.
 
 It reads only what the other commands left on disk (metrics.jsonl, config.json, results JSON) and never
 imports JAX, so a page can be made on any machine. The page refers to no other file or site.
@@ -13,12 +13,8 @@ from html import escape
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
-from specauf_jax.config import Report
-from specauf_jax.evaluation.runs import CURVES, PALETTE, Run, flatten, read_benchmark, read_runs
-from specauf_jax.files import as_path, write_text
+from specauf_jax.evaluation.runs import CURVES, PALETTE, Run, flatten
 
 DASH = "—"
 INK = "#010203"  # stands for the page's text colour, light or dark, until the SVG is written
@@ -303,6 +299,7 @@ def _benchmark_section(speeds: dict) -> str:
     return _section("Speed against batch size", text, f'<div class="grid">{cards}</div>')
 
 
+@matplotlib.rc_context(PLOT_STYLE)
 def render(runs: list[Run], speeds: dict | None = None) -> str:
     """The whole page; `speeds` as from `read_benchmark`."""
     measured = [run for run in runs if run.results]
@@ -329,29 +326,3 @@ def render(runs: list[Run], speeds: dict | None = None) -> str:
 <body><h1>{title}</h1><p>{summary(runs)}</p>
 {"".join(sections)}</body></html>
 """
-
-
-def write_report(config: Report, console: Console) -> str:
-    """Read the runs, print their tau, write the page (a failure leaves any older page as it was); returns its path."""
-    out, runs = as_path(config.out), read_runs(config.runs)
-    speeds = read_benchmark(config.benchmark) if config.benchmark else None
-    with matplotlib.rc_context(PLOT_STYLE):
-        page = render(runs, speeds)
-    write_text(out, page)
-    print_tau(runs, console)
-    console.print(f"report written to {config.out}", highlight=False)
-    return config.out
-
-
-def print_tau(runs: list[Run], console: Console) -> None:
-    """tau per prompt set, and outside loops over all, as a table in the terminal."""
-    measured = [run for run in runs if run.results is not None]
-    if not measured:
-        return
-    sets = list(dict.fromkeys(name for run in measured for name in run.results["sets"]))
-    table = Table("tau", *sets, "overall", "outside loops", "exact")
-    for run in measured:
-        values = [run.read(name, "tau_micro") for name in (*sets, None)] + [run.read(None, "tau_outside_loops")]
-        cells = [DASH if value is None else f"{value:.3f}" for value in values]
-        table.add_row(run.name, *cells, str(run.read(None, "exact")))
-    console.print(table)

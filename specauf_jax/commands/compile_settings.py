@@ -1,0 +1,38 @@
+"""Settings of `specauf compile`."""
+
+from dataclasses import dataclass
+
+from specauf_jax.checks import at_least, positive
+from specauf_jax.config import Mesh
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compile a recipe's train step and decode round for a TPU topology, without a TPU. Exit code 1: no room."""
+
+    config: str
+    """--config RECIPE.py of `specauf train`; its target: a folder with config.json, Qwen3-4B, Qwen3-8B or Qwen3-32B."""
+    topology: str
+    """Such as v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x4; counts chips, of which a tpu7x has two devices."""
+    slices: int = 1
+    """Slices of that topology; the axis `replica` runs over them."""
+    mesh: Mesh = Mesh(replica=0, fsdp=0, tensor=0)
+    """Axes that are not 0 take the place of the recipe's."""
+    batch_size: int | None = None
+    """Rows per optimiser step over the whole mesh; None takes the recipe's."""
+    accumulation: int | None = None
+    """Parts that a batch is cut into; None takes the recipe's."""
+    sequence_length: int = 3072
+    """S: tokens per packed row."""
+    decode_batch_size: int = 64
+    """Rows that decode together; more where the mesh spreads rows wider."""
+    decode_length: int = 4096
+    """Tokens of each row that decodes, prompt and continuation; its caches have room for them."""
+    code: bool = True
+    """Generate code too, which takes most of the time and tells its bytes (about 0.1 GiB for Qwen3-8B)."""
+    out: str | None = None
+    """JSON to write: fits, peak_bytes, hbm_bytes, flops_per_step, collectives, and the same for train and decode."""
+
+    def __post_init__(self):
+        positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size")
+        at_least(self, 2, "decode_length")

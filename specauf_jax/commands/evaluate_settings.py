@@ -1,0 +1,35 @@
+"""Settings of `specauf evaluate`."""
+
+from dataclasses import dataclass
+
+from specauf_jax.checks import not_negative, positive, seed
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure tau, acceptance, exactness and speed of a drafter on prompt sets."""
+
+    target: str
+    drafter: str
+    prompts: tuple[str, ...]
+    """NAME=FILE.jsonl, one or more."""
+    out: str
+    """JSON to write: overall, sets, meta."""
+    max_new_tokens: int = 128
+    sampling: SamplingFlags = Sampling()
+    seed: int = 0
+    """Of what is drawn; at temperature 0 nothing is."""
+    dtype: Dtype = "float32"
+    batch_size: int = 16
+    max_prompts: int = 0
+    """Prompts used of each set, from its start; 0 for all."""
+    repeats: int = 3
+    """Timed passes over each set, after one warm-up pass."""
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
+
+    def __post_init__(self):
+        positive(self, "max_new_tokens", "batch_size", "repeats")
+        not_negative(self, "max_prompts")
+        seed(self)

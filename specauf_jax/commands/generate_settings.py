@@ -1,0 +1,45 @@
+"""Settings of `specauf generate`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specauf_jax.checks import positive, seed, unused
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+from specauf_jax.errors import SpecaufError
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Write continuations of prompts, speculatively or token by token."""
+
+    target: str
+    prompts: str
+    """JSONL: {"prompt": str} or {"turns": [...]} (chat template applied, turns answered one after another)."""
+    drafter: str | None = None
+    """Drafter folder in z-lab layout, for --method speculative."""
+    method: Literal["speculative", "autoregressive"] = "speculative"
+    max_new_tokens: int = 128
+    sampling: SamplingFlags = Sampling()
+    seed: int = 0
+    """Of what is drawn; at temperature 0 nothing is."""
+    dtype: Dtype = "float32"
+    batch_size: int = 16
+    """Rows that decode together; with --out."""
+    out: str | None = None
+    """JSONL to write; without it the text streams to the terminal, the drafter's share in colour."""
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
+
+    def __post_init__(self):
+        positive(self, "max_new_tokens", "batch_size")
+        seed(self)
+        if self.method == "autoregressive":
+            unused(self, "drafter", when="with --method autoregressive")
+        elif self.drafter is None:
+            raise SpecaufError(
+                "--method speculative without --drafter",
+                "a drafter folder",
+                "pass --drafter DIR or --method autoregressive",
+            )
+        if self.out is None:
+            unused(self, "batch_size", when="without --out, where one row streams at a time")

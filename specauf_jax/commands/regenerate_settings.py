@@ -1,0 +1,35 @@
+"""Settings of `specauf regenerate`."""
+
+from dataclasses import dataclass
+
+from specauf_jax.checks import not_negative, positive, seed
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+
+
+@dataclass(frozen=True)
+class Regenerate:
+    """Replace the responses of a dataset by the target's own, so that labels are on-policy."""
+
+    data: str
+    """Folder written by `specauf prepare`."""
+    target: str
+    """Target folder in Hugging Face layout."""
+    out: str
+    """Folder to write, with the same layout as --data."""
+    documents: int = 0
+    """Documents to regenerate, spread evenly over the dataset; 0 for all."""
+    prompt_length: int = 64
+    """Tokens kept at the start of a document without any unsupervised prefix."""
+    max_new_tokens: int = 96
+    batch_size: int = 64
+    sampling: SamplingFlags = Sampling()
+    seed: int = 0
+    """Of what is drawn; at temperature 0 nothing is."""
+    dtype: Dtype = "float32"
+    mesh: Mesh = Mesh()
+    hosts: Hosts = Hosts()
+
+    def __post_init__(self):
+        positive(self, "prompt_length", "max_new_tokens", "batch_size")
+        not_negative(self, "documents")
+        seed(self)
