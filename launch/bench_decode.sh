@@ -46,7 +46,7 @@ fi
 
 specauf train --config configs/tiny_cpu.py --target "$out/target" --data "$out/data" --out "$out/train_domino" \
   --train.steps "$drafter_steps" --train.learning-rate 2e-3 --train.decode-every 0 --drafter.intermediate-size 1152 \
-  --drafter.projector-type domino --drafter.emb-dim 64 --drafter.gru-hidden-dim 128 \
+  --drafter.projector-type domino --drafter.head emb_dim=64 gru_hidden_dim=128 \
   --base-objective.name auf_decay --objective.name decay
 specauf export --run "$out/train_domino" --out "$out/drafter_domino"
 

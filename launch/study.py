@@ -91,7 +91,7 @@ def objective(name: str) -> list[str]:
     if name not in DOMINO:
         return ["--objective.name", name]
     base, final, witness = DOMINO[name]
-    return ["--drafter.projector-type", "domino", "--drafter.emb-dim", "64", "--drafter.gru-hidden-dim", "128",
+    return ["--drafter.projector-type", "domino", "--drafter.head", "emb_dim=64", "gru_hidden_dim=128",
             "--base-objective.name", base, "--objective.name", final, "--objective.witness", witness]  # fmt: skip
 
 

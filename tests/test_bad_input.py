@@ -525,8 +525,8 @@ CASES = {
     "run's config": (
         "export",
         {},
-        edit_json("run/config.json", lambda c: c["drafter"].update(block_sizes=4)),
-        "unknown field 'block_sizes' of Drafter (did you mean 'block_size'?)",
+        edit_json("run/config.json", lambda c: c["train"].update(step=4)),
+        "unknown field 'step' of TrainOptimisation (did you mean 'steps'?)",
     ),
     # report
     "report: missing": ("report", {"": "run nowhere"}, None, "nowhere does not exist"),

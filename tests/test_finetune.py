@@ -12,7 +12,7 @@ from specauf_jax.models.weights import load_drafter
 
 TRAIN = "train --target pre/target --data data --train.batch-size 2 --train.num-anchors 4 --train.steps"
 SHAPE = "--drafter.block-size 4 --drafter.num-hidden-layers 1"
-DOMINO = "--drafter.projector-type domino --drafter.emb-dim 6 --drafter.gru-hidden-dim 5"
+DOMINO = "--drafter.projector-type domino --drafter.head emb_dim=6 gru_hidden_dim=5"
 
 
 def specauf(line: str) -> None:
@@ -68,12 +68,16 @@ def test_what_a_drafter_says_of_its_origin(world):
 @pytest.mark.parametrize(
     ("kind", "asked", "said"),
     [
-        ("plain", "--drafter.block-size 8", "--drafter.block_size 8, but plain/drafter was trained with 4"),
-        ("plain", DOMINO, "--drafter.projector_type 'domino', but plain/drafter was trained with 'dflash'"),
-        ("domino", "--drafter.no-shift-label", "--drafter.shift_label False, but domino/drafter was trained with True"),
-        ("domino", "--drafter.mask-token-id 7", "--drafter.mask_token_id 7"),
-        ("plain", "--drafter.target-layer-ids 0", "--drafter.target_layer_ids (0,)"),
-        ("plain", "--drafter.rope-theta 5", "--drafter.rope_theta 5.0"),
+        ("plain", "--drafter.block-size 8", "asks for block_size 8, but plain/drafter was trained with 4"),
+        ("plain", DOMINO, "asks for projector_type 'domino', but plain/drafter was trained with 'dflash'"),
+        (
+            "domino",
+            "--drafter.head shift_label=false",
+            "asks for shift_label False, but domino/drafter was trained with True",
+        ),
+        ("domino", "--drafter.mask-token-id 7", "asks for mask_token_id 7"),
+        ("plain", "--drafter.target-layer-ids 0", "asks for target_layer_ids (0,)"),
+        ("plain", "--drafter.rope-theta 5", "asks for rope_theta 5.0"),
     ],
 )
 def test_other_conventions_are_refused(world, capsys, kind, asked, said):
@@ -85,7 +89,7 @@ def test_other_conventions_are_refused(world, capsys, kind, asked, said):
 
 
 def test_what_is_repeated_is_accepted(world):
-    specauf(f"{TRAIN} 0 --out repeated --init-from domino/drafter {SHAPE} {DOMINO} --drafter.shift-label True")
+    specauf(f"{TRAIN} 0 --out repeated --init-from domino/drafter {SHAPE} {DOMINO} shift_label=true")
 
 
 def test_another_mask_token_is_asked_about(world, capsys):

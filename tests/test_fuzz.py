@@ -15,7 +15,7 @@ from specauf_jax.models.weights import load_drafter, load_target, save_drafter, 
 
 CASES = 60  # of each kind of damage and model
 TARGET = tiny.target_config(model_type="qwen2", num_hidden_layers=2)
-DOMINO = tiny.drafter_config(projector_type="domino", emb_dim=6, gru_hidden_dim=5)
+DOMINO = tiny.domino_config(gru_hidden_dim=5)
 JUNK = [None, -1, 0, 1, 3, 10**30, 2**31, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, "", "x", "16", [],
         [1], [None], {}, {"a": 1}, "full_attention", ["x"] * 3, [0, 1, 2], [-1], [[1]], "\ud800"]  # fmt: skip
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from specauf_jax.architecture import RopeScaling
 from specauf_jax.errors import SpecaufError
+from specauf_jax.models.heads import make_head
 from specauf_jax.models.layers import cast
 from specauf_jax.models.weights import (
     drafter_config,
@@ -323,9 +324,7 @@ def test_pieces_of_any_size_are_one_model(tmp_path, monkeypatch, piece):
     assert told[-1] == (count, count) and len(told) > 1
 
 
-DOMINO = tiny.drafter_config(
-    projector_type="domino", emb_dim=6, gru_hidden_dim=5, pure_draft_prefix_len=2, shift_label=True
-)
+DOMINO = tiny.domino_config(gru_hidden_dim=5, pure_draft_prefix_len=2)
 
 
 @pytest.mark.parametrize(("layout", "name"), [("zlab", "DFlashDraftModel"), ("specforge", "DominoDraftModel")])
@@ -366,13 +365,13 @@ def test_an_early_domino_file_keeps_its_head_under_a_prefix(tmp_path):
 
 def test_domino_never_becomes_a_plain_drafter(tmp_path):
     params = tiny.drafter_params(DOMINO)
-    with pytest.raises(SpecaufError, match="with a Domino head and projector_type dflash"):
+    with pytest.raises(SpecaufError, match="(?s)prefix_gru.*those of a DFlash drafter"):
         save_drafter(params, DRAFTER, tmp_path / "plain")
     body = {name: x for name, x in params.items() if name in tiny.drafter_params()}
-    with pytest.raises(SpecaufError, match="without a Domino head and projector_type domino"):
+    with pytest.raises(SpecaufError, match="(?s)those of a Domino drafter.*prefix_gru"):
         save_drafter(body, DOMINO, tmp_path / "plain")
-    with pytest.raises(SpecaufError, match="shift_label with projector_type dflash"):
-        dataclasses.replace(DOMINO, projector_type="dflash")
+    with pytest.raises(SpecaufError, match="unknown field 'shift_label' of DFlash"):
+        make_head("dflash", ("shift_label=true",))
     with pytest.raises(SpecaufError, match="a Domino drafter for the layout of speculators"):
         save_drafter(params, DOMINO, tmp_path / "plain", layout="speculators", verifier="target")
     assert not (tmp_path / "plain").exists()

@@ -107,7 +107,7 @@ def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
     if config.init_from is None:
         return resolve_drafter(config.drafter, target, manifest["mask_token_id"])
     found = fitted(drafter_config(config.init_from), target)
-    for name, asked in _asked(config.drafter).items():
+    for name, asked in _asked(config.drafter, found).items():
         has = found.head.projector_type if name == "projector_type" else getattr(found, name, None)
         has = head_settings(found.head).get(name, has)
         if asked != has:
@@ -136,12 +136,12 @@ def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
     unused(config.train, "lambda_base_decay_ratio", when=where)
 
 
-def _asked(drafter: Drafter) -> dict:
+def _asked(drafter: Drafter, found: ResolvedDrafter) -> dict:
     """Settings that are not the defaults, those of the head among them."""
     asked = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(drafter)
              if getattr(drafter, field.name) != field.default and field.name != "head"}  # fmt: skip
     named = {setting.partition("=")[0] for setting in drafter.head}
-    settings = head_settings(make_head(drafter.projector_type, drafter.head))
+    settings = head_settings(make_head(asked.get("projector_type", found.head.projector_type), drafter.head))
     return asked | {name: settings[name] for name in named}
 
 
