@@ -13,13 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 from etils import epath
 
 from specauf_jax import storage
 from specauf_jax.errors import SpecaufError
 
-AnyPath = Path | epath.Path
+AnyPath: TypeAlias = "Path | epath.Path"
 _READINGS = 5  # of objects that change under the reading
 
 

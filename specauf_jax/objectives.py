@@ -22,12 +22,12 @@ K-1, or K where labels are shifted. `valid` is v_k: the slot's label may be trai
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.config import Objective, decay_gamma
+from specauf_jax.pytrees import pytree
 
 
 class LabelScores(NamedTuple):
@@ -156,7 +156,7 @@ def scores_and_probabilities(logits, labels, vocabulary_axis: str | None = None)
     return scores, powers / mass[..., None], is_label
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class ObjectiveSums:
     """The two halves of a loss, to be summed over everything (mesh, accumulation) and divided once."""
 

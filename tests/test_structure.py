@@ -12,7 +12,7 @@ import specauf_jax
 
 ROOT = Path(specauf_jax.__file__).parent
 LAYERS = (
-    *("errors", "checks", "config", "recipes", "storage", "files", "environment", "sharding", "distributed"),
+    *("errors", "checks", "pytrees", "config", "recipes", "storage", "files", "environment", "sharding", "distributed"),
     *(
         "objectives",
         "architecture",

@@ -170,8 +170,8 @@ def _parts(
 
         return jax.grad(total, argnums=(0, 1))(params, hidden)
 
-    part = part.replace(features=features(target_params, part))
-    seconds = {"target": _median(features, target_params, part.replace(features=None), repeats=repeats)}
+    part = dataclasses.replace(part, features=features(target_params, part))
+    seconds = {"target": _median(features, target_params, dataclasses.replace(part, features=None), repeats=repeats)}
     seconds["drafter"] = _median(drafter, params, head, part, repeats=repeats)
     hidden, blocks = hidden_and_blocks(params, head, part)
     matrix = jnp.asarray(head.lm_head, hidden.dtype)

@@ -202,7 +202,7 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
 def _state_sharding(state: DecodeState, mesh) -> DecodeState:
     rows = jax.tree.map(lambda _: batch_sharding(mesh), state)
     caches = {name: cache_sharding(getattr(state, name), mesh) for name in ("target_cache", "drafter_cache")}
-    return rows.replace(**caches)
+    return dataclasses.replace(rows, **caches)
 
 
 def abstract_state(

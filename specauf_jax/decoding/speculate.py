@@ -4,6 +4,8 @@ Exactness: at temperature 0 a row's tokens are those that the target alone would
 the drafter; above 0 they follow the target's own distribution.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,10 +37,12 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
     with jax.named_scope("verify"):
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
-    state = state.replace(target_cache=cache)
+    state = dataclasses.replace(state, target_cache=cache)
     if config.has_model:
         # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
-        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
+        state = dataclasses.replace(
+            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
+        )
     return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
 
 
@@ -124,7 +128,7 @@ def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: 
     done = state.done | stopped | (length >= state.limit)
     accepted = jnp.where(active, verdict.accepted, 0)
     result = Round(active=active, accepted=accepted, tokens=tokens, emitted=emitted)
-    return state.replace(tokens=written, length=length, done=done), result
+    return dataclasses.replace(state, tokens=written, length=length, done=done), result
 
 
 def prefill(drafter_params, target_params, state: DecodeState, prompt_length: int, *, config: Decoding) -> DecodeState:
@@ -140,9 +144,11 @@ def prefill(drafter_params, target_params, state: DecodeState, prompt_length: in
     tokens = state.tokens[:, : prompt_length - 1]
     positions = jnp.broadcast_to(jnp.arange(prompt_length - 1, dtype=jnp.int32), tokens.shape)
     _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
-    state = state.replace(target_cache=cache)
+    state = dataclasses.replace(state, target_cache=cache)
     if config.has_model:
-        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
+        state = dataclasses.replace(
+            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
+        )
     return state
 
 

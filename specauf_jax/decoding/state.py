@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +11,7 @@ from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.models.layers import KVCache
 from specauf_jax.models.target import target_head
+from specauf_jax.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Decoding:
         return isinstance(self.drafter, ResolvedDrafter)
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class DecodeState:
     """Rows of different lengths at different points. Caches hold all positions before the anchor."""
 
@@ -59,7 +59,7 @@ class DecodeState:
     drafter_cache: KVCache | None  # [M, B, ≥ max(limit) + K - 1, G, E]
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class Proposal:
     """What the drafter suggests. Without a drafter, K-1 = 0."""
 
@@ -67,7 +67,7 @@ class Proposal:
     logits: jax.Array | None  # float32 [B, K-1, V]; None for drafts that were not drawn: all of q is on them
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class Verdict:
     """What the target makes of it."""
 
@@ -75,7 +75,7 @@ class Verdict:
     token: jax.Array  # int32 [B]: the target's own token after them
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class Round:
     """What one round did, row by row."""
 

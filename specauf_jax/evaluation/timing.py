@@ -101,7 +101,7 @@ def _repeat(drafter_params, target_params, state: DecodeState, *, part: str, con
 def _round(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
     """A whole round, whose rows are then put back to where they were."""
     after, _ = draft_and_verify(drafter_params, target_params, state, config=config)
-    return after.replace(length=state.length, done=state.done)
+    return dataclasses.replace(after, length=state.length, done=state.done)
 
 
 def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
@@ -113,7 +113,9 @@ def _draft(drafter_params, target_params, state: DecodeState, *, config: Decodin
         block = jnp.broadcast_to(anchor[:, None], positions.shape)
         taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]
         taps = jnp.broadcast_to(last[:, None, None], taps.shape).astype(taps.dtype)
-        state = state.replace(drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config))
+        state = dataclasses.replace(
+            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
+        )
     return _mark(state, last)
 
 
@@ -123,7 +125,7 @@ def _target(drafter_params, target_params, state: DecodeState, *, config: Decodi
     block = jnp.broadcast_to(anchor[:, None], positions.shape)
     logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
     choice = jnp.argmax(logits, axis=-1).max(axis=1).astype(jnp.int32)
-    return _mark(state.replace(target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
+    return _mark(dataclasses.replace(state, target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
 
 
 def _anchor(state: DecodeState, config: Decoding):
@@ -134,4 +136,4 @@ def _anchor(state: DecodeState, config: Decoding):
 def _mark(state: DecodeState, token) -> DecodeState:
     """The state with other anchors: without a trace of a part's result the compiler would leave the part out."""
     rows = jnp.arange(len(token))
-    return state.replace(tokens=state.tokens.at[rows, state.length - 1].set(token))
+    return dataclasses.replace(state, tokens=state.tokens.at[rows, state.length - 1].set(token))

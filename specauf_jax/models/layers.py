@@ -7,7 +7,6 @@ parameters; norms, softmax and RoPE angles are float32 inside.
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,11 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 from specauf_jax.config import Remat
 from specauf_jax.models.cpu import for_serving, gated, is_serving, product
 from specauf_jax.models.rope import apply_rope
+from specauf_jax.pytrees import pytree
 
 _PRODUCT = "product with weights"  # the name of such a result, for what is kept for the backward pass
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class KVCache:
     """Keys and values of all layers, addressed by position: `[N, B, S, G, E]` each."""
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +21,7 @@ from specauf_jax.models.layers import (
     stack_layers,
 )
 from specauf_jax.models.rope import rope_angles
+from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import spread_rows
 
 
@@ -39,7 +39,7 @@ class CausalLM(nnx.Module):
             )
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class Head:
     """What a drafter shares with its target, frozen."""
 

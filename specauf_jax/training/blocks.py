@@ -1,14 +1,14 @@
 """From rows of tokens to drafting problems: anchors, block inputs, positions, labels. Static shapes."""
 
-import chex
 import jax
 import jax.numpy as jnp
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.models.target import document_starts
+from specauf_jax.pytrees import pytree
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class Batch:
     """Packed rows, as the loader gives them."""
 
@@ -19,7 +19,7 @@ class Batch:
     features: jax.Array | None = None  # [B, S, L·D]: tapped hidden states of any target
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class BlockBatch:
     """A drafted blocks of every row. Blocks that are not kept fill up rows with few anchors."""
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,6 +12,7 @@ from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
 from specauf_jax.objectives import LabelScores, objective_sums
+from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import gather_head
 from specauf_jax.training.blocks import Batch, BlockBatch, eligible_anchors, make_blocks, sample_anchors
 
@@ -50,7 +50,7 @@ def loss_config(drafter: ResolvedDrafter, objective: Objective, base: Objective,
     )
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class BranchSums:
     """Sums over a batch of one set of logits, float32 []; every measure is a ratio of two of them."""
 
@@ -76,7 +76,7 @@ class BranchSums:
         return {name: safe_ratio(*pair) for name, pair in ratio.items()}
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class LossAux:
     """The sums of every branch."""
 

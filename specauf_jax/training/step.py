@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,12 +18,13 @@ from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import init_target, target_features, target_head, target_hidden, target_shapes
+from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
 from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio, weighted
 
 
-@chex.dataclass(frozen=True)
+@pytree
 class TrainState:
     """All that changes from step to step."""
 
@@ -102,7 +102,7 @@ def make_train_step(
             config=target,
             layer_ids=config.drafter.target_layer_ids,
         )
-        batch, head = batch.replace(features=features), target_head(target_params)
+        batch, head = dataclasses.replace(batch, features=features), target_head(target_params)
         _, pull, aux = jax.vjp(
             lambda params: loss_sums(params, head, batch, anchors, keep, config=config), params, has_aux=True
         )
