@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+LAUNCH = Path(__file__).resolve().parents[1] / "launch/measure"
 
 
 def run(tmp_path, script, *arguments) -> dict:

@@ -1,7 +1,8 @@
 """Speed beside specforge (PyTorch) on this machine: same weights, same prompts, same shapes, in turn.
 
     bash launch/interop.sh -x -q   # once: makes .venv-interop
-    .venv-interop/bin/python launch/compare_peers.py --target DIR --drafter DIR --prompts FILE.jsonl --out FILE.json
+    .venv-interop/bin/python launch/measure/compare_peers.py --target DIR --drafter DIR \\
+        --prompts FILE.jsonl --out FILE.json
 
 1. Generation: its `spec_generate` and ours on the same folders; batch 1, temperature 0, float32, wall time with the
    prompt's pass, once to warm up, then the median over the repeats. The texts must be equal.
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "interop"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "interop"))
 
 import jax
 import jax.numpy as jnp

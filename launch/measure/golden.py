@@ -1,6 +1,6 @@
 """Does this project compute what the public implementations computed? Checks a folder of golden cases.
 
-    python launch/golden.py FOLDER
+    python launch/measure/golden.py FOLDER
 
 Each case is a sub-folder: target/, dflash/, domino/ (checkpoints) and golden.npz, arrays that transformers, specforge
 and speculators computed from them in float32. Prints a line per array: the largest difference over max(1, largest

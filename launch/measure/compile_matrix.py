@@ -1,6 +1,6 @@
 """Every shipped recipe for a real target, compiled for every topology of the README's table; prints that table.
 
-    python launch/compile_matrix.py [--out runs/compile] [--jobs 2]
+    python launch/measure/compile_matrix.py [--out runs/compile] [--jobs 2]
 
 Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
 folder after a change of the code. Every device has one row of a part; the batch is 64, or the number of devices
@@ -14,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = ("qwen3_8b_dflash", "qwen3_8b_domino", "qwen3_4b_dflash", "qwen3_32b_dflash")
 DEVICES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "tpu7x:2x2x4": 32, "v5p:4x4x8": 128, "v6e:16x16": 256}
 BATCH = 64

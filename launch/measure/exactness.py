@@ -1,6 +1,6 @@
 """Is greedy speculative output the target's own, token for token? Over many prompts, drafters, batch sizes and stops.
 
-    python launch/exactness.py --target runs/quickstart/target --drafter runs/quickstart/drafter_auf \\
+    python launch/measure/exactness.py --target runs/quickstart/target --drafter runs/quickstart/drafter_auf \\
         --data runs/quickstart/text --prompts 1000
 
 Prompts are pieces of mixed length from a prepared dataset. Each is continued autoregressively, and speculatively with

@@ -1,6 +1,6 @@
 """Host memory that loading a target takes beyond its arrays, on a synthetic checkpoint of any size.
 
-    python launch/host_memory.py --folder /tmp/big --layers 28 [--devices 8] [--dtype bfloat16]
+    python launch/measure/host_memory.py --folder /tmp/big --layers 28 [--devices 8] [--dtype bfloat16]
 
 Writes a Qwen3 checkpoint of random bfloat16 numbers into --folder (4 GB with the defaults, in shards
 of 1 GB; kept, and used again), loads it, and watches this process' anonymous memory meanwhile.
