@@ -81,10 +81,10 @@ def test_bench_decode(world):
 
 def test_exactness(world, capsys):
     folders = ["--target", world / "target", "--drafter", world / "drafter_domino", "--data", world / "text"]
-    assert run("exactness.py", *folders, "--prompts", 3, "--max-new-tokens", 9) == 0
+    assert run("exactness.py", *folders, "--prompts", 1, "--max-new-tokens", 9) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("3 prompts of") and lines[-1] == "exact"
-    assert sum("0 of 3 differ" in line for line in lines) == 8
+    assert lines[0].startswith("1 prompts of") and lines[-1] == "exact"
+    assert sum("0 of 1 differ" in line for line in lines) == 8
 
 
 def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
@@ -98,7 +98,7 @@ def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
 
     monkeypatch.setattr(module, "generate", wrong)
     folders = ["--target", world / "target", "--drafter", world / "drafter_domino", "--data", world / "text"]
-    assert run("exactness.py", *folders, "--prompts", 3, "--max-new-tokens", 9) == 1
+    assert run("exactness.py", *folders, "--prompts", 1, "--max-new-tokens", 9) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "8 DIFFERENT"
 
 
@@ -290,3 +290,50 @@ def test_golden_sees_one_changed_number(golden, tmp_path, capsys):
 
 def test_golden_without_a_case(tmp_path):
     assert run("golden.py", tmp_path) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# A machine with a GPU
+
+
+def test_device(tmp_path):
+    """All four parts, on a CPU."""
+    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "900", "--out", tmp_path]
+    done = subprocess.run(device, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["attention", "lm_head", "train", "decode"]
+    assert all(outcome.startswith("measured in ") for outcome in summary.values())
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in summary}
+    assert read["train"]["training"].keys() == {"auf", "decay"}
+    assert read["decode"]["batch_sizes"]["1"]["different"] == 0
+
+
+FAILING = """
+case "$*" in
+  *import_module*lm_head*) echo "ModuleNotFoundError: No module named 'grain'" >&2; exit 1 ;;
+  *bench_attention*) sleep 60 ;;
+  *benchmark-train*) exit 3 ;;
+  *summary.json*) exec "$REAL" "$@" ;;
+esac
+"""
+"""A Python where the first part takes too long, the second lacks a module, the third fails."""
+
+
+def test_device_tells_what_did_not_end_well(tmp_path):
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{FAILING}")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable}
+    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "20", "--out", tmp_path / "out"]
+    done = subprocess.run(device, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert list(json.loads((tmp_path / "out/summary.json").read_text()).values()) == [
+        "stopped after its 2 s", "skipped: ModuleNotFoundError: No module named 'grain'", "failed with exit code 3",
+        "measured in 0 s"]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [["--sceonds", "9"], ["--out"], [], ["--out", "x", "--seconds", "0"]])
+def test_device_refuses(bad, tmp_path):
+    done = subprocess.run(["bash", MEASURE / "device.sh", *bad], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "found" in done.stderr and "expected" in done.stderr
+    assert not list(tmp_path.iterdir())
