@@ -16,13 +16,14 @@ MEASURE = Path(__file__).resolve().parents[1] / "launch/measure"
 
 def run(script: str, *arguments) -> int:
     """The exit code of a script, in this process: JAX is here already."""
-    before, sys.argv = sys.argv, [script, *map(str, arguments)]
+    before = sys.argv, sys.path
+    sys.argv, sys.path = [script, *map(str, arguments)], sys.path[:]
     try:
         runpy.run_path(str(MEASURE / script), run_name="__main__")
     except SystemExit as ended:
         return ended.code or 0
     finally:
-        sys.argv = before
+        sys.argv, sys.path = before
     return 0
 
 
@@ -53,7 +54,7 @@ def record_case(golden, folder: Path, kinds: tuple[str, ...]) -> int:
     inputs = {"input_ids": np.arange(1, 13)[None] % 5 + 1, "loss_mask": np.ones((1, 12), int), "anchors": anchors,
               "block_keep": keep, "all_anchors": anchors, "all_block_keep": keep, "spk_anchors": np.array([2, 5]),
               "gen_stop_token": np.array(2), **prompts}  # fmt: skip
-    unknown = {"spk_target_ids": np.zeros((2, 4), int), "gen_stop_ids": np.array([1, 2, 3, 1])}
+    unknown = {"spk_target_ids": np.zeros((2, 4), int)}
     if "dflash" not in kinds:
         unknown.clear()
     for kind, config in heads.items():
@@ -63,6 +64,10 @@ def record_case(golden, folder: Path, kinds: tuple[str, ...]) -> int:
             found = golden.run(params, tiny.target_params(), prompts[f"gen_prompt_{i}"], decoding, 4)
             unknown[f"gen_{kind}_{i}_ids"] = np.array(found.prompt + found.tokens)
             unknown |= {f"gen_{kind}_{i}_accept": np.zeros(0, int), f"gen_{kind}_{i}_proposals": np.zeros((0, 4), int)}
+        if kind == "dflash":
+            stop = golden.dataclasses.replace(decoding, stop_tokens=(2,))
+            found = golden.run(params, tiny.target_params(), prompts["gen_prompt_0"], stop, 32)
+            unknown["gen_stop_ids"] = np.array(found.prompt + found.tokens)
         name = {"dflash": "grad_decay7", "domino": "grad_domino"}[kind]
         unknown |= {f"{name}/{key}": value for key, value in list(flatten(params, np.float32).items())[:1]}
 

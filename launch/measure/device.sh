@@ -93,7 +93,7 @@ if $toy; then
   attention=(--S 24 --A 5 --K 4 --H 2 --G 1 --E 8 --repeats 1)
   lm_head=(--blocks 8 --slots 3 --width 16 --vocabulary 64 --chunk 8 --active 0.5 --repeats 1)
   train=(--sequence-length 32 --repeats 1)
-  decode=(--width 128 --target-layers 2 --drafter-layers 1 --vocabulary 64 --block-size 4 --batch-sizes 1
+  decode=(--width 128 --target-layers 1 --drafter-layers 1 --vocabulary 64 --block-size 4 --batch-sizes 1
     --prompt-length 4 --new-tokens 4 --repeats 1)
 else
   attention=(--dtype bfloat16 --S 3072 --A 512 --H 32 --G 8 --E 128 --repeats 5)
