@@ -38,7 +38,7 @@ def parsed(command: list[str]):
 def world(tmp_path_factory) -> Path:
     """text, target and drafter, made by the commands themselves."""
     world = tmp_path_factory.mktemp("measuring")
-    small = ["--target.hidden-size", 32, "--target.intermediate-size", 48, "--target.num-hidden-layers", 2,
+    small = ["--target.hidden-size", 32, "--target.intermediate-size", 48, "--target.num-hidden-layers", 1,
              "--target.num-attention-heads", 2, "--target.num-key-value-heads", 1, "--target.head-dim", 16]  # fmt: skip
     steps = ["--train.steps", 2, "--train.batch-size", 2]
     text = ["--corpus-bytes", 60_000, "--vocab-size", 300, "--sequence-length", 64, "--heldout-prompts", 2]
