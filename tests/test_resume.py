@@ -25,7 +25,7 @@ from specauf_jax.models.weights import save_target
 from specauf_jax.training.checkpoint import Checkpoints
 
 QUIET = Console(quiet=True)
-KILL = Path(__file__).parents[1] / "launch/kill_and_resume.py"
+KILL = Path(__file__).parents[1] / "launch/measure/kill_and_resume.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Time the LM head's cross-entropy with its gradient: all slots against those up to each block's first failure.
 
-    python launch/bench_lm_head.py                                          # 2 CPU cores, under 2 minutes
-    python launch/bench_lm_head.py --width 4096 --vocabulary 151936 --dtype bfloat16 --chunk 256     # an accelerator
+    python launch/measure/bench_lm_head.py                  # 2 CPU cores, under 2 minutes
+    python launch/measure/bench_lm_head.py --width 4096 --vocabulary 151936 --dtype bfloat16 --chunk 256  # accelerator
 
 Labels are the drafter's own best token with a probability that gives the active ratio asked for: the share of slots
 up to first failures. Forms are timed in turn within each repeat; ratios are of medians. `--memory v5e:2x2` asks the
