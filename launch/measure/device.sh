@@ -15,7 +15,7 @@ Four parts run one after another; each has a share of the seconds, and what one 
   decode      a round of a random target of 1.3 billion parameters with a drafter, batch 1, 4 and 16
 
 Each part writes DIR/PART.json when it ends; DIR/device.log has everything printed, DIR/summary.json the outcomes.
-A part whose Python modules are missing is skipped and names the first of them.
+A part that lacks a Python module is skipped, and its outcome names the module.
 
   --out DIR      folder for the results
   --seconds N    for all parts together (480)
@@ -60,27 +60,25 @@ exec > >(tee "$out/device.log") 2>&1
 began=$SECONDS
 outcomes=()
 
-# part NAME PERCENT MODULE COMMAND …: runs the command within that share of all seconds and what is left over so far.
+# part NAME PERCENT COMMAND …: runs the command within that share of all seconds and what is left over so far.
 earned=0
 part() {
-  local name=$1 module=$3 limit code=0 missing started=$SECONDS
+  local name=$1 limit code=0 missing started=$SECONDS
   earned=$((earned + seconds * $2 / 100))
-  shift 3
+  shift 2
   limit=$((earned - (SECONDS - began)))
   printf '\n== %s (%d s)\n' "$name" $((SECONDS - began))
-  missing=$(timeout 120 "$python" -c "import importlib; importlib.import_module('$module')" 2>&1 | tail -n 1) || true
-  if [ -n "$missing" ] && [[ "$missing" == *Error* ]]; then
-    outcome "$name" "skipped: $missing"
-  elif [ "$limit" -lt 1 ]; then
+  if [ "$limit" -lt 1 ]; then
     outcome "$name" "skipped: no time left"
-  else
-    timeout -k 10 "$limit" "$@" || code=$?
-    case "$code" in
-      0) outcome "$name" "measured in $((SECONDS - started)) s" ;;
-      124 | 137) outcome "$name" "stopped after its $limit s" ;;
-      *) outcome "$name" "failed with exit code $code" ;;
-    esac
+    return
   fi
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$scratch/said" || code=${PIPESTATUS[0]}
+  missing=$(grep -m 1 '^ModuleNotFoundError' "$scratch/said") || true
+  case "$code" in
+    0) outcome "$name" "measured in $((SECONDS - started)) s" ;;
+    124 | 137) outcome "$name" "stopped after its $limit s" ;;
+    *) if [ -n "$missing" ]; then outcome "$name" "skipped: $missing"; else outcome "$name" "failed with exit code $code"; fi ;;
+  esac
 }
 
 outcome() {
@@ -124,14 +122,14 @@ target = sa.Target(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidd
 sa.save_target(sa.init_target(target, jax.random.key(0)), target, sys.argv[1])' "$scratch/target"
 }
 
-part attention 12 specauf_jax.kernels.block_attention \
+part attention 12 \
   "$python" launch/measure/bench_attention.py "${attention[@]}" --out "$out/attention.json"
-part lm_head 13 specauf_jax.kernels.lm_head \
+part lm_head 13 \
   "$python" launch/measure/bench_lm_head.py "${lm_head[@]}" --out "$out/lm_head.json"
 recipe || true
-part train 40 specauf_jax.commands.benchmark_train \
+part train 40 \
   "$python" -m specauf_jax benchmark-train --config "$scratch/recipe.py" "${train[@]}" --out "$out/train.json"
-part decode 35 specauf_jax.evaluation.timing \
+part decode 35 \
   "$python" launch/measure/bench_round.py "${decode[@]}" --out "$out/decode.json"
 
 printf '\n== done (%d s)\n' $((SECONDS - began))
