@@ -17,11 +17,12 @@ import sys
 import jax
 import numpy as np
 
-from specauf_jax.architecture import Drafter, Target, resolve_drafter
+from specauf_jax.architecture import Drafter, Target
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.evaluation.timing import timed_pass
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
-from specauf_jax.models.layers import serving_params
+from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 
 
@@ -65,7 +66,7 @@ def models(arguments: argparse.Namespace) -> tuple[dict, dict]:
         params = jax.jit(
             lambda: jax.tree.map(lambda x: x.astype(arguments.dtype), init(config, jax.random.key(seed)))
         )()
-        return serving_params(params) if jax.default_backend() == "cpu" else params
+        return serving_params(params)
 
     alone = Decoding(target_step=TargetStep(target, drafter.target_layer_ids))
     together = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
