@@ -36,7 +36,7 @@ class Finding:
     level: Level
     found: str
     expected: str
-    remedy: str
+    remedy: str = "correct config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,45 +279,37 @@ def repaired_folder(folder: Folder) -> Iterator[Path]:
 # ---------------------------------------------------------------------------------------------
 # config.json, key by key. Each check gives level, found, expected and remedy
 
-Rows = Iterator[tuple[Level, str, str, str]]
+Rows = Iterator[tuple[Level, str, str] | tuple[Level, str, str, str]]
 
 
 def _architecture(folder: Folder) -> Rows:
     if folder.architecture not in DRAFTER_ARCHITECTURES:
-        yield (
-            "error",
-            f"architectures names {folder.architecture!r}",
-            folder.head.architectures[0],
-            "correct config.json",
-        )
+        yield "error", f"architectures names {folder.architecture!r}", folder.head.architectures[0]
     if folder.config.get("model_type") != "qwen3":
-        yield "warning", f"model_type is {folder.config.get('model_type')!r}", "'qwen3'", "correct config.json"
+        yield "warning", f"model_type is {folder.config.get('model_type')!r}", "'qwen3'"
     for code in folder.section("auto_map").values():
         file = f"{str(code).rpartition('--')[2].partition('.')[0]}.py"
         if not (folder.path / file).is_file():
-            yield ("warning", f"auto_map names {code!r}, but there is no {file}", "auto_map only where its code is",
-                   f"put {file} beside config.json, or remove auto_map")  # fmt: skip
+            yield "warning", f"auto_map names {code!r}, but there is no {file}", f"{file}, or no auto_map"
     kind = folder.dflash.get("projector_type")
     if kind not in (None, *head_types()):
         known = " or ".join(head_types())
-        yield "error", f"projector_type is {kind!r}", f"{known}; none for a plain drafter", "correct dflash_config"
+        yield "error", f"projector_type is {kind!r}", f"{known}; none for a plain drafter"
 
 
 def _layer_ids(folder: Folder) -> Rows:
-    depth, ids = folder.target.num_hidden_layers, folder.layer_ids
+    depth, ids, write = folder.target.num_hidden_layers, folder.layer_ids, "write the 0-based ids of training"
     if ids is None:
-        if "target_layer_ids" in folder.config and "target_layer_ids" not in folder.dflash:
-            yield "error", "target_layer_ids stands at the top level only", "it in dflash_config", "move it"
-        else:
-            yield ("error", f"dflash_config.target_layer_ids is {folder.dflash.get('target_layer_ids')!r}",
-                   "a list of ids, written out", "write the ids that the drafter was trained with")  # fmt: skip
+        place = folder.config if "target_layer_ids" in folder.config.keys() - folder.dflash.keys() else folder.dflash
+        where = " (at the top level)" if place is folder.config else ""
+        found = f"target_layer_ids is {place.get('target_layer_ids')!r}{where}"
+        yield "error", found, "a list of ids, written out in dflash_config", write
         return
     if ids != sorted(set(ids)):
-        yield "error", f"target_layer_ids is {ids}", "ascending, distinct ids", "write the ids of training"
+        yield "error", f"target_layer_ids is {ids}", "ascending, distinct ids", write
     if min(ids) < 0 or max(ids) >= depth:
         higher = "; speculators, one higher, calls the last one so" if max(ids) == depth else ""
-        yield ("error", f"target_layer_ids is {ids}", f"0-based ids below the target's {depth} layers{higher}",
-               "write the ids of training, 0-based")  # fmt: skip
+        yield "error", f"target_layer_ids is {ids}", f"0-based ids below the target's {depth} layers{higher}", write
     elif max(ids) == depth - 1:
         yield ("warning", f"target_layer_ids has {depth - 1}, the target's last layer",
                "lower ids: Hugging Face's last hidden state is behind the final norm, and some engines drop this id",
@@ -327,10 +319,9 @@ def _layer_ids(folder: Folder) -> Rows:
         if ids == [i + 1 for i in usual]:
             yield ("note", f"target_layer_ids is {ids}", f"DFlash's {list(usual)}, unless trained otherwise",
                    "if the ids come from speculators, write each one lower")  # fmt: skip
-    shape = folder.tensors.get("fc.weight", ())
-    if len(shape) == 2 and shape[1] != len(ids) * folder.target.hidden_size:
-        yield ("error", f"{len(ids)} ids, but fc.weight is {list(shape)}",
-               f"{folder.target.hidden_size} columns for each id", "write the ids of training")  # fmt: skip
+    shape, width = folder.tensors.get("fc.weight", ()), folder.target.hidden_size
+    if len(shape) == 2 and shape[1] != len(ids) * width:
+        yield "error", f"{len(ids)} ids, but fc.weight is {list(shape)}", f"{width} columns for each id", write
 
 
 def _mask_token(folder: Folder) -> Rows:
@@ -338,8 +329,8 @@ def _mask_token(folder: Folder) -> Rows:
     expected, remedy = "a token that never occurs in text", "write the mask token of training"
     if type(mask) is not int:
         where = " (it stands at the top level)" if "mask_token_id" in folder.config else ""
-        yield ("error", f"dflash_config.mask_token_id is {mask!r}{where}", "an id: some engines take 0 without one",
-               remedy)  # fmt: skip
+        found = f"dflash_config.mask_token_id is {mask!r}{where}"
+        yield "error", found, "an id: some engines take 0 without one", remedy
         return
     if not 0 <= mask < size:
         yield "error", f"mask_token_id is {mask}", f"an id below the vocabulary's {size}", remedy
@@ -381,8 +372,8 @@ def _rope(folder: Folder) -> Rows:
     if any(new[key] != old[key] for key in both):
         yield "error", f"rope_parameters {new} and rope_scaling {old}", "the same scaling in both", "correct one"
     elif "rope_parameters" in folder.config and new["rope_type"] != old["rope_type"]:
-        yield ("warning", f"rope_parameters {new}, rope_scaling {old}", "both, for readers of either",
-               "write the scaling in both")  # fmt: skip
+        found = f"rope_parameters {new}, rope_scaling {old}"
+        yield "warning", found, "both, for readers of either", "write the scaling in both"
 
 
 def _scaling(place: dict) -> dict:
@@ -397,11 +388,12 @@ def _block_size(folder: Folder) -> Rows:
     elif not agree(sizes.values()):
         found = " and ".join(f"{size!r} {place}" for place, size in sizes.items())
         yield "error", f"block_size is {found}", "one value", f"{remedy} in both"
-    if sizes and "at the top level" not in sizes:
-        yield ("warning", "block_size stands in dflash_config only", "it at the top level too, for tpu-inference",
-               "write it there")  # fmt: skip
-    if sizes and "in dflash_config" not in sizes:
-        yield "note", "block_size stands at the top level only", "it in dflash_config too", "write it there"
+    lone: dict[str, Level] = {
+        "in dflash_config": "warning",
+        "at the top level": "note",
+    }  # tpu-inference reads the latter
+    for place in sizes if len(sizes) == 1 else ():
+        yield lone[place], f"block_size stands {place} only", "it in both places: some engines read one", "write both"
     for place, size in sizes.items():
         if type(size) is not int or size < 2:
             yield "error", f"block_size {place} is {size!r}", "at least 2: the anchor and a draft", remedy
@@ -440,11 +432,11 @@ def _head(folder: Folder) -> Rows:
     others = [name for name in dflash if name in known - own.keys() and dflash[name]]
     if others:
         yield ("error", f"dflash_config has {', '.join(others)}, the head is {head.title}'s", "settings of one head",
-               "write the projector_type of training; with plain DFlash's, train again without them")  # fmt: skip
+               "write the projector_type of training; if there was none, train again without them")  # fmt: skip
     for name, default in own.items():
         if name not in dflash:
-            yield ("error", f"dflash_config has no {name}", f"every setting of {head.title}'s head",
-                   "write it as it was trained")  # fmt: skip
+            expected = f"every setting of {head.title}'s head"
+            yield "error", f"dflash_config has no {name}", expected, "write it as it was trained"
         elif isinstance(default, bool) and not isinstance(dflash[name], bool):
             yield "error", f"{name} is {dflash[name]!r}", "true or false", "write it as it was trained"
     if own and dflash.get("projector_type") != head.projector_type:
@@ -455,32 +447,27 @@ def _head(folder: Folder) -> Rows:
 
 
 def _windows(folder: Folder) -> Rows:
-    types, window, use = (folder.config.get(key) for key in ("layer_types", "sliding_window", "use_sliding_window"))
-    layers = folder.config.get("num_hidden_layers")
+    keys = ("layer_types", "sliding_window", "use_sliding_window", "num_hidden_layers")
+    types, window, use, layers = (folder.config.get(key) for key in keys)
+    found = f"use_sliding_window is {use!r}, sliding_window {window!r}"
     if isinstance(types, list) and len(types) != layers:
-        yield "error", f"{len(types)} layer_types for {layers} layers", "one for each layer", "correct config.json"
-    if folder.slides and not (use and window):
-        yield ("error", f"layer_types has sliding_attention, use_sliding_window is {use!r}, sliding_window {window!r}",
-               "use_sliding_window true and the window", "correct config.json")  # fmt: skip
+        yield "error", f"{len(types)} layer_types for {layers} layers", "one for each layer"
     if use and not folder.slides:
-        yield ("warning", f"use_sliding_window true, sliding_window {window!r}, but no layer slides",
-               "sliding_attention in layer_types, or use_sliding_window false", "correct config.json")  # fmt: skip
-    if folder.slides and not isinstance(types, list):
-        yield ("warning", "use_sliding_window without layer_types", "each layer's type, written out",
-               "correct config.json")  # fmt: skip
+        yield "warning", f"{found}, but no layer slides", "sliding_attention in layer_types"
     if folder.slides:
-        yield ("warning", "layers with a sliding window",
-               "the same window in training and serving, but some engines ignore it (see the engines)",
-               "serve with an engine that reads it as in training, or train with full attention")  # fmt: skip
+        if not (use and window):
+            yield "error", f"layers slide, but {found}", "use_sliding_window true and the window"
+        if not isinstance(types, list):
+            yield "warning", f"{found}, but no layer_types", "each layer's type, written out"
+        found, expected = "layers with a sliding window", "the same window in training and serving"
+        yield "warning", found, expected, "serve with an engine that reads it, or train with full attention"
 
 
 def _lm_head(folder: Folder) -> Rows:
     if folder.target.tie_word_embeddings:
-        yield ("note", "the target's LM head is its embedding", "one tensor for both: an engine shares the embedding "
-               "twice", "none")  # fmt: skip
+        yield "note", "the target's LM head is its embedding", "one tensor, which an engine shares twice", "none"
     if folder.config.get("tie_word_embeddings"):
-        yield ("warning", "tie_word_embeddings is true", "false: a drafter has neither of the two",
-               "correct config.json")  # fmt: skip
+        yield "warning", "tie_word_embeddings is true", "false: a drafter has neither of the two"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,25 +479,21 @@ def _tensors(folder: Folder) -> Rows:
         error = folder.unreadable
         yield "error", error.found, error.expected, error.remedy
         return
-    names, fits = folder.names, "use the config.json that belongs to these weights"
-    if names.shared:
-        yield ("error", f"{_first(names.shared)} in the drafter's file", "no embedding and no LM head of its own",
-               "remove them from the file")  # fmt: skip
-    if names.prefixed:
-        yield "error", _first(names.prefixed), 'names without "model."', "rename the tensors"
-    if names.early:
-        yield ("warning", f"{_first(names.early)}: an early {folder.head.title} file", "its head without this prefix",
-               "write it again: specauf export --drafter DIR --out NEW")  # fmt: skip
-    if names.other_head:
-        yield ("error", f"{_first(names.other_head)} under a config of {folder.head.title}",
-               "the projector_type of their head", fits)  # fmt: skip
-    for kind, these in (("unknown", names.unknown), ("missing", names.missing)):
-        if these:
-            yield "error", f"{kind}: {_first(these)}", "exactly the tensors of the layout", fits
-
-
-def _first(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+    names, title = folder.names, folder.head.title
+    own, fits = "no embedding and no LM head of its own", "use the config.json that belongs to these weights"
+    again = "write it again: specauf export --drafter DIR --out NEW"
+    rows: list[tuple[list[str], Level, str, str, str]] = [
+        (names.shared, "error", "{} in the drafter's file", own, "remove them from the file"),
+        (names.prefixed, "error", "{}", 'names without "model."', "rename the tensors"),
+        (names.early, "warning", f"{{}}: an early {title} file", "its head without this prefix", again),
+        (names.other_head, "error", f"{{}} under a config of {title}", "the projector_type of their head", fits),
+        (names.unknown, "error", "unknown: {}", "exactly the tensors of the layout", fits),
+        (names.missing, "error", "missing: {}", "exactly the tensors of the layout", fits),
+    ]
+    for those, level, found, expected, remedy in rows:
+        if those:
+            first = those[0] + (f" and {len(those) - 1} more" if those[1:] else "")
+            yield level, found.format(first), expected, remedy
 
 
 def _template(folder: Folder) -> Rows:
@@ -520,17 +503,17 @@ def _template(folder: Folder) -> Rows:
     if not folder.template:
         yield "note", "the target has no chat template", "one, to serve conversations", "none, for plain text"
     elif re.search(r"\benable_thinking\b", folder.template):
-        yield ("note", "the chat template has a thinking mode", "the same mode in training and serving",
-               "serve with the enable_thinking of training")  # fmt: skip
+        found, same = "the chat template has a thinking mode", "the same mode in training and serving"
+        yield "note", found, same, "serve with the enable_thinking of training"
     names, keys = ("tokenizer", "chat template"), ("tokenizer_sha256", "template_sha256")
     if not any(key in folder.provenance for key in keys):
-        yield ("note", "no file records the tokenizer and chat template of training", "their hashes in specauf.json",
-               "compare them with the target's by hand")  # fmt: skip
+        found = "no file records the tokenizer and chat template of training"
+        yield "note", found, "their hashes in specauf.json", "compare them with the target's by hand"
         return
     for name, key, now in zip(names, keys, hashes(folder.target_path), strict=True):
-        if folder.provenance.get(key) != now:
-            yield ("warning", f"the target's {name} is not the one of training",
-                   f"sha256 {folder.provenance.get(key)}", f"serve with the {name} of training")  # fmt: skip
+        if (then := folder.provenance.get(key)) != now:
+            found = f"the target's {name} is not the one of training"
+            yield "warning", found, f"sha256 {then}", f"serve with the {name} of training"
 
 
 _CHECKS: dict[str, Callable[[Folder], Rows]] = {

@@ -332,30 +332,27 @@ def _mask_token(given: Decoded, tokenizers: list[Decoded]) -> list[Finding]:
         better = gain(other, given)
         if level := _level(better, 2):
             taus = f"tau {given.tau:.2f}, the tokenizer's own at {other.tau:.2f} ({better})"
+            remedy = f"write {other.variant.drafter.mask_token_id}"
             found.append(Finding("mask token", level, f"mask_token_id {mask} decodes at {taus}",
-                                 "the mask token of training",
-                                 f"write {other.variant.drafter.mask_token_id}"))  # fmt: skip
+                                 "the mask token of training", remedy))  # fmt: skip
     return found
 
 
 def _labels(given: Decoded, conventions: list[Decoded]) -> list[Finding]:
-    found = []
     for other in conventions:
         better = gain(other, given)
         if not better.exceeds(CLEAR, 2):
             continue
         taus = f"tau {given.tau:.2f}, under the other convention {other.tau:.2f} ({better})"
         settings, others = (head_settings(d.variant.drafter.head) for d in (given, other))
-        changed = [name for name in settings if settings[name] != others[name]]
-        for name in changed:
-            remedy = f"write {name} {str(others[name]).lower()}"
-            found.append(Finding("labels", "error", f"{name} {settings[name]} decodes at {taus}",
-                                 "the convention of training", remedy))  # fmt: skip
-        if not changed:
-            found.append(Finding("labels", "error", f"trained with shifted labels: {taus}",
-                                 "slot k predicts the token k after the anchor, in every plain DFlash drafter",
-                                 "no engine serves it: train again without shifted labels"))  # fmt: skip
-    return found
+        for name, value in others.items():
+            if settings[name] != value:
+                return [Finding("labels", "error", f"{name} {settings[name]} decodes at {taus}",
+                                "the convention of training", f"write {name} {str(value).lower()}")]  # fmt: skip
+        return [Finding("labels", "error", f"trained with shifted labels: {taus}",
+                        "slot k predicts the token k after the anchor, in every plain DFlash drafter",
+                        "no engine serves it: train again without shifted labels")]  # fmt: skip
+    return []
 
 
 def _rope(decoded: Sequence[Decoded], drafter: ResolvedDrafter, target: Target) -> list[Finding]:
