@@ -372,8 +372,7 @@ def _rope(folder: Folder) -> Rows:
     if any(new[key] != old[key] for key in both):
         yield "error", f"rope_parameters {new} and rope_scaling {old}", "the same scaling in both", "correct one"
     elif "rope_parameters" in folder.config and new["rope_type"] != old["rope_type"]:
-        found = f"rope_parameters {new}, rope_scaling {old}"
-        yield "warning", found, "both, for readers of either", "write the scaling in both"
+        yield "warning", f"rope_parameters {new}, rope_scaling {old}", "the same, for readers of either", "write both"
 
 
 def _scaling(place: dict) -> dict:
@@ -388,12 +387,10 @@ def _block_size(folder: Folder) -> Rows:
     elif not agree(sizes.values()):
         found = " and ".join(f"{size!r} {place}" for place, size in sizes.items())
         yield "error", f"block_size is {found}", "one value", f"{remedy} in both"
-    lone: dict[str, Level] = {
-        "in dflash_config": "warning",
-        "at the top level": "note",
-    }  # tpu-inference reads the latter
-    for place in sizes if len(sizes) == 1 else ():
-        yield lone[place], f"block_size stands {place} only", "it in both places: some engines read one", "write both"
+    elif "at the top level" not in sizes:
+        yield "warning", "block_size stands in dflash_config only", "it in both, for tpu-inference", "write both"
+    elif "in dflash_config" not in sizes:
+        yield "note", "block_size stands at the top level only", "it in dflash_config too", "write both"
     for place, size in sizes.items():
         if type(size) is not int or size < 2:
             yield "error", f"block_size {place} is {size!r}", "at least 2: the anchor and a draft", remedy
@@ -429,21 +426,20 @@ def _target_depth(folder: Folder) -> Rows:
 def _head(folder: Folder) -> Rows:
     head, dflash, own = folder.head, folder.dflash, head_settings(folder.head)
     known = {name for kind in head_types() for name in head_settings(make_head(kind))}
-    others = [name for name in dflash if name in known - own.keys() and dflash[name]]
+    others, trained = [name for name in dflash if name in known - own.keys() and dflash[name]], "write that of training"
     if others:
         yield ("error", f"dflash_config has {', '.join(others)}, the head is {head.title}'s", "settings of one head",
                "write the projector_type of training; if there was none, train again without them")  # fmt: skip
     for name, default in own.items():
         if name not in dflash:
-            expected = f"every setting of {head.title}'s head"
-            yield "error", f"dflash_config has no {name}", expected, "write it as it was trained"
+            yield "error", f"dflash_config has no {name}", f"every setting of {head.title}'s head", trained
         elif isinstance(default, bool) and not isinstance(dflash[name], bool):
-            yield "error", f"{name} is {dflash[name]!r}", "true or false", "write it as it was trained"
+            yield "error", f"{name} is {dflash[name]!r}", "true or false", trained
     if own and dflash.get("projector_type") != head.projector_type:
-        yield "warning", "no projector_type in dflash_config", f"{head.projector_type!r}, for SGLang", "write it"
+        yield "warning", "no projector_type in dflash_config", f"{head.projector_type!r}, for SGLang"
     for name in head.top_level:
         if name not in folder.config:
-            yield "note", f"{name} is in dflash_config only", "it at the top level too", "write it there"
+            yield "note", f"{name} is in dflash_config only", "it at the top level too"
 
 
 def _windows(folder: Folder) -> Rows:
@@ -507,8 +503,8 @@ def _template(folder: Folder) -> Rows:
         yield "note", found, same, "serve with the enable_thinking of training"
     names, keys = ("tokenizer", "chat template"), ("tokenizer_sha256", "template_sha256")
     if not any(key in folder.provenance for key in keys):
-        found = "no file records the tokenizer and chat template of training"
-        yield "note", found, "their hashes in specauf.json", "compare them with the target's by hand"
+        expected = "hashes of the tokenizer and chat template of training"
+        yield "note", "no specauf.json with hashes", expected, "compare the two with the target's by hand"
         return
     for name, key, now in zip(names, keys, hashes(folder.target_path), strict=True):
         if (then := folder.provenance.get(key)) != now:

@@ -79,7 +79,7 @@ def _trained_name(folder: Folder) -> str:
 
 
 def _unfit_heads(folder: Folder) -> str:
-    """The sizes, where tpu-inference's cache, of padded heads of the second size, does not fit those of the first."""
+    """head_dim and hidden_size / num_attention_heads, where tpu-inference fails: its cache pads the latter."""
     drafter = folder.drafter
     if not isinstance(drafter, ResolvedDrafter):
         return ""
@@ -89,17 +89,19 @@ def _unfit_heads(folder: Folder) -> str:
 
 
 def _rope(case: Literal["Qwen3", "Llama 3.1", "yarn", "other"]) -> Callable[[Folder], str]:
-    """The drafter's base, if its RoPE is this one of tpu-inference's cases."""
+    """The drafter's theta where this case applies. Qwen3 and Llama 3.1: drafter and target have that model's RoPE."""
 
     def base(folder: Folder) -> str:
         drafter, target = folder.drafter, folder.target
         if not isinstance(drafter, ResolvedDrafter):
             return ""
-        ropes = {(model.rope_theta, model.rope_scaling) for model in (drafter, target)}
+        theta, ropes = drafter.rope_theta, {(model.rope_theta, model.rope_scaling) for model in (drafter, target)}
         found = "yarn" if drafter.rope_scaling.rope_type == "yarn" else "other"
-        found = "Llama 3.1" if drafter.rope_scaling == _LLAMA_31 else found
-        found = "Qwen3" if ropes == {(1e6, RopeScaling())} else found
-        return f"{drafter.rope_theta:.15g}" if found == case else ""
+        if ropes == {(theta, _LLAMA_31)}:
+            found = "Llama 3.1"
+        elif ropes == {(1e6, RopeScaling())}:
+            found = "Qwen3"
+        return f"{theta:.15g}" if found == case else ""
 
     return base
 
@@ -124,8 +126,8 @@ LINES = (
     Line(_SGLANG, "no", lambda f: all(place.get("mask_token_id") is None for place in (f.dflash, f.config)),
          "needs mask_token_id"),
     Line(_SGLANG, "no", _unfit_fc, "checks the shape of fc.weight, which does not fit target_layer_ids"),
-    Line(_SGLANG, "no", lambda f: ", ".join(head_settings(f.head).keys() - f.dflash.keys() - f.config.keys()),
-         "needs the head's {}"),
+    Line(_SGLANG, "no", lambda f: ", ".join(name for name in head_settings(f.head) if name not in f.dflash | f.config),
+         "needs {} of the head"),
     Line(_SGLANG, "differently", lambda f: len(_extra_names(f)), "drops {} tensors that it does not know, silently"),
     Line(_SGLANG, "yes", lambda f: not agree(f.block_sizes.values()) and f.block_sizes["in dflash_config"],
          "takes block_size {} of dflash_config"),
@@ -141,9 +143,10 @@ LINES = (
          "fails on unknown and missing tensors: {}"),
     Line(_TPU, "no", _rope("yarn"), "has no YaRN: takes Llama 3 scaling"),
     Line(_TPU, "differently", _rope("Llama 3.1"),
-         """takes theta 1e6 (with transformers 5): exact with --hf-overrides '{"rope_theta": {}}'"""),
+         "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
+         """--hf-overrides '{"rope_theta": {}}' makes it exact"""),
     Line(_TPU, "differently", _rope("other"),
-         "takes theta 1e6 and Llama 3 scaling by 8 (with transformers 5), whatever config.json has: "
+         "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
          """--hf-overrides '{"rope_theta": {}}' corrects theta, not the scaling"""),
     Line(_TPU, "differently", lambda f: f.dflash.get("mask_token_id") is None,
          "without dflash_config.mask_token_id takes token 0"),
@@ -151,8 +154,8 @@ LINES = (
          "without block_size at the top level takes 8"),
     Line(_TPU, "differently", lambda f: f.slides, "ignores layer_types: full attention", "windows"),
     Line(_TPU, "yes", _rope("Qwen3"),
-         "takes Llama 3 scaling by 8 (with transformers 5), which long contexts feel: exact with "
-         """--hf-overrides '{"rope_scaling": null}'"""),
+         "takes Llama 3 scaling besides (with transformers 5), an error that grows with the context: "
+         """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
     Line(_SGLANG_JAX, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
     Line(_SGLANG_JAX, "no", lambda f: f.target.tie_word_embeddings, "fails on a target whose LM head is its embedding"),
     Line(_SGLANG_JAX, "no", _last_layer, "never taps layer {}, the target's last"),

@@ -21,7 +21,7 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.heads import head_settings
-from specauf_jax.models.target import TargetStep, target_head
+from specauf_jax.models.target import TargetStep
 
 CLEAR, SMALL = 0.10, 0.02
 """Gains in tau from which on a difference counts as a fault, and as worth a look."""
@@ -62,10 +62,14 @@ class Variant:
 
     kind: Kind
     name: str
-    layer_ids: tuple[int, ...]
     drafter: ResolvedDrafter
     errors: float = 2.0
     """Standard errors by which it must be better before it counts: more for the best of many."""
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The tapped target layers."""
+        return self.drafter.target_layer_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +150,14 @@ def variants_of(folder: Folder, drafter: ResolvedDrafter, *, single_ids: bool) -
       drafter: as read from it, with every field.
       single_ids: also move each layer id by itself.
     """
-    target, replace = folder.target, dataclasses.replace
+    target = folder.target
     fits = (drafter.hidden_size, drafter.vocab_size) == (target.hidden_size, target.vocab_size)
     variants = layer_id_variants(drafter, target.num_hidden_layers, single_ids=single_ids)
     if not (fits and variants and drafter.mask_token_id < target.vocab_size):
         return []
 
     def add(kind: Kind, name: str, **changes):
-        variants.append(Variant(kind, name, variants[0].layer_ids, replace(drafter, **changes)))
+        variants.append(Variant(kind, name, dataclasses.replace(variants[0].drafter, **changes)))
 
     for kind, name, head in drafter.head.variants():
         add(kind, name, head=head)
@@ -171,19 +175,19 @@ def layer_id_variants(drafter: ResolvedDrafter, depth: int, *, single_ids: bool)
 
     Only those that a target of `depth` layers has, ascending and distinct.
     """
-    ids = drafter.target_layer_ids
-    variants = [Variant("given", "as written", ids, drafter)]
+    ids, variants = drafter.target_layer_ids, []
+
+    def add(kind: Kind, name: str, ids: tuple[int, ...], errors: float = 2.0):
+        if ids and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < depth:
+            variants.append(Variant(kind, name, dataclasses.replace(drafter, target_layer_ids=ids), errors))
+
+    add("given", "as written", ids)
     for by in (1, -1):
-        variants.append(Variant("ids", f"all layer ids {by:+d}", tuple(i + by for i in ids), drafter))
+        add("ids", f"all layer ids {by:+d}", tuple(i + by for i in ids))
     for n, i in enumerate(ids if single_ids and len(ids) > 1 else ()):
         for by in (1, -1):
-            moved = (*ids[:n], i + by, *ids[n + 1 :])
-            variants.append(Variant("ids", f"layer id {i} as {i + by}", moved, drafter, errors=3.0))
-
-    def valid(ids) -> bool:
-        return bool(ids) and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < depth
-
-    return [variant for variant in variants if valid(variant.layer_ids)]
+            add("ids", f"layer id {i} as {i + by}", (*ids[:n], i + by, *ids[n + 1 :]), errors=3.0)
+    return variants
 
 
 def _same_rope(drafter: ResolvedDrafter, target: Target) -> bool:
@@ -192,28 +196,6 @@ def _same_rope(drafter: ResolvedDrafter, target: Target) -> bool:
 
 # ---------------------------------------------------------------------------------------------
 # Decoding
-
-
-@dataclasses.dataclass(frozen=True)
-class ChosenTaps:
-    """A target step that hands on those of `layer_ids` that `params["taps"]` picks: one program for all shifts."""
-
-    config: Target
-    layer_ids: tuple[int, ...]
-
-    def __call__(self, params, tokens, positions, cache):
-        logits, taps, cache = TargetStep(self.config, self.layer_ids)(params["model"], tokens, positions, cache)
-        taps = taps.reshape(*tokens.shape, len(self.layer_ids), -1)[..., params["taps"], :]
-        return logits, taps.reshape(*tokens.shape, -1), cache
-
-    def init_cache(self, batch: int, length: int, dtype=jnp.float32):
-        """As `TargetStep.init_cache`."""
-        return TargetStep(self.config, self.layer_ids).init_cache(batch, length, dtype)
-
-
-def chosen_head(params: dict):
-    """`target_head` of parameters as `ChosenTaps` takes them."""
-    return target_head(params["model"])
 
 
 def decode_variants(
@@ -238,17 +220,21 @@ def decode_variants(
       max_new_tokens, stop_tokens, batch_size: as for `generate`.
       begin: called with each variant's name before it is decoded.
     """
-    union = tuple(sorted({i for variant in variants for i in variant.layer_ids}))
-    step, decoded = ChosenTaps(target, union), []
+    D, ids = target.hidden_size, tuple(sorted({i for variant in variants for i in variant.layer_ids}))
+    step, decoded = TargetStep(target, ids), []
     for variant in variants:
         begin(variant.name)
-        wanted = drafter_shapes(variant.drafter)
-        taps = jnp.asarray([union.index(i) for i in variant.layer_ids], jnp.int32)
+        params = {name: drafter_params[name] for name in drafter_shapes(variant.drafter)}
+        # One program for all variants: each taps the ids of all, with rows of zeros for those of others.
+        rows = np.concatenate([np.arange(D) + D * ids.index(i) for i in variant.layer_ids])
+        kernel = params["fc"]["kernel"]
+        params["fc"] = {"kernel": jnp.zeros((len(ids) * D, D), kernel.dtype).at[rows].set(kernel)}
+        drafter = dataclasses.replace(variant.drafter, target_layer_ids=ids)
         generations = generate(
-            {name: x for name, x in drafter_params.items() if name in wanted},
-            {"model": target_params, "taps": taps},
+            params,
+            target_params,
             prompts,
-            config=Decoding(step, variant.drafter, stop_tokens, chosen_head),
+            config=Decoding(step, drafter, stop_tokens),
             max_new_tokens=max_new_tokens,
             batch_size=min(batch_size, len(prompts)),
         )
