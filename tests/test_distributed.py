@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_other_processes_and_mesh(hosts, devices, accumulatio
 
 
 def test_killed_and_terminated_processes_end_with_the_same_bits(world, tmp_path):
-    line = [sys.executable, str(LAUNCH / "kill_and_resume.py"), "--target", str(world / "target"),
+    line = [sys.executable, str(LAUNCH / "measure/kill_and_resume.py"), "--target", str(world / "target"),
             "--data", str(world / "data"), "--out", str(tmp_path / "kill"), "--hosts", "2", "--kills", "3",
             "--steps", "60", "--checkpoint-every", "4", "--",
             *("--drafter.block-size", "4", "--drafter.target-layer-ids", "1", "--train.num-anchors", "8")]  # fmt: skip
