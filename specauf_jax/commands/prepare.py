@@ -1,5 +1,6 @@
 """`specauf prepare`: a source becomes a packed dataset, its tokenizer and a manifest."""
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +56,8 @@ def prepare(config: Prepare, console: Console) -> dict:
         prompts = _write_prompts(config, tokenizer, source.heldout, folder)
         manifest = _manifest(config, source, tokenizer, folder, rows, bad, counts, prompts)
         write_manifest(folder, manifest)
-    print_example(console, tokenizer, counts.example)
+    if counts.example is not None:
+        print_example(console, tokenizer, counts.example)
     print_summary(console, config.out, manifest, plain_text=not counts.conversations)
     return manifest
 
@@ -65,11 +67,11 @@ def _open_source(config: Prepare) -> Source:
         files = sources.input_files(config.input)
         return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
     if config.tfds:
-        place = {"split": config.tfds_split, "data_dir": config.tfds_dir}
-        return Source(f"tfds: {config.tfds}, split {config.tfds_split}",
-                      lambda: tfds_source.read_tfds(config.tfds, config.tfds_fields, **place))  # fmt: skip
+        name, split = config.tfds, config.tfds_split
+        read = functools.partial(tfds_source.read_tfds, name, config.tfds_fields, split=split, data_dir=config.tfds_dir)
+        return Source(f"tfds: {name}, split {split}", read)
     training, heldout = corpus.stdlib_corpus(config.corpus_bytes)
-    records = [Record(f"corpus:{number}", text=text) for number, text in enumerate(training)]
+    records = [Record(f"corpus:{number}", text) for number, text in enumerate(training)]
     return Source(f"corpus: {corpus.corpus_name()}", lambda: records, heldout)
 
 
@@ -91,7 +93,7 @@ def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress
 
 
 def _texts(record: Record) -> list[str]:
-    return [record.text] if record.text is not None else [message["content"] for message in record.messages]
+    return [record.content] if isinstance(record.content, str) else [message["content"] for message in record.content]
 
 
 def _checked(rows: Iterable[dict], bad: BadRecords) -> Iterator[dict]:
