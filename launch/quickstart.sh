@@ -61,12 +61,15 @@ wait "$decay"
 trap - EXIT
 for name in decay auf; do specauf export --run "$out/train_$name" --out "$out/drafter_$name"; done
 
-say "5/6 evaluation: $prompts prompts of each held-out domain"
+say "5/6 evaluation: $prompts prompts of each held-out domain, one at a time"
+echo "A target this small lies in the processor's cache, so that a pass over K tokens costs several passes over one. Many
+rows at one time are slower still: two cores are busy computing, and the K tokens of a round are not free. A target
+that is large enough to gain: launch/measure/bench_decode.sh"
 for name in decay auf; do
   [ -f "$out/results_$name.json" ] || specauf evaluate --target "$out/target" --drafter "$out/drafter_$name" \
     --prompts asyncio="$out/data/prompts/asyncio.jsonl" json="$out/data/prompts/json.jsonl" \
     email="$out/data/prompts/email.jsonl" docstrings="$out/data/prompts/docstrings.jsonl" \
-    --max-prompts "$prompts" --max-new-tokens 80 --repeats 1 --out "$out/results_$name.json"
+    --max-prompts "$prompts" --max-new-tokens 80 --repeats 1 --batch-size 1 --out "$out/results_$name.json"
 done
 
 say "6/6 report"

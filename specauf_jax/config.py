@@ -189,9 +189,10 @@ class TrainOptimisation(Optimisation):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 is greedy."""
+    """How tokens are chosen."""
 
     temperature: float = 0.0
+    """0 always takes the most likely token."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 for all."""
     top_p: float = 1.0

@@ -22,7 +22,7 @@ def storage():
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise SpecaufError(
-            f"a gs:// path, but {error.name} is not installed", "gcsfs", "pip install 'specauf-jax[gcs]'"
+            f"a gs:// path, but {error.name} is not installed", "gcsfs", "pip install -e '.[gcs]'"
         ) from error
     os.environ["EPATH_USE_TF"] = "false"  # else epath takes TensorFlow's file system wherever that is installed
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False

@@ -89,7 +89,7 @@ def test_without_gcsfs_it_says_what_to_install():
     code = (
         "import sys; sys.modules['gcsfs'] = None\ntry: files.as_path('gs://bucket/x')\nexcept Exception as e: print(e)"
     )
-    assert "pip install 'specauf-jax[gcs]'" in python(code).communicate()[0]
+    assert "pip install -e '.[gcs]'" in python(code).communicate()[0]
 
 
 # ---------------------------------------------------------------------------------------------

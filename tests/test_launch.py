@@ -19,7 +19,7 @@ from specauf_jax.cli import COMMANDS, _parse
 from specauf_jax.commands.train_settings import Train
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
 TPU_VM = ["bash", str(LAUNCH / "tpu_vm.sh"), "--name", "pod", "--zone", "us-west4-a"]
 V5E = ["--accelerator-type", "v5litepod-16"]
 GKE = [sys.executable, str(LAUNCH / "gke_jobset.py"), "--name", "auf", "--image", "r/specauf:1"]

@@ -1,45 +1,250 @@
-"""The scripts that the README's figures come from, at sizes of no meaning: they run, and compare what they say."""
+"""Every script of launch/measure runs, at sizes of no meaning, and says what it should.
 
-import importlib.util
+Scripts that call `specauf` call one here that takes no time; what they ask of it must be what the real one knows.
+"""
+
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from scripts import MEASURE, load, record_case, run
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+from specauf_jax import cli
 
-
-def run(tmp_path, script, *arguments) -> dict:
-    command = [sys.executable, LAUNCH / script, *arguments, "--out", tmp_path / "out.json"]
-    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((tmp_path / "out.json").read_text())
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(MEASURE.glob("*.py"))
 
 
-def test_lm_head(tmp_path):
-    sizes = ("--blocks", "8", "--slots", "3", "--width", "16", "--vocabulary", "64", "--chunk", "8", "--repeats", "1")
-    seconds = run(tmp_path, "bench_lm_head.py", *sizes, "--active", "0.5", "1")["seconds"]
-    assert {"recomputing all slots", "all slots", "up to first failures"} <= seconds["0.5"].keys()
-    assert all(value > 0 for times in seconds.values() for value in times.values())
+def process(*command, tree: Path, **environment) -> str:
+    """What a command prints that runs in a tree, with that tree's package."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tree)} | environment
+    done = subprocess.run(list(map(str, command)), cwd=tree, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
-def test_attention(tmp_path):
-    sizes = ("--S", "24", "--A", "5", "--K", "4", "--H", "2", "--G", "1", "--E", "8", "--documents", "2")
-    forms = run(tmp_path, "bench_attention.py", *sizes, "--repeats", "1")["forms"]
-    assert forms.keys() == {"block_attention", "chunked", "dot_product_attention"}
-    assert forms["dot_product_attention"]["of_dense"] == 1
+def parsed(command: list[str]):
+    """The settings that a command line of specauf stands for; it must exist and be complete."""
+    return cli._parse(cli.COMMANDS[command[0]][0], command[0], list(map(str, command[1:])))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """text, target and drafter, made by the commands themselves."""
+    world = tmp_path_factory.mktemp("measuring")
+    small = ["--target.hidden-size", 32, "--target.intermediate-size", 48, "--target.num-hidden-layers", 1,
+             "--target.num-attention-heads", 2, "--target.num-key-value-heads", 1, "--target.head-dim", 16]  # fmt: skip
+    steps = ["--train.steps", 2, "--train.batch-size", 2]
+    text = ["--corpus-bytes", 60_000, "--vocab-size", 300, "--sequence-length", 64, "--heldout-prompts", 2]
+    folders = ["--target", world / "pretrain/target", "--data", world / "text", "--out", world / "train"]
+    for line in (
+        ["prepare", "--corpus", "stdlib", *text, "--prompt-length", 8, "--out", world / "text"],
+        ["pretrain", "--data", world / "text", "--out", world / "pretrain", *steps, *small],
+        [
+            "train",
+            *folders,
+            *steps,
+            "--drafter.block-size",
+            4,
+            "--drafter.num-hidden-layers",
+            1,
+            "--train.num-anchors",
+            4,
+        ],
+    ):
+        assert cli.main(list(map(str, line))) == 0
+    return world
+
+
+def folders(world: Path) -> list:
+    """What exactness.py needs."""
+    return ["--target", world / "pretrain/target", "--drafter", world / "train/drafter", "--data", world / "text"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help(script, capsys):
+    assert run(script.name, "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"launch/measure/{script.name}" in said  # its own command
+
+
+def test_help_of_the_shell_scripts():
+    for script in MEASURE.glob("*.sh"):
+        done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
+        assert f"launch/measure/{script.name}" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding
+
+
+COMMANDS = """
+import json, pathlib, sys
+with open("asked", "a") as file: file.write(json.dumps(sys.argv[1:]) + "\\n")
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+if sys.argv[1] in ("prepare", "regenerate"):
+    (out / "prompts").mkdir(parents=True)
+    (out / "manifest.json").touch()
+    for name in ("asyncio", "json", "email", "docstrings"):
+        (out / f"prompts/{name}.jsonl").write_text("".join(f"{name} {i}\\n" for i in range(9)))
+if sys.argv[1] == "pretrain":
+    (out / "target").mkdir(parents=True)
+    (out / "target/config.json").touch()
+"""
+"""A specauf that leaves the files which the script looks for."""
+
+
+def test_bench_decode(tmp_path):
+    """Its commands follow each other, exist, and are not repeated when it goes on."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "specauf.py").write_text(COMMANDS)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/specauf").write_text(f'#!/bin/bash\nexec {sys.executable} specauf.py "$@"\n')
+    (tmp_path / ".venv/bin/specauf").chmod(0o755)
+    pins = "cat requirements.txt pyproject.toml | cksum > .venv/installed"  # as if it were set up
+    subprocess.run(["bash", "-c", pins], cwd=tmp_path, check=True)
+    for _ in range(2):
+        process("bash", "launch/measure/bench_decode.sh", "--short", tree=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
+    names = ["prepare", "pretrain", "regenerate", "train", "export", "benchmark"]
+    assert [line[0] for line in lines] == names + names[3:]
+    train, benchmark = parsed(lines[3]), parsed(lines[5])
+    assert [parsed(line) for line in lines][3:6] == [parsed(line) for line in lines][6:]
+    assert (train.base_objective.name, train.objective.name) == ("auf_decay", "decay")
+    prompts = (tmp_path / benchmark.prompts).read_text().splitlines()
+    assert len(prompts) == 16 and prompts[3:5] == ["asyncio 3", "json 0"]
+
+
+def test_exactness(world, capsys):
+    assert run("exactness.py", *folders(world), "--prompts", 1, "--max-new-tokens", 9) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 prompts of") and lines[-1] == "exact"
+    assert sum("0 of 1 differ" in line for line in lines) == 8
+
+
+def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
+    from specauf_jax.decoding import generate as module
+
+    def wrong(drafter_params, *arguments, generate=module.generate, **settings):
+        found = generate(drafter_params, *arguments, **settings)
+        if drafter_params is not None:
+            found[0].tokens[-1] += 1
+        return found
+
+    monkeypatch.setattr(module, "generate", wrong)
+    assert run("exactness.py", *folders(world), "--prompts", 1, "--max-new-tokens", 9) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "8 DIFFERENT"
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def test_packing(world, tmp_path):
+    sizes = ("--sequence-length", 128, "--batch-tokens", 128, "--width", 64, "--repeats", 1)
+    assert run("bench_packing.py", "--data", world / "text", *sizes, "--out", tmp_path / "out.json") == 0
+    layouts = json.loads((tmp_path / "out.json").read_text())["layouts"]
+    assert layouts.keys() == {"packed", "bucketed", "single"}
+    assert layouts["packed"]["filled"] >= layouts["bucketed"]["filled"] >= layouts["single"]["filled"] > 0
+
+
+SPECAUF = """
+import json, pathlib, sys
+with open("asked", "a") as file: file.write(json.dumps(sys.argv[1:]) + "\\n")
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+if sys.argv[1] == "train":
+    out.mkdir()
+else:
+    tau = {"decay": 2, "decay_then_auf": 3, "domino_b_auf_d": 5}[out.parent.name.rsplit("_", 2)[0]]
+    tau += int(out.parent.name[-1])
+    one = {"tau_micro": tau, "tau_outside_loops": tau - 1, "exact": tau != 4}
+    out.write_text(json.dumps({"overall": one, "sets": {"json": one}}))
+"""
+"""A specauf whose training takes no time, and whose tau follows from the objective and the seed."""
+
+
+def test_study(tmp_path):
+    """Every combination is trained and evaluated once, in its order; then only the table is printed again."""
+    (tmp_path / "specauf_jax").mkdir()
+    (tmp_path / "specauf_jax/__main__.py").write_text(SPECAUF)
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    (tmp_path / "data/prompts/json.jsonl").touch()
+    line = [sys.executable, MEASURE / "study.py", "--target", "t", "--data", "data", "--out", "out", "--steps", 20,
+            "--objectives", "decay>auf", "decay", "domino_b_auf_d", "--seeds", 0, 2, "--workers", 1]  # fmt: skip
+    for _ in range(2):
+        said = process(*line, tree=tmp_path)
+        assert said.splitlines()[-5:] == [
+            "| steps | objective | mean | json | outside loops | gain | all exact |",
+            "|---|---|---|---|---|---|---|",
+            "| 20 | decay>auf | 4.000 ± 1.414 | 4.000 ± 1.414 | 3.000 ± 1.414 | +0.0 % | yes |",
+            "| 20 | decay | 3.000 ± 1.414 | 3.000 ± 1.414 | 2.000 ± 1.414 | -25.0 % | NO |",
+            "| 20 | domino_b_auf_d | 6.000 ± 1.414 | 6.000 ± 1.414 | 5.000 ± 1.414 | +50.0 % | yes |",
+        ]
+    asked = [parsed(json.loads(line)) for line in (tmp_path / "asked").read_text().splitlines()]
+    trained, evaluated = asked[::2], asked[1::2]
+    assert len(trained) == 6 and [e.drafter for e in evaluated] == [f"{t.out}/drafter" for t in trained]
+    assert [t.init_from for t in trained] == [None] * 4 + [f"out/decay_20_{seed}/drafter" for seed in (0, 2)]
+    assert [t.train.steps for t in trained] == [20] * 4 + [2] * 2
+    assert trained[4].train.learning_rate == 1e-3 and trained[-1].objective.name == "auf"
+    domino = trained[1]
+    assert (domino.base_objective.name, domino.objective.name) == ("auf_decay", "decay")
+    assert domino.drafter.projector_type == "domino" and domino.train.seed == 0
+
+
+@pytest.mark.parametrize("name", ["domino_baseline", "domino_b_auf", "domino_s_auf", "domino_f_auf"])
+def test_objectives_of_the_study(name):
+    study = load("study.py")
+    settings = parsed(["train", "--target", "t", "--data", "d", "--out", "o", *study.objective(name)])
+    branches = settings.base_objective.name, settings.objective.name, settings.objective.witness
+    assert branches == study.DOMINO[name]
+
+
+PACKAGE = """
+import json, pathlib, sys
+from specauf_jax import SPEED
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir()
+(out.parent.parent / "asked.json").write_text(json.dumps(sys.argv[1:]))
+lines = [{"tokens_per_s": 1}, {"tokens_per_s": SPEED}, {"tokens_per_s": SPEED}]
+(out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+"""A specauf whose training takes no time, and whose first line counts the compiling."""
+
+
+def test_two_revisions(tmp_path, monkeypatch):
+    """Of a repository whose second revision is three times as fast."""
+    tree = tmp_path / "tree"
+    (tree / "specauf_jax").mkdir(parents=True)
+    (tree / "launch/measure").mkdir(parents=True)
+    shutil.copy(MEASURE / "compare_revisions.py", tree / "launch/measure")
+    (tree / "specauf_jax/__main__.py").write_text(PACKAGE)
+    git = ["git", "-C", tree, "-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for speed in (100, 300):
+        (tree / "specauf_jax/__init__.py").write_text(f"SPEED = {speed}\n")
+        subprocess.run([*git, "add", "-A"], check=True)
+        subprocess.run([*git, "commit", "-qm", str(speed)], check=True)
+    script = tree / "launch/measure/compare_revisions.py"
+    settings = ["--target", "t", "--data", "d"]
+    said = process(sys.executable, script, "HEAD~1", "--repeats", 2, "--", *settings, tree=tree, TMPDIR=str(tmp_path))
+    assert said.splitlines()[-1] == "before 100, now 300 tokens/s: 3.00 x"
+    assert subprocess.check_output([*git, "worktree", "list"], text=True).count("\n") == 1
+    assert parsed(json.loads((tmp_path / "asked.json").read_text())).train.log_every == 5
 
 
 @pytest.fixture(scope="module")
 def cost_curves():
-    spec = importlib.util.spec_from_file_location("cost_curves", LAUNCH / "cost_curves.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("cost_curves.py")
 
 
 def test_curves_are_ratios_to_their_base(cost_curves):
@@ -69,3 +274,129 @@ def test_curves_run_the_same_round_again_and_again(cost_curves):
     first, second = np.asarray(again()), np.asarray(again())
     np.testing.assert_array_equal(first, second)
     assert first[:, 16].any() and flops > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_host_memory(tmp_path):
+    sizes = ("--layers", 1, "--width", 256, "--vocabulary", 64, "--devices", 8, "--dtype", "float32")
+    said = process(sys.executable, MEASURE / "host_memory.py", "--folder", tmp_path, *sizes, tree=ROOT)
+    assert "8 device(s)" in said and "MiB of host memory beside them" in said
+    stored = (tmp_path / "model-00001.safetensors").stat().st_size
+    assert 1_600_000 < stored < 1_700_000  # 0.82 M numbers of bfloat16
+
+
+def test_the_matrix_of_compilations(tmp_path):
+    """With a `specauf compile` that writes its report at once; the second time nothing is compiled."""
+    report = {
+        "devices": 16,
+        "hbm_bytes": 2**34,
+        "fits": False,
+        "rows": {"train": 64},
+        "flops_per_step": 3e12,
+        "meta": {"recipe": {"train": {"accumulation": 4}}},
+        "collectives": {"all-gather": {"bytes": 2**31}},
+    }
+    program = {"argument_bytes": 2**30, "temporary_bytes": 2**31, "peak_bytes": 3 * 2**30,
+               "seconds": {"at_40_percent": 1.5}}  # fmt: skip
+    report |= {"train": program, "decode": program}
+    package = f"""
+import json, pathlib, sys
+pathlib.Path(sys.argv[sys.argv.index("--out") + 1]).write_text({json.dumps(json.dumps(report))})
+with open("asked", "a") as file: file.write(json.dumps(sys.argv[1:]) + "\\n")
+sys.exit(1)
+"""
+    (tmp_path / "specauf_jax").mkdir()
+    (tmp_path / "specauf_jax/__main__.py").write_text(package)
+    line = [sys.executable, MEASURE / "compile_matrix.py", "--recipes", ROOT / "configs/tiny_cpu.py",
+            "--topologies", "v5e:4x4", "--out", tmp_path / "out"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 1  # something does not fit
+        last = "| tiny_cpu | v5e:4x4 | 16 | 16 × 4 | 16.00 | 1.00 + 2.00 = **3.00** | 1.00 + 2.00 = **3.00** | no |"
+        assert done.stdout.splitlines()[-1] == f"{last} 2 | 3 | 1.50 |"
+    [asked] = (tmp_path / "asked").read_text().splitlines()
+    settings = parsed(json.loads(asked))
+    assert (settings.topology, settings.batch_size, settings.accumulation) == ("v5e:4x4", 64, 4)
+
+
+# ---------------------------------------------------------------------------------------------
+# The same numbers as before
+
+
+@pytest.fixture
+def golden():
+    before = jax.config.jax_default_matmul_precision
+    yield load("golden.py")
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_golden_sees_one_changed_number(golden, tmp_path, capsys):
+    """Of a case with a target alone; tests/interop has one with drafters."""
+    count = record_case(golden, tmp_path / "case", ())
+    with np.load(tmp_path / "case/golden.npz") as arrays:
+        arrays = dict(arrays)
+    arrays["target_logits"][0, 0, 0] += 1e-3
+    np.savez(tmp_path / "case/golden.npz", **arrays, forgotten=np.zeros(1))
+    capsys.readouterr()
+    assert run("golden.py", tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{count - 1} passed, 2 failed"
+    assert [line.split()[2] for line in lines if "FAIL" in line] == ["target_logits:", "forgotten:"]
+
+
+def test_golden_without_a_case(tmp_path):
+    assert run("golden.py", tmp_path) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# A machine with a GPU
+
+
+def test_device(tmp_path):
+    """All four parts, on a CPU."""
+    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "900", "--out", tmp_path]
+    done = subprocess.run(device, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == ["attention", "lm_head", "train", "decode"]
+    assert all(outcome.startswith("measured in ") for outcome in summary.values())
+    read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in summary}
+    assert {"recomputing all slots", "all slots", "up to first failures"} <= read["lm_head"]["seconds"]["0.5"].keys()
+    assert read["attention"]["forms"].keys() == {"block_attention", "chunked", "dot_product_attention"}
+    assert read["train"]["training"].keys() == {"auf", "decay"}
+    assert read["decode"]["batch_sizes"]["1"]["different"] == 0
+
+
+FAILING = """
+case "$*" in
+  *bench_lm_head*) echo "ModuleNotFoundError: No module named 'grain'" >&2; exit 1 ;;
+  *bench_attention*) sleep 60 ;;
+  *benchmark-train*) exit 3 ;;
+  *summary.json*) exec "$REAL" "$@" ;;
+esac
+"""
+"""A Python where the first part takes too long, the second lacks a module, the third fails."""
+
+
+def test_device_tells_what_did_not_end_well(tmp_path):
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{FAILING}")
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable}
+    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "20", "--out", tmp_path / "out"]
+    done = subprocess.run(device, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    outcomes = list(json.loads((tmp_path / "out/summary.json").read_text()).values())
+    assert re.fullmatch(r"stopped after its [12] s", outcomes[0])
+    assert outcomes[1:3] == ["skipped: ModuleNotFoundError: No module named 'grain'", "failed with exit code 3"]
+    assert re.fullmatch(r"measured in \d s", outcomes[3])
+
+
+@pytest.mark.parametrize("bad", [["--sceonds", "9"], ["--out"], [], ["--out", "x", "--seconds", "0"]])
+def test_device_refuses(bad, tmp_path):
+    done = subprocess.run(["bash", MEASURE / "device.sh", *bad], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "found" in done.stderr and "expected" in done.stderr
+    assert not list(tmp_path.iterdir())

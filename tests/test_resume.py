@@ -11,6 +11,7 @@ import tiny
 from rich.console import Console
 
 from specauf_jax import config as c
+from specauf_jax.architecture import Drafter
 from specauf_jax.commands import regenerate as regenerate_module
 from specauf_jax.commands import train as train_module
 from specauf_jax.commands.prepare import prepare
@@ -25,7 +26,7 @@ from specauf_jax.models.weights import save_target
 from specauf_jax.training.checkpoint import Checkpoints
 
 QUIET = Console(quiet=True)
-KILL = Path(__file__).parents[1] / "launch/kill_and_resume.py"
+KILL = Path(__file__).parents[1] / "launch/measure/kill_and_resume.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def settings(world, out, **changes) -> Train:
         target=str(world / "target"),
         data=str(world / "data"),
         out=str(out),
-        drafter=c.Drafter(block_size=4, num_hidden_layers=1, target_layer_ids=(1,)),
+        drafter=Drafter(block_size=4, num_hidden_layers=1, target_layer_ids=(1,)),
         train=c.TrainOptimisation(**(optimisation | changes)),
     )
 
@@ -85,10 +86,10 @@ def test_metrics_of_lost_steps_are_written_once(world, tmp_path):
 
 def test_a_run_compiles_its_step_once_and_traces_warm_steps(world, tmp_path, monkeypatch):
     """Across checkpoints and logs; what goes between host and device goes by name, as the loop forbids the rest."""
-    placed, make = [], train_module.make_placed_step
-    monkeypatch.setattr(train_module, "make_placed_step", lambda *_: placed.append(make(*_)) or placed[-1])
+    placed, make = [], train_module.place_drafter_step
+    monkeypatch.setattr(train_module, "place_drafter_step", lambda *_: placed.append(make(*_)) or placed[-1])
     train(settings(world, tmp_path / "run", log_every=1, profile_steps=2), QUIET)
-    assert len(placed) == 1 and placed[0].jitted._cache_size() == 1
+    assert len(placed) == 1 and placed[0].step._cache_size() == 1
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 13))

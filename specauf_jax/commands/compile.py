@@ -182,7 +182,7 @@ def _devices(config: Compile) -> list:
         raise SpecaufError(
             f"no topology {config.topology!r}: {str(error).splitlines()[0]}",
             "libtpu, and a topology that it knows",
-            "pip install 'specauf-jax[dryrun]', or correct --topology",
+            "pip install -e '.[dryrun]', or correct --topology",
         ) from error
 
 

@@ -1,0 +1,1 @@
+"""`draft_and_verify`, sampling, prompt lookup, `generate` and `stream`."""

@@ -1,0 +1,1 @@
+"""Prompts, measures, timing, the doctor and the report."""

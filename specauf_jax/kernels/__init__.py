@@ -1,0 +1,1 @@
+"""Attention over ranges, block attention, the LM head up to each block's first miss: in XLA, and Pallas for TPU."""

@@ -1,0 +1,1 @@
+"""Layers, target, drafter and heads as pure functions of parameter trees; config.json and safetensors in and out."""

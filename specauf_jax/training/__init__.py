@@ -1,0 +1,1 @@
+"""Blocks at anchors, `loss_fn`, the step, checkpoints and the loop."""

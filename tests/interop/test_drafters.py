@@ -20,7 +20,7 @@ from specauf_jax.models.target import TargetStep, target_features, target_head
 from specauf_jax.models.tensors import flatten
 from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
 from specauf_jax.training.blocks import Batch, make_blocks
-from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums
+from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums, weighted
 from specauf_jax.training.step import init_state, lambda_base_schedule, make_optimizer, make_train_step
 
 TOLERANCE = 2e-5  # of max(1, largest value); of a gradient's own largest value
@@ -28,7 +28,7 @@ K, V, S = 8, 61, 40
 TARGET = tiny.target_config(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=6, head_dim=16,
                             rope_theta=1e6, rms_norm_eps=1e-5)  # fmt: skip
 COMMON = {"block_size": K, "mask_token_id": V - 1, "target_layer_ids": (1, 2, 4), "num_key_value_heads": 1}
-HEAD = {"projector_type": "domino", "emb_dim": 12, "gru_hidden_dim": 20}
+HEAD = {"emb_dim": 12, "gru_hidden_dim": 20}
 MIXED = {"num_hidden_layers": 3, "layer_types": ("sliding_attention", "full_attention", "sliding_attention")}
 DRAFTERS = {
     "dflash": {},
@@ -45,7 +45,8 @@ KEEP = np.array([[True] * 6, [True] * 5 + [False], [True] * 4 + [False] * 2])
 
 
 def drafter_config(name):
-    return tiny.drafter_config(TARGET, **COMMON | DRAFTERS[name])
+    make = tiny.domino_config if is_domino(name) else tiny.drafter_config
+    return make(TARGET, **COMMON | DRAFTERS[name])
 
 
 def is_domino(name):
@@ -143,7 +144,7 @@ OBJECTIVES = {
 def loss_and_gradient(params, head, batch, anchors, keep, share, *, config):
     def loss(params):
         numerators, aux = loss_sums(params, head, batch, anchors, keep, config=config)
-        return numerators @ jax.lax.stop_gradient(branch_factors(aux, share)), (numerators, aux)
+        return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, share))), (numerators, aux)
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -196,13 +197,14 @@ def test_both_losses_of_domino_and_their_gradients_equal_those_of_specforge(name
     loss_config = LossConfig(drafter=config, objective=objective, base_objective=objective)
     arguments = target_head(target_params), our_batch(target_params, config, *rows()), ANCHORS, KEEP
     features = their_features(model, rows()[0], config.target_layer_ids)
-    settings = {"shift_label": config.shift_label, "loss_decay_gamma": gamma}
+    settings = {"shift_label": config.head.shift_label, "loss_decay_gamma": gamma}
     online = peers.training(theirs, model, ANCHORS, KEEP, backend, **settings)
     for share in (0.0, 0.3, 1.0):
         (loss, (numerators, aux)), gradients = loss_and_gradient(params, *arguments, share, config=loss_config)
         expected, accuracy, measures = their_loss(online, features, lambda_base=share)
         assert relative_error(loss, expected, floor=1.0) < TOLERANCE
-        final, base = numerators / jnp.stack([aux.final.denominator, aux.base.denominator])
+        final = numerators["final"] / aux.final.denominator
+        base = numerators["base"] / aux.base.denominator
         assert relative_error(final, measures["final_loss"], floor=1.0) < TOLERANCE
         assert relative_error(base, measures["base_loss"], floor=1.0) < TOLERANCE
         assert abs(final - base) > 0.01
@@ -231,7 +233,7 @@ def test_documents_packed_in_a_row_train_as_rows_of_their_own_in_specforge(name,
     (loss, _), gradients = loss_and_gradient(
         params, target_head(target_params), batch, both, both >= 0, 0.5, config=loss_config
     )
-    more = {"shift_label": config.shift_label} if is_domino(name) else {}
+    more = {"shift_label": config.head.shift_label} if is_domino(name) else {}
     online = peers.training(theirs, model, anchors, anchors >= 0, backend, **more)
     features = their_features(model, apart, config.target_layer_ids)
     share = {"lambda_base": 0.5} if is_domino(name) else {}

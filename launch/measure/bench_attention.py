@@ -1,7 +1,7 @@
 """Times and memory of block attention against dense forms, forward and backward, on this machine.
 
-    python launch/bench_attention.py [--S 768 --A 128 --K 16 --H 8 --G 2 --E 64] [--out attention.json]
-    python launch/bench_attention.py --topology v5e:2x2 --dtype bfloat16 --S 3072 --A 512 --H 32 --G 8 --E 128
+    python launch/measure/bench_attention.py [--S 768 --A 128 --K 16 --H 8 --G 2 --E 64] [--out attention.json]
+    python launch/measure/bench_attention.py --topology v5e:2x2 --dtype bfloat16 --S 3072 --A 512 --H 32 --G 8 --E 128
 
 `dot_product_attention` is JAX's own over context and all blocks' keys side by side with a full mask; `chunked` is
 this package's dense form, 32 anchors at a time and rematerialised. Repeats take turns, so that a busy machine

@@ -1,7 +1,7 @@
 """Kill a training run at random moments, let it go on each time, and compare it with a run that was left alone.
 
-    python launch/kill_and_resume.py --target runs/quickstart/target --data runs/quickstart/data --out runs/kill \
-        --hosts 4 --kills 30
+    python launch/measure/kill_and_resume.py --target runs/quickstart/target --data runs/quickstart/data \\
+        --out runs/kill --hosts 4 --kills 30
 
 One end comes in each of equal parts of the run, of three kinds in turn: SIGKILL of one process, up to a second after
 a random step; SIGTERM of all; SIGKILL of one process while a checkpoint is being written. Each time every process must
@@ -19,9 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import simulate_hosts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT_S = 10
 KINDS = ("kill one", "terminate all", "kill in a write")
 

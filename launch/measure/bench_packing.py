@@ -1,7 +1,7 @@
 """Useful tokens a second of training on packed rows, against rows by length (powers of two) and one document a row.
 
     specauf prepare --input conversations.jsonl --vocab-size 4096 --out runs/packing/data
-    python launch/bench_packing.py --data runs/packing/data
+    python launch/measure/bench_packing.py --data runs/packing/data
 
 The documents are those of a prepared dataset, short and long ones mixed: of every five, four stay and the fifth grows
 by the next ones up to a length drawn between an eighth and the whole of a row. Each layout trains on all of them once,

@@ -1,6 +1,6 @@
 """Host memory that loading a target takes beyond its arrays, on a synthetic checkpoint of any size.
 
-    python launch/host_memory.py --folder /tmp/big --layers 28 [--devices 8] [--dtype bfloat16]
+    python launch/measure/host_memory.py --folder /tmp/big --layers 28 [--devices 8] [--dtype bfloat16]
 
 Writes a Qwen3 checkpoint of random bfloat16 numbers into --folder (4 GB with the defaults, in shards
 of 1 GB; kept, and used again), loads it, and watches this process' anonymous memory meanwhile.
@@ -17,7 +17,9 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, type=Path)
-    parser.add_argument("--layers", type=int, default=28, help="of width 2048; each is 100 MB")
+    parser.add_argument("--layers", type=int, default=28, help="each is 100 MB at the default width")
+    parser.add_argument("--width", type=int, default=2048, help="D, a multiple of 256")
+    parser.add_argument("--vocabulary", type=int, default=151_936, help="V")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the loaded parameters")
     parser.add_argument("--devices", type=int, default=1, help="CPU devices to spread them over: 1 or 8")
     arguments = parser.parse_args()
@@ -31,9 +33,10 @@ def main() -> None:
     from specauf_jax.sharding import make_mesh
 
     if not (arguments.folder / "config.json").exists():
-        write(Target(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=arguments.layers,
-                     num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False),
-              arguments.folder)  # fmt: skip
+        D = arguments.width
+        write(Target(vocab_size=arguments.vocabulary, hidden_size=D, intermediate_size=3 * D,
+                     num_hidden_layers=arguments.layers, num_attention_heads=D // 128, num_key_value_heads=D // 256,
+                     head_dim=128, tie_word_embeddings=False), arguments.folder)  # fmt: skip
     mesh = make_mesh(Mesh(replica=2, fsdp=2, tensor=2)) if arguments.devices == 8 else make_mesh(Mesh())
     before, watch = anonymous(), Watch()
     begin = time.perf_counter()

@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<EOF
-usage: bash launch/bench_decode.sh [--fresh] [--short]
+usage: bash launch/measure/bench_decode.sh [--fresh] [--short]
 
 Trains a target of 29 M parameters (4 layers of width 768) on Python's standard library, has it write 2,000
 continuations, trains a Domino drafter of one layer with K = 8 on them (B-AUF+D), all from seed 0, and runs
@@ -26,7 +26,7 @@ for argument in "$@"; do
     *) echo "bench_decode: unknown argument $argument" >&2; usage >&2; exit 2 ;;
   esac
 done
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/../setup.sh"
 if $fresh; then rm -rf "$out" "$out"/data.parts; fi
 mkdir -p "$out"
 export JAX_PLATFORMS=cpu

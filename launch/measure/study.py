@@ -1,6 +1,6 @@
 """Does accept-until-fail pay, over seeds and lengths of training? Trains and evaluates; prints a Markdown table.
 
-    python launch/study.py --target runs/quickstart/target --data runs/study/data --out runs/study
+    python launch/measure/study.py --target runs/quickstart/target --data runs/study/data --out runs/study
 
 Runs `specauf train` and `specauf evaluate` for every combination of objective, seed and number of steps with the recipe
 configs/tiny_cpu.py, `--workers` at a time; a finished combination is not run again. The seed sets initial weights, data
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOMINO = {
     "domino_baseline": ("decay", "decay", "own"),
     "domino_b_auf": ("auf", "full", "own"),

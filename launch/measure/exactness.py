@@ -1,6 +1,6 @@
 """Is greedy speculative output the target's own, token for token? Over many prompts, drafters, batch sizes and stops.
 
-    python launch/exactness.py --target runs/quickstart/target --drafter runs/quickstart/drafter_auf \\
+    python launch/measure/exactness.py --target runs/quickstart/target --drafter runs/quickstart/drafter_auf \\
         --data runs/quickstart/text --prompts 1000
 
 Prompts are pieces of mixed length from a prepared dataset. Each is continued autoregressively, and speculatively with
@@ -14,14 +14,17 @@ import sys
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from specauf_jax.commands.loading import load_models
+from specauf_jax.config import Mesh
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.packing import unpack
 from specauf_jax.decoding.generate import generate
 from specauf_jax.environment import float32_precision
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.models.drafter import init_drafter
+from specauf_jax.sharding import make_mesh
 
 
 def main() -> int:
@@ -38,7 +41,8 @@ def main() -> int:
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    models = load_models(arguments.target, arguments.drafter, "float32")
+    mesh = make_mesh(Mesh(), jax.devices()[:1])  # one device: a batch of one row cannot be spread
+    models = load_models(arguments.target, arguments.drafter, "float32", mesh, Console())
     random = init_drafter(models.speculative.drafter, jax.random.key(arguments.seed))
     prompts = cut_prompts(arguments)
     lengths = [len(prompt) for prompt in prompts]
@@ -46,7 +50,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
     def run(params, decoding, batch_size):
         return generate(params, models.target_params, prompts, config=decoding, batch_size=batch_size,
-                        max_new_tokens=arguments.max_new_tokens)  # fmt: skip
+                        max_new_tokens=arguments.max_new_tokens, mesh=mesh)  # fmt: skip
 
     free = run(None, models.autoregressive, 16)
     frequent = int(np.bincount([token for g in free for token in g.tokens]).argmax())

@@ -1,6 +1,6 @@
 """How the cost of a training step grows with each of its sizes, and that of a decode round with rows and context.
 
-    python launch/cost_curves.py [--out curves.json]    # 2 CPU cores, about 8 minutes
+    python launch/measure/cost_curves.py [--out curves.json]    # 2 CPU cores, about 8 minutes
 
 One size at a time takes half, twice and four times its base; the others stay. Everything runs in turn within each
 repeat; a time is the fastest of them, which other work on the machine disturbs least. Beside each stands the same

@@ -1,7 +1,7 @@
 """Time the LM head's cross-entropy with its gradient: all slots against those up to each block's first failure.
 
-    python launch/bench_lm_head.py                                          # 2 CPU cores, under 2 minutes
-    python launch/bench_lm_head.py --width 4096 --vocabulary 151936 --dtype bfloat16 --chunk 256     # an accelerator
+    python launch/measure/bench_lm_head.py                  # 2 CPU cores, under 2 minutes
+    python launch/measure/bench_lm_head.py --width 4096 --vocabulary 151936 --dtype bfloat16 --chunk 256  # accelerator
 
 Labels are the drafter's own best token with a probability that gives the active ratio asked for: the share of slots
 up to first failures. Forms are timed in turn within each repeat; ratios are of medians. `--memory v5e:2x2` asks the
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from scipy.optimize import brentq
 
 from specauf_jax.config import Objective
-from specauf_jax.kernels.lm_head import frozen_head_cross_entropy, lm_head_cross_entropy
-from specauf_jax.objectives import objective_sums
+from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy, project
+from specauf_jax.objectives import LabelScores, objective_sums
 
 TOKAMAX = "tokamax"
 
@@ -62,11 +62,11 @@ def forms(arguments) -> dict:
     slots, chunk = arguments.slots, arguments.chunk
 
     def checkpointed(hidden, lm_head, labels, valid):
-        flat = hidden.reshape(1, -1, hidden.shape[-1])
-        seen = lm_head_cross_entropy(flat, lm_head, labels.reshape(1, -1), chunk=chunk)
-        return [x.reshape(labels.shape) for x in seen]
+        flat, flat_labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
+        scores = chunked_scores(lambda hidden: project(hidden, lm_head), (flat,), flat_labels, chunk=chunk)
+        return LabelScores(*(x.reshape(labels.shape) for x in scores))
 
-    seen = {
+    ways = {
         "recomputing all slots": checkpointed,
         "all slots": functools.partial(frozen_head_cross_entropy, chunk=chunk),
         "up to first failures": functools.partial(frozen_head_cross_entropy, chunk=chunk, stop=1),
@@ -74,13 +74,13 @@ def forms(arguments) -> dict:
 
     def value_and_gradient(form):
         def loss(hidden, lm_head, labels, valid):
-            ce, rank = form(hidden, lm_head, labels, valid)
-            sums = objective_sums(Objective("auf"), ce, rank, valid, block_size=slots + 1)
+            scores = form(hidden, lm_head, labels, valid)
+            sums = objective_sums(Objective("auf"), scores, valid, block_size=slots + 1)
             return sums.numerator / sums.denominator
 
         return jax.jit(jax.value_and_grad(loss))
 
-    found = {name: value_and_gradient(form) for name, form in seen.items()}
+    found = {name: value_and_gradient(form) for name, form in ways.items()}
     if importlib.util.find_spec(TOKAMAX):
         del sys.argv[1:]  # which it would take for flags of its own
         found[TOKAMAX] = jax.jit(jax.value_and_grad(_tokamax))

@@ -1,6 +1,6 @@
 """The speed of training in this tree and at an older revision, in turn on one machine.
 
-    python launch/compare_revisions.py REVISION -- --config configs/tiny_cpu.py --target DIR --data DIR
+    python launch/measure/compare_revisions.py REVISION -- --config configs/tiny_cpu.py --target DIR --data DIR
 
 What follows -- are settings of `specauf train` that both revisions know. Each of --repeats rounds trains once with
 either; a run's tokens a second are the median over its lines of metrics.jsonl, the first left out, as it compiles.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:

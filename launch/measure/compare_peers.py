@@ -1,7 +1,8 @@
 """Speed beside specforge (PyTorch) on this machine: same weights, same prompts, same shapes, in turn.
 
     bash launch/interop.sh -x -q   # once: makes .venv-interop
-    .venv-interop/bin/python launch/compare_peers.py --target DIR --drafter DIR --prompts FILE.jsonl --out FILE.json
+    .venv-interop/bin/python launch/measure/compare_peers.py --target DIR --drafter DIR \\
+        --prompts FILE.jsonl --out FILE.json
 
 1. Generation: its `spec_generate` and ours on the same folders; batch 1, temperature 0, float32, wall time with the
    prompt's pass, once to warm up, then the median over the repeats. The texts must be equal.
@@ -22,13 +23,11 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "interop"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "interop"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peers
-import torch
 
 import specauf_jax as sa
 from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
@@ -50,6 +49,9 @@ def seconds(*methods, repeats: int) -> list[list[float]]:
 
 def compare_generation(arguments) -> dict:
     """New tokens a second of both, and whether the texts are the same."""
+    import peers
+    import torch
+
     tokenizer = load_tokenizer(arguments.target)
     prompts = [encode_first_turn(tokenizer, p) for p in read_prompts(arguments.prompts)][: arguments.max_prompts]
     target_params, target = sa.load_target(arguments.target)
@@ -79,6 +81,9 @@ def compare_generation(arguments) -> dict:
 
 def compare_training(arguments) -> dict:
     """Seconds of one loss and its gradient, of random models at the given shapes."""
+    import peers
+    import torch
+
     B, S, A, K, V, D = (getattr(arguments, name) for name in "BSAKVD")
     heads = {"num_attention_heads": D // 32, "num_key_value_heads": D // 64, "head_dim": 32}
     target = sa.Target(vocab_size=V, hidden_size=D, intermediate_size=3 * D, num_hidden_layers=arguments.layers + 4,
@@ -134,6 +139,8 @@ def main() -> None:
     for name, size in {"B": 2, "S": 256, "A": 32, "K": 16, "V": 8192, "D": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     arguments = parser.parse_args()
+    import torch
+
     found = {"threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()}}
     found |= {"versions": {"torch": torch.__version__, "jax": jax.__version__}}
     if arguments.drafter:

@@ -1,6 +1,7 @@
-"""Every shipped recipe for a real target, compiled for every topology of the README's table; prints that table.
+"""Every shipped recipe for a real target, compiled for every topology; prints the table of configs/README.md.
 
-    python launch/compile_matrix.py [--out runs/compile] [--jobs 2]
+    python launch/measure/compile_matrix.py [--out runs/compile] [--jobs 2]
+    python launch/measure/compile_matrix.py --recipes my_recipe.py --topologies v5e:4x4 --out runs/mine
 
 Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
 folder after a change of the code. Every device has one row of a part; the batch is 64, or the number of devices
@@ -14,8 +15,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-RECIPES = ("qwen3_8b_dflash", "qwen3_8b_domino", "qwen3_4b_dflash", "qwen3_32b_dflash")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = [CONFIGS / f"qwen3_{name}.py" for name in ("8b_dflash", "8b_domino", "4b_dflash", "32b_dflash")]
 DEVICES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "tpu7x:2x2x4": 32, "v5p:4x4x8": 128, "v6e:16x16": 256}
 BATCH = 64
 
@@ -23,36 +24,38 @@ BATCH = 64
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/compile"), help="folder of the reports")
+    parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES, help="files; default: the shipped ones")
+    parser.add_argument("--topologies", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at one time")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    cells = [(recipe, topology) for topology in DEVICES for recipe in RECIPES]
+    cells = [(recipe, topology) for topology in arguments.topologies for recipe in arguments.recipes]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         codes = list(pool.map(lambda cell: compile_cell(*cell, arguments.out), cells))
     print(table(cells, arguments.out))
     return max(codes)
 
 
-def compile_cell(recipe: str, topology: str, out: Path) -> int:
+def compile_cell(recipe: Path, topology: str, out: Path) -> int:
     """Exit code of `specauf compile`; its report stays at `report_path`, its output beside."""
     path, devices = report_path(out, recipe, topology), DEVICES[topology]
     if path.exists():
         return 0 if json.loads(path.read_text())["fits"] else 1
     rows = max(BATCH, devices)
-    command = ["compile", "--config", CONFIGS / f"{recipe}.py", "--topology", topology, "--out", path,
+    command = ["compile", "--config", recipe, "--topology", topology, "--out", path,
                "--batch-size", rows, "--accumulation", rows // devices, "--no-code"]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "specauf_jax", *map(str, command)], capture_output=True, text=True)
     path.with_suffix(".log").write_text(done.stdout + done.stderr)
-    print(f"{recipe} on {topology}: exit code {done.returncode}", file=sys.stderr, flush=True)
+    print(f"{recipe.stem} on {topology}: exit code {done.returncode}", file=sys.stderr, flush=True)
     return done.returncode
 
 
-def report_path(out: Path, recipe: str, topology: str) -> Path:
+def report_path(out: Path, recipe: Path, topology: str) -> Path:
     """Where a pair's JSON lies."""
-    return out / f"{recipe}-{topology.replace(':', '-')}.json"
+    return out / f"{recipe.stem}-{topology.replace(':', '-')}.json"
 
 
-def table(cells: list[tuple[str, str]], out: Path) -> str:
+def table(cells: list[tuple[Path, str]], out: Path) -> str:
     """The reports that are there, as Markdown."""
     head = ("recipe", "topology", "devices", "rows × parts", "HBM", "train step", "decode round", "fits",
             "collectives", "TFLOP a step", "s at 40 %")  # fmt: skip
@@ -60,7 +63,7 @@ def table(cells: list[tuple[str, str]], out: Path) -> str:
     for recipe, topology in cells:
         path = report_path(out, recipe, topology)
         if path.exists():
-            lines.append((recipe, topology, *row(json.loads(path.read_text()))))
+            lines.append((recipe.stem, topology, *row(json.loads(path.read_text()))))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,10 +1,11 @@
 """Does this project compute what the public implementations computed? Checks a folder of golden cases.
 
-    python launch/golden.py FOLDER
+    python launch/measure/golden.py FOLDER
 
-Each case is a sub-folder: target/, dflash/, domino/ (checkpoints) and golden.npz, arrays that transformers, specforge
-and speculators computed from them in float32. Prints a line per array: the largest difference over max(1, largest
-value); token ids and counts must be equal. Exit code 1 if any differs by more than --tolerance, 2 on bad input.
+Each case is a sub-folder: target/, dflash/ and domino/ (checkpoints; a case may lack either drafter) and golden.npz,
+arrays that transformers, specforge and speculators computed from them in float32. Prints a line per array: the largest
+difference over max(1, largest value); token ids and counts must be equal. Exit code 1 if any differs by more than
+--tolerance, 2 on bad input.
 """
 
 import argparse
@@ -19,21 +20,21 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from specauf_jax.models.domino import correction_features, prefix_states
 
-from specauf_jax.architecture import Drafter
+from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import generate, prompt_batches, start
 from specauf_jax.decoding.speculate import draft_and_verify, propose
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.resolve import resolve_drafter
+from specauf_jax.models.heads.domino import prefix_states
+from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
 from specauf_jax.models.tensors import flatten
 from specauf_jax.models.weights import load_drafter, load_target
 from specauf_jax.objectives import label_scores, objective_sums
 from specauf_jax.training.blocks import Batch, make_blocks
-from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums
+from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_sums, weighted
 
 FULL, DECAY = Objective("full"), Objective("decay", gamma=7.0)
 DPACE = Objective("dpace", dpace_denominator="rows")
@@ -128,8 +129,10 @@ def check_case(folder: Path, report: Report) -> None:
     normed = target_hidden(target_params, tokens, positions, ones, config=target)
     report.close("target_hidden_states", jnp.concatenate([embedded[None], taps[:-1], normed[None]]))
     for kind in ("dflash", "domino"):
+        if not (folder / kind).exists():
+            continue
         params, config = load_drafter(folder / kind)
-        config = resolve_drafter(config, target)
+        config = fitted(config, target)
         features = target_features(
             target_params, tokens, positions, ones, config=target, layer_ids=config.target_layer_ids
         )
@@ -155,7 +158,7 @@ class Case:
     report: Report
     golden: dict
     params: dict
-    config: Drafter
+    config: ResolvedDrafter
     head: object
     batch: Batch
 
@@ -163,8 +166,8 @@ class Case:
         keep = jnp.asarray(self.golden[f"{prefix}block_keep"])
         return jnp.where(keep, jnp.asarray(self.golden[f"{prefix}anchors"]), 0), keep
 
-    def sums(self, objective: Objective, config: Drafter | None = None, prefix: str = ""):
-        """numerators, LossAux."""
+    def sums(self, objective: Objective, config: ResolvedDrafter | None = None, prefix: str = ""):
+        """Branch → numerator, and LossAux."""
         loss = self.loss(objective, config)
         return loss_sums(self.params, self.head, self.batch, *self.anchors(prefix), config=loss)
 
@@ -174,14 +177,14 @@ class Case:
         def value(params):
             loss = self.loss(objective)
             numerators, aux = loss_sums(params, self.head, self.batch, *self.anchors(), config=loss)
-            return numerators @ jax.lax.stop_gradient(branch_factors(aux, share))
+            return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, share)))
 
         return flatten(jax.grad(value)(self.params), np.float32)
 
-    def loss(self, objective: Objective, config: Drafter | None = None) -> LossConfig:
+    def loss(self, objective: Objective, config: ResolvedDrafter | None = None) -> LossConfig:
         return LossConfig(drafter=config or self.config, objective=objective, base_objective=objective)
 
-    def blocks(self, config: Drafter | None = None):
+    def blocks(self, config: ResolvedDrafter | None = None):
         """BlockBatch, hidden states of all slots, which blocks are kept."""
         blocks = make_blocks(self.batch, *self.anchors(), config=config or self.config)
         hidden = block_hidden(self.params, self.head, self.batch, blocks, config=self.loss(FULL, config))
@@ -206,7 +209,8 @@ def check_dflash(case: Case) -> None:
     report.close("dflash_ce", label_scores(logits, labels)[0], keep)
     names = [name.partition("/")[2] for name in golden if name.startswith("grad_decay7/")]
     for name, objective in (("full", FULL), ("decay7", DECAY), ("dpace", DPACE)):
-        [numerator], aux = case.sums(objective)
+        numerators, aux = case.sums(objective)
+        numerator = numerators["final"]
         report.close(f"dflash_loss_{name}", numerator / aux.final.denominator)
         report.close(f"dflash_loss_terms_{name}", jnp.stack([numerator, aux.final.denominator]))
         gradient = case.gradient(objective)
@@ -215,7 +219,8 @@ def check_dflash(case: Case) -> None:
             for n in names:
                 report.close(f"grad_decay7/{n}", gradient[n])
     report.close("dflash_accuracy", aux.measures()["common_token_accuracy"])
-    [numerator], aux = case.sums(FULL, prefix="all_")
+    numerators, aux = case.sums(FULL, prefix="all_")
+    numerator = numerators["final"]
     report.close("dflash_loss_full_all_anchors", numerator / aux.final.denominator)
 
 
@@ -229,13 +234,13 @@ def check_speculators(case: Case, target_logits) -> None:
     labels = choice[jnp.maximum(anchors[0, :, None] + jnp.arange(K) - 1, 0)]
     report.same("spk_target_ids", labels.at[:, 0].set(golden["spk_target_ids"][:, 0]))  # the anchor's has no weight
     hidden = block_hidden(case.params, case.head, row, blocks, config=case.loss(FULL))
-    ce, rank = label_scores(hidden[0, :, 1:] @ case.head.lm_head, labels[:, 1:])
+    scores = label_scores(hidden[0, :, 1:] @ case.head.lm_head, labels[:, 1:])
     valid = blocks.valid[0]
-    decay = objective_sums(DECAY, ce, rank, valid, block_size=K)
+    decay = objective_sums(DECAY, scores, valid, block_size=K)
     report.close("spk_loss_ce_decay7", decay.numerator / valid.sum())
-    dpace = objective_sums(Objective("dpace"), ce, rank, valid, block_size=K)
+    dpace = objective_sums(Objective("dpace"), scores, valid, block_size=K)
     report.close("spk_loss_ce_dpace", dpace.numerator / dpace.denominator)
-    report.close("spk_eal", accepted_length(rank == 0, valid))
+    report.close("spk_eal", accepted_length(scores.rank == 0, valid))
 
 
 def visible(blocks, length: int) -> np.ndarray:
@@ -252,7 +257,8 @@ def visible(blocks, length: int) -> np.ndarray:
 def check_domino(case: Case) -> None:
     report, golden = case.report, case.golden
     for name, shift, prefix in (("shift", True, 1), ("noshift", False, 0)):
-        config = dataclasses.replace(case.config, shift_label=shift, pure_draft_prefix_len=prefix)
+        head = dataclasses.replace(case.config.head, shift_label=shift, pure_draft_prefix_len=prefix)
+        config = dataclasses.replace(case.config, head=head)
         blocks, hidden, keep = case.blocks(config)
         base = hidden @ case.head.lm_head
         if shift:
@@ -260,7 +266,7 @@ def check_domino(case: Case) -> None:
             report.close("domino_base_logits", base, keep)
         states = prefix_states(case.params, case.head.embedding[blocks.previous])
         z = hidden[:, :, config.first_slot :]
-        features = correction_features(case.params, z, states, jnp.arange(config.num_labels), config=config)
+        features = head.correction_features(case.params, z, states, jnp.arange(config.num_labels))
         final = base.at[:, :, config.first_slot :].add(features @ case.params["embed_proj"]["up"]["kernel"])
         report.close(f"domino_{name}_final_logits", final, keep)
         first = blocks.inputs[..., :1]
@@ -271,9 +277,9 @@ def check_domino(case: Case) -> None:
         for suffix, objective in (("", FULL), ("_decay7", DECAY)):
             key = f"domino_{name}{suffix}"
             numerators, aux = case.sums(objective, config)
-            report.close(f"{key}_final_loss", numerators[0] / aux.final.denominator)
-            report.close(f"{key}_base_loss", numerators[1] / aux.base.denominator)
-            report.close(f"{key}_loss_lambda{LAMBDA}", numerators @ branch_factors(aux, LAMBDA))
+            report.close(f"{key}_final_loss", numerators["final"] / aux.final.denominator)
+            report.close(f"{key}_base_loss", numerators["base"] / aux.base.denominator)
+            report.close(f"{key}_loss_lambda{LAMBDA}", weighted(numerators, branch_factors(aux, LAMBDA)))
             measures = aux.measures()
             report.close(f"{key}_accuracy", measures["common_token_accuracy"])
             report.close(f"{key}_base_accuracy", measures["base_common_token_accuracy"])
