@@ -18,6 +18,7 @@ from specauf_jax.data.encode import Counts, encode
 from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import fresh_folder
 
@@ -80,7 +81,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress):
+def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress) -> Tokenizer:
     """The given tokenizer, or a BPE trained on the source's good records; its files go to `folder`."""
     if config.tokenizer is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer)
@@ -110,7 +111,9 @@ def _check_mask(config: Prepare, counts: Counts) -> None:
                            "correct the template's {% generation %} marks, or pass --allow-uniform-mask")  # fmt: skip
 
 
-def _write_prompts(config: Prepare, tokenizer, heldout: dict[str, list[str]], folder: Path) -> dict[str, str]:
+def _write_prompts(
+    config: Prepare, tokenizer: Tokenizer, heldout: dict[str, list[str]], folder: Path
+) -> dict[str, str]:
     files = {}
     for name, texts in heldout.items():
         prompts = corpus.heldout_prompts(tokenizer, texts, config.heldout_prompts, config.prompt_length)
@@ -121,7 +124,7 @@ def _write_prompts(config: Prepare, tokenizer, heldout: dict[str, list[str]], fo
     return files
 
 
-def _manifest(config: Prepare, source: Source, tokenizer, folder: Path, rows: int, bad: BadRecords,
+def _manifest(config: Prepare, source: Source, tokenizer: Tokenizer, folder: Path, rows: int, bad: BadRecords,
               counts: Counts, prompts: dict[str, str]) -> dict:  # fmt: skip
     tokenizer_sha256, template_sha256 = tokenizers.hashes(folder / "tokenizer")
     return {

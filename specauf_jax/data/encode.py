@@ -9,6 +9,7 @@ import numpy as np
 from specauf_jax.data import chat
 from specauf_jax.data.packing import Document
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.tokenizer import Tokenizer
 
 ENCODE_TOGETHER = 64
 """Records tokenised in one call; the tokenizers library spreads them over the cores."""
@@ -33,7 +34,9 @@ class Counts:
         self.example = self.example or document
 
 
-def encode(tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts) -> Iterator[Document]:
+def encode(
+    tokenizer: Tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts
+) -> Iterator[Document]:
     """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
     records = iter(records)
     while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
@@ -55,7 +58,7 @@ def _windows(document: Document, length: int) -> list[Document]:
 
 
 def _conversation(
-    tokenizer, messages: list[dict], where: str, length: int, bad: BadRecords, counts: Counts
+    tokenizer: Tokenizer, messages: list[dict], where: str, length: int, bad: BadRecords, counts: Counts
 ) -> list[Document]:
     """Its documents: one, or one for each answer (`chat.conversation_documents`); none when it is unusable."""
     try:
