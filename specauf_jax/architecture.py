@@ -135,6 +135,7 @@ class Drafter:
         check_drafter(self)
 
 
+@dataclass(frozen=True)
 class Head(abc.ABC):
     """What makes logits and drafts of the body's hidden states: a frozen dataclass in one file of `models/heads`.
 

@@ -117,14 +117,14 @@ def _parse(settings: type, command: str, arguments: list[str]):
             raise SpecaufError("--config without a file", "--config RECIPE.py", "name the recipe")
         default = read_recipe(settings, arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
-    description = settings.__doc__
+    description = str(settings.__doc__)
     if not is_field:
         description += "\n\n--config RECIPE.py takes its values from a recipe first."
     return tyro.cli(settings, prog=f"specauf {command}", args=arguments, default=default, description=description)
 
 
 def _overview() -> str:
-    lines = [f"  {name:<15} {settings.__doc__.splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
+    lines = [f"  {name:<15} {str(settings.__doc__).splitlines()[0]}" for name, (settings, *_) in COMMANDS.items()]
     return "\n".join(
         [
             "specauf COMMAND [--config RECIPE.py] [--field value …]",

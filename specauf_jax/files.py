@@ -229,7 +229,7 @@ class GrowingFolder:
     What grew since the last push is copied whole, and lost if the process is killed before the next one.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder) -> None:
         self._to = self.path = as_path(folder)
         self._pushed: dict[Path, tuple[int, int]] = {}  # size and time
         if is_remote(folder):

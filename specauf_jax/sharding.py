@@ -214,19 +214,24 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
     """Which of `count` rows this process's devices hold, ascending; processes may hold the same ones."""
-    parts = sharding.addressable_devices_indices_map((count,)).values()
-    return np.unique(np.concatenate([np.arange(count)[part] for (part,) in parts]))
+    return np.unique(np.concatenate([np.arange(count)[part] for part in _device_rows(sharding, count).values()]))
 
 
 def put_rows(x: np.ndarray, sharding: NamedSharding, count: int) -> jax.Array:
     """An array of `count` rows over the mesh, of which each process gives its `local_rows`."""
     rows = local_rows(sharding, count)
     parts = []
-    for device, (index, *_) in sharding.addressable_devices_indices_map((count,)).items():
-        start, stop, _ = index.indices(count)
+    for device, part in _device_rows(sharding, count).items():
+        start, stop, _ = part.indices(count)
         begin = np.searchsorted(rows, start)
         parts.append(jax.device_put(x[begin : begin + stop - start], device))
     return jax.make_array_from_single_device_arrays((count, *x.shape[1:]), sharding, parts)
+
+
+def _device_rows(sharding: NamedSharding, count: int) -> dict[jax.Device, slice]:
+    """Which of `count` rows each of this process's devices holds."""
+    rows = sharding.devices_indices_map((count,))
+    return {device: part for device, (part,) in rows.items() if device in sharding.addressable_devices}
 
 
 def cache_sharding(caches, mesh: jax.sharding.Mesh):

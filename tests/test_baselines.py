@@ -83,5 +83,5 @@ def test_sampled_text_follows_the_targets_law():
 
 def test_no_model_takes_part():
     config = Decoding(STEP, PromptLookup())
-    assert not config.has_model and config.block_size == 8
-    assert Decoding(STEP, tiny.drafter_config()).has_model and not Decoding(STEP).has_model
+    assert config.model is None and config.block_size == 8
+    assert Decoding(STEP, tiny.drafter_config()).model == tiny.drafter_config() and Decoding(STEP).model is None

@@ -21,8 +21,8 @@ def test_sharegpt_and_openai(tmp_path):
     turns = [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
     path, records = read_lines(tmp_path, {"id": 3, "conversations": turns}, b"", {"messages": MESSAGES})
     assert records == [
-        Record(f"{path}:1", messages=[{"role": "system", "content": "S"}, *MESSAGES]),
-        Record(f"{path}:3", messages=MESSAGES),
+        Record(f"{path}:1", [{"role": "system", "content": "S"}, *MESSAGES]),
+        Record(f"{path}:3", MESSAGES),
     ]
 
 
@@ -64,7 +64,7 @@ def test_text_files_and_folders(tmp_path):
     files = sources.input_files([str(tmp_path / "first.txt"), str(tmp_path / "b")])
     assert [path.name for path in files] == ["first.txt", "a.txt", "latin.txt", "none.txt", "z.py"]
     first, a, latin, none, z = sources.read_files(files)
-    assert [first.text, a.text, z.text] == ["first", "é\n", "x = 1\n"]
+    assert [first.content, a.content, z.content] == ["first", "é\n", "x = 1\n"]
     assert latin.where.endswith("latin.txt") and "UTF-8" in latin.reason and "position 3" in latin.reason
     assert none.reason == "the file is empty"
 
@@ -79,7 +79,7 @@ def test_missing_and_empty_input(tmp_path):
 def test_bad_records_are_printed_up_to_the_limit_then_refused():
     console = Console(file=io.StringIO(), width=200)
     bad = sources.BadRecords(2, console)
-    records = [Record("f:1", text="a"), BadRecord("f:2", "why [bold]"), BadRecord("f:3", "because")]
+    records = [Record("f:1", "a"), BadRecord("f:2", "why [bold]"), BadRecord("f:3", "because")]
     assert list(bad.keep_good(records)) == records[:1]
     bad.check()
     assert console.file.getvalue() == "bad record: f:2: why [bold]\nbad record: f:3: because\n"
@@ -116,10 +116,10 @@ def read_tfds(tfds_dir, *fields, name="talks", split="train"):
 
 def test_tfds(tfds_dir):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo é"}]
-    expected = [Record("talks[train]:0", messages=messages), BadRecord("talks[train]:1", "the field is empty")]
+    expected = [Record("talks[train]:0", messages), BadRecord("talks[train]:1", "the field is empty")]
     assert read_tfds(tfds_dir, "question", "answer") == expected
     texts = read_tfds(tfds_dir, "question", name="talks:1.0.0")
-    assert [record.text for record in texts] == ["Hi", "And?"]
+    assert [record.content for record in texts] == ["Hi", "And?"]
 
 
 @pytest.mark.parametrize(

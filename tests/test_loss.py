@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from specauf_jax.config import Objective
+from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.target import target_features, target_head, target_hidden
 from specauf_jax.training.blocks import make_blocks
@@ -227,6 +228,11 @@ def test_safe_ratio_is_zero_with_zero_gradient_where_the_denominator_is_zero():
     ratio, grads = jax.value_and_grad(safe_ratio, argnums=(0, 1))(3.0, 0.0)
     assert ratio == 0 and grads == (0, 0)
     assert safe_ratio(3.0, 2.0) == 1.5
+
+
+def test_a_batch_without_features_is_refused():
+    with pytest.raises(SpecaufError, match="without features"):
+        loss_fn(PARAMS, HEAD, tiny.random_batch([[24]], seed=1), jax.random.key(0), config=AUF)
 
 
 def test_no_gradient_reaches_the_target():

@@ -198,7 +198,7 @@ def test_a_loss_that_diverged_is_still_drawn(tmp_path):
 
 
 def test_long_curves_are_averaged_in_bins(tmp_path):
-    run = runs_.Run("r", "#000000", {i: {"loss": float(i)} for i in range(1200)}, {}, None)
+    run = runs_.Run("r", "#000000", {i: {"loss": float(i)} for i in range(1200)}, {}, {})
     steps, values = page_.curve(run, "loss")
     np.testing.assert_array_equal(steps, np.arange(120) * 10 + 4.5)
     np.testing.assert_array_equal(values, steps)

@@ -43,7 +43,7 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> int:
     mesh = make_mesh(Mesh(), jax.devices()[:1])  # one device: a batch of one row cannot be spread
     models = load_models(arguments.target, arguments.drafter, "float32", mesh, Console())
-    random = init_drafter(models.speculative.drafter, jax.random.key(arguments.seed))
+    random = init_drafter(models.decoding.drafter, jax.random.key(arguments.seed))
     prompts = cut_prompts(arguments)
     lengths = [len(prompt) for prompt in prompts]
     print(f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens", flush=True)
@@ -57,7 +57,7 @@ def compare(arguments: argparse.Namespace) -> int:
     wrong = 0
     for label, stops in (("own", models.autoregressive.stop_tokens), ("early", (frequent,))):
         alone = dataclasses.replace(models.autoregressive, stop_tokens=stops)
-        together = dataclasses.replace(models.speculative, stop_tokens=stops)
+        together = dataclasses.replace(models.decoding, stop_tokens=stops)
         for batch_size in (1, 16):
             expected = run(None, alone, batch_size)
             early = sum(len(g.tokens) < arguments.max_new_tokens for g in expected)

@@ -72,9 +72,10 @@ def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
         target_params = _target_params(recipe, step, target, mesh, console)
         batch = _batch(recipe, step, target, config.sequence_length)
         compiled = {name: p.step.lower(p.state, *p.frozen, batch).compile() for name, p in placed.items()}
-        start = recipe.init_from and load_drafter(recipe.init_from, mesh=mesh)[0]
+        start = load_drafter(recipe.init_from, mesh=mesh)[0] if recipe.init_from else None
         states = {name: p.initialise(start) for name, p in placed.items()}
-        seconds, metrics = {name: [] for name in config.objectives}, {}
+        seconds: dict[str, list[float]] = {name: [] for name in config.objectives}
+        metrics: dict[str, dict] = {}
         repeats = range(_WARM_STEPS + config.repeats)
         for repeat in track(repeats, "timing", console=console, disable=not console.is_terminal):
             for name in config.objectives:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import threading
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import jax
@@ -120,7 +121,7 @@ def _measured(config: Compile, names, rows: int) -> list[dict]:
 
 def _tell(pipe, config: Compile, name: str, rows: int) -> None:
     """In a process of its own."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
         pipe.send(_measure(config, name, rows))
     except Exception as error:
@@ -128,8 +129,8 @@ def _tell(pipe, config: Compile, name: str, rows: int) -> None:
     os._exit(0)  # the compiler's threads are still at work
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
     os._exit(1)  # it was killed
 
 
@@ -193,12 +194,13 @@ def _loss(recipe: Train, drafter: ResolvedDrafter) -> LossConfig:
 def _train_step(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, sequence_length: int):
     """The program, and its arguments as shapes with shardings."""
     step = place_drafter_step(_loss(recipe, drafter), target, recipe.train, mesh)
-    names = ("tokens", "loss_mask", "document_ids", "positions")
-    batch = Batch(**{
-        name: jax.ShapeDtypeStruct((recipe.train.batch_size, sequence_length),
-                                   jnp.bool_ if name == "loss_mask" else jnp.int32, sharding=step.rows)
-        for name in names
-    })  # fmt: skip
+
+    def rows() -> Batch:
+        numbers = jnp.zeros((recipe.train.batch_size, sequence_length), jnp.int32)
+        return Batch(tokens=numbers, loss_mask=numbers > 0, document_ids=numbers, positions=numbers)
+
+    shapes = jax.eval_shape(rows)
+    batch = placed(shapes, jax.tree.map(lambda _: step.rows, shapes))
     arguments = (step.state, *step.frozen, batch)
     return step.step.lower(*arguments), arguments
 

@@ -75,15 +75,13 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
         models.check_room(batch, config.max_new_tokens)
         requests.extend(batch)
         owners.extend(indices)
-        return timed(batch, models.speculative).generations
+        return timed(batch, models.decoding).generations
 
     answer(models.tokenizer, prompts, first_pass)
     if any(len(prompt.turns) > 1 for prompt in prompts):  # all turns together make other shapes than turn by turn
-        timed(requests, models.speculative)
+        timed(requests, models.decoding)
     timed(requests, models.autoregressive)
-    passes = [
-        (timed(requests, models.speculative), timed(requests, models.autoregressive)) for _ in range(config.repeats)
-    ]
+    passes = [(timed(requests, models.decoding), timed(requests, models.autoregressive)) for _ in range(config.repeats)]
     speculative, autoregressive = zip(*passes, strict=True)
     return Measured(list(speculative), list(autoregressive), owners, greedy=config.sampling.temperature == 0)
 
@@ -92,7 +90,7 @@ def _part(measured: Measured, models: Models) -> dict:
     """One set's entry of the results file."""
     speculative, autoregressive = measured.speculative[-1].generations, measured.autoregressive[-1].generations
     different = [i for i, (a, b) in enumerate(zip(speculative, autoregressive, strict=True)) if a.tokens != b.tokens]
-    part = acceptance_measures(speculative, models.speculative.block_size, measured.prompts)
+    part = acceptance_measures(speculative, models.decoding.block_size, measured.prompts)
     if measured.greedy:
         part |= {"exact": not different, "compared": len(speculative), "mismatches": len(different)}
     else:  # draws differ between the methods; only their distributions agree
@@ -139,7 +137,7 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
     return describe_environment(models.mesh) | {
         "dtype": config.dtype,
         "temperature": config.sampling.temperature,
-        "block_size": models.speculative.block_size,
+        "block_size": models.decoding.block_size,
         "seed": config.seed,
         "objective": (origin.get("objective") or {}).get("name"),
         "drafter": origin,

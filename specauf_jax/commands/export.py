@@ -28,8 +28,9 @@ def export(config: Export, console: Console) -> None:
     else:
         params, drafter, facts, source = _from_run(config)
         target = config.target or facts["target"]
-    how = {"layout": config.layout, "dtype": config.dtype, "verifier": target}
-    save_drafter(params, drafter, config.out, provenance=facts, **how)
+    save_drafter(
+        params, drafter, config.out, provenance=facts, layout=config.layout, dtype=config.dtype, verifier=target
+    )
     console.print(f"{source} written to {config.out}", highlight=False)
 
 
@@ -48,7 +49,8 @@ def _from_run(config: Export) -> tuple[dict, ResolvedDrafter, dict, str]:
     optimizer = make_optimizer(from_dict(TrainOptimisation, record["train"], str(run / "config.json")))
     checkpoints = Checkpoints(run / "checkpoints", keep_last=None)
     try:
-        step = {"last": checkpoints.latest, "best": checkpoints.best}.get(config.step, lambda: config.step)()
+        named = {"last": checkpoints.latest, "best": checkpoints.best}
+        step = config.step if isinstance(config.step, int) else named[config.step]()
         if step is None or step not in checkpoints.steps():
             raise SpecaufError(
                 f"{run} has no checkpoint {config.step}",

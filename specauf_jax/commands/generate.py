@@ -9,6 +9,7 @@ from rich.text import Text
 
 from specauf_jax.commands.generate_settings import Generate
 from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
 from specauf_jax.distributed import is_primary
@@ -45,7 +46,7 @@ def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Gene
             models.drafter_params,
             models.target_params,
             requests,
-            config=models.speculative or models.autoregressive,
+            config=models.decoding,
             max_new_tokens=config.max_new_tokens,
             sampling=config.sampling,
             seed=config.seed,
@@ -64,7 +65,7 @@ def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Gene
     console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}", highlight=False)
 
 
-def _row(tokenizer, turns: list[Generation]) -> dict:
+def _row(tokenizer: Tokenizer, turns: list[Generation]) -> dict:
     """One prompt's result; of several turns the sums, and each turn under `turns`."""
     parts = [
         {
@@ -113,7 +114,7 @@ def _stream_one(models: Models, request, index: int, config: Generate, console: 
         models.drafter_params,
         models.target_params,
         request,
-        config=models.speculative or models.autoregressive,
+        config=models.decoding,
         max_new_tokens=config.max_new_tokens,
         sampling=config.sampling,
         seed=config.seed,

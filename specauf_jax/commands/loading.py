@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from specauf_jax.architecture import Target
 from specauf_jax.config import Dtype
 from specauf_jax.data.dataset import read_manifest
-from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.cpu import serving_params
@@ -44,8 +44,9 @@ class Models:
     mesh: jax.sharding.Mesh
     target_params: dict
     drafter_params: dict | None
-    tokenizer: object
-    speculative: Decoding | None
+    tokenizer: Tokenizer
+    decoding: Decoding
+    """With the drafter, if there is one."""
     autoregressive: Decoding
     max_positions: int
 
@@ -88,7 +89,7 @@ def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: C
     target_params = serving_params(load_target_with_bar(target, dtype, console, mesh)[0])
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
     autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
-    speculative = dataclasses.replace(autoregressive, drafter=resolved) if resolved else None
+    decoding = dataclasses.replace(autoregressive, drafter=resolved)
     return Models(
-        mesh, target_params, drafter_params, tokenizer, speculative, autoregressive, config.max_position_embeddings
+        mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config.max_position_embeddings
     )

@@ -1,5 +1,6 @@
 """`specauf prepare`: a source becomes a packed dataset, its tokenizer and a manifest."""
 
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from specauf_jax.data.encode import Counts, encode
 from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import fresh_folder
 
@@ -55,7 +57,8 @@ def prepare(config: Prepare, console: Console) -> dict:
         prompts = _write_prompts(config, tokenizer, source.heldout, folder)
         manifest = _manifest(config, source, tokenizer, folder, rows, bad, counts, prompts)
         write_manifest(folder, manifest)
-    print_example(console, tokenizer, counts.example)
+    if counts.example is not None:
+        print_example(console, tokenizer, counts.example)
     print_summary(console, config.out, manifest, plain_text=not counts.conversations)
     return manifest
 
@@ -65,11 +68,11 @@ def _open_source(config: Prepare) -> Source:
         files = sources.input_files(config.input)
         return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
     if config.tfds:
-        place = {"split": config.tfds_split, "data_dir": config.tfds_dir}
-        return Source(f"tfds: {config.tfds}, split {config.tfds_split}",
-                      lambda: tfds_source.read_tfds(config.tfds, config.tfds_fields, **place))  # fmt: skip
+        name, split = config.tfds, config.tfds_split
+        read = functools.partial(tfds_source.read_tfds, name, config.tfds_fields, split=split, data_dir=config.tfds_dir)
+        return Source(f"tfds: {name}, split {split}", read)
     training, heldout = corpus.stdlib_corpus(config.corpus_bytes)
-    records = [Record(f"corpus:{number}", text=text) for number, text in enumerate(training)]
+    records = [Record(f"corpus:{number}", text) for number, text in enumerate(training)]
     return Source(f"corpus: {corpus.corpus_name()}", lambda: records, heldout)
 
 
@@ -78,7 +81,7 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress):
+def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress) -> Tokenizer:
     """The given tokenizer, or a BPE trained on the source's good records; its files go to `folder`."""
     if config.tokenizer is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer)
@@ -91,7 +94,7 @@ def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress
 
 
 def _texts(record: Record) -> list[str]:
-    return [record.text] if record.text is not None else [message["content"] for message in record.messages]
+    return [record.content] if isinstance(record.content, str) else [message["content"] for message in record.content]
 
 
 def _checked(rows: Iterable[dict], bad: BadRecords) -> Iterator[dict]:
@@ -108,7 +111,9 @@ def _check_mask(config: Prepare, counts: Counts) -> None:
                            "correct the template's {% generation %} marks, or pass --allow-uniform-mask")  # fmt: skip
 
 
-def _write_prompts(config: Prepare, tokenizer, heldout: dict[str, list[str]], folder: Path) -> dict[str, str]:
+def _write_prompts(
+    config: Prepare, tokenizer: Tokenizer, heldout: dict[str, list[str]], folder: Path
+) -> dict[str, str]:
     files = {}
     for name, texts in heldout.items():
         prompts = corpus.heldout_prompts(tokenizer, texts, config.heldout_prompts, config.prompt_length)
@@ -119,7 +124,7 @@ def _write_prompts(config: Prepare, tokenizer, heldout: dict[str, list[str]], fo
     return files
 
 
-def _manifest(config: Prepare, source: Source, tokenizer, folder: Path, rows: int, bad: BadRecords,
+def _manifest(config: Prepare, source: Source, tokenizer: Tokenizer, folder: Path, rows: int, bad: BadRecords,
               counts: Counts, prompts: dict[str, str]) -> dict:  # fmt: skip
     tokenizer_sha256, template_sha256 = tokenizers.hashes(folder / "tokenizer")
     return {

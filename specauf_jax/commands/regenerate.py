@@ -120,7 +120,7 @@ def _rewrite(documents, respond, stops, config: Regenerate, length: int, part: i
     pieces = [_pieces(document, config.prompt_length) for document in documents]
     tokens = [np.zeros(0, np.int32) for _ in documents]
     masks = [np.zeros(0, bool) for _ in documents]
-    open_ = range(len(documents))
+    open_ = list(range(len(documents)))
     for turn in range(max(len(kept) for kept in pieces)):
         asked = [i for i in open_ if turn < len(pieces[i]) and len(tokens[i]) + len(pieces[i][turn]) < length]
         for i in asked:

@@ -21,7 +21,7 @@ def write_report(config: Report, console: Console) -> str:
 
 def print_tau(runs: list[Run], console: Console) -> None:
     """tau per prompt set, and outside loops over all, as a table in the terminal."""
-    measured = [run for run in runs if run.results is not None]
+    measured = [run for run in runs if run.results]
     if not measured:
         return
     sets = list(dict.fromkeys(name for run in measured for name in run.results["sets"]))

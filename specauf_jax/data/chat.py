@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from specauf_jax.data.packing import Document
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 
 
@@ -23,7 +24,7 @@ class RewrittenConversation(RefusedConversation):
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def conversation_documents(tokenizer, messages: list[dict], where: str) -> list[Document]:
+def conversation_documents(tokenizer: Tokenizer, messages: list[dict], where: str) -> list[Document]:
     """A conversation as one document; or, where the template rewrites earlier answers, as one for each answer.
 
     Then every document ends with its answer, the only one that is supervised, after just what the
@@ -37,7 +38,7 @@ def conversation_documents(tokenizer, messages: list[dict], where: str) -> list[
         return [encode_conversation(tokenizer, messages[: index + 1], where, last_only=True) for index in answers]
 
 
-def encode_conversation(tokenizer, messages: list[dict], where: str, last_only: bool = False) -> Document:
+def encode_conversation(tokenizer: Tokenizer, messages: list[dict], where: str, last_only: bool = False) -> Document:
     """Tokens and loss mask of a conversation under the tokenizer's chat template.
 
     Args:
@@ -65,7 +66,7 @@ def encode_conversation(tokenizer, messages: list[dict], where: str, last_only: 
     return Document(tokens, mask)
 
 
-def _turn_span(tokenizer, messages: list[dict], index: int, full: str, where: str) -> tuple[int, int]:
+def _turn_span(tokenizer: Tokenizer, messages: list[dict], index: int, full: str, where: str) -> tuple[int, int]:
     """First and last + 1 character of an assistant turn in the rendered conversation."""
     before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
     upto = _render(tokenizer, messages[: index + 1], where)
@@ -86,11 +87,11 @@ def _after_marker(full: str, special_offsets: np.ndarray, end: int) -> int:
     return end
 
 
-def _special_ids(tokenizer) -> list[int]:
+def _special_ids(tokenizer: Tokenizer) -> list[int]:
     return [index for index, token in tokenizer.added_tokens_decoder.items() if token.special]
 
 
-def _marked_by_template(tokenizer, messages: list[dict], where: str) -> Document:
+def _marked_by_template(tokenizer: Tokenizer, messages: list[dict], where: str) -> Document:
     settings = {"return_assistant_tokens_mask": True, "tokenizer_kwargs": {"return_offsets_mapping": True}}
     encoded = _apply(tokenizer, messages, where, tokenize=True, return_dict=True, **settings)
     # transformers marks only the first token of a turn's last character; the others share its offsets.
@@ -99,7 +100,7 @@ def _marked_by_template(tokenizer, messages: list[dict], where: str) -> Document
     return Document(np.array(encoded["input_ids"], np.int32), np.array([span in marked for span in offsets], bool))
 
 
-def _template(tokenizer) -> str:
+def _template(tokenizer: Tokenizer) -> str:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")
@@ -110,11 +111,11 @@ def _template(tokenizer) -> str:
     return template
 
 
-def _render(tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: Tokenizer, messages: list[dict], where: str, add_generation_prompt: bool = False) -> str:
     return _apply(tokenizer, messages, where, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def _apply(tokenizer, messages: list[dict], where: str, **settings):
+def _apply(tokenizer: Tokenizer, messages: list[dict], where: str, **settings):
     try:
         return tokenizer.apply_chat_template(messages, **settings)
     except ImportError:
@@ -124,7 +125,7 @@ def _apply(tokenizer, messages: list[dict], where: str, **settings):
                            "roles and an order that the template knows", "correct the record") from error  # fmt: skip
 
 
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation that awaits the assistant's answer.
 
     Raises:
@@ -135,12 +136,12 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def encode_text(tokenizer, text: str) -> Document:
+def encode_text(tokenizer: Tokenizer, text: str) -> Document:
     """Tokens of a plain text and the end-of-text token, all of them supervised."""
     return encode_texts(tokenizer, [text])[0]
 
 
-def encode_texts(tokenizer, texts: list[str]) -> list[Document]:
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Document]:
     """`encode_text` of many texts at once, which uses all cores."""
     if not texts:
         return []  # transformers does not take an empty batch

@@ -78,7 +78,7 @@ def corpus_name() -> str:
     return f"standard library of {sys.implementation.name} {sys.version.split()[0]}"
 
 
-def heldout_prompts(tokenizer, texts: list[str], count: int, length: int) -> list[str]:
+def heldout_prompts(tokenizer: Tokenizer, texts: list[str], count: int, length: int) -> list[str]:
     """Distinct prompts of about `length` tokens, each from the start of a line, spread over the texts.
 
     Raises:
@@ -109,6 +109,6 @@ def _line_starts(text: str, room: int) -> Iterator[int]:
         offset += len(line)
 
 
-def _first_tokens(tokenizer, text: str, length: int) -> str:
+def _first_tokens(tokenizer: Tokenizer, text: str, length: int) -> str:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True)
     return text[: encoded["offset_mapping"][:length][-1][1]]

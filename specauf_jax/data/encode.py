@@ -9,6 +9,7 @@ import numpy as np
 from specauf_jax.data import chat
 from specauf_jax.data.packing import Document
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.tokenizer import Tokenizer
 
 ENCODE_TOGETHER = 64
 """Records tokenised in one call; the tokenizers library spreads them over the cores."""
@@ -33,46 +34,50 @@ class Counts:
         self.example = self.example or document
 
 
-def encode(tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts) -> Iterator[Document]:
+def encode(
+    tokenizer: Tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts
+) -> Iterator[Document]:
     """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
     records = iter(records)
     while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
-        texts = iter(chat.encode_texts(tokenizer, [record.text for record in batch if record.text is not None]))
+        texts = [record.content for record in batch if isinstance(record.content, str)]
+        encoded = iter(chat.encode_texts(tokenizer, texts))
         for record in batch:
-            if record.text is not None:
-                documents = _windows(next(texts), length)
+            if isinstance(record.content, str):
+                documents = _windows(next(encoded), length)
             else:
-                documents = _conversation(tokenizer, record, length, bad, counts)
+                documents = _conversation(tokenizer, record.content, record.where, length, bad, counts)
             for document in documents:
                 counts.add(document)
                 yield document
 
 
-def _windows(document: Document, length: int) -> Iterator[Document]:
-    for start in range(0, len(document.tokens), length):
-        span = slice(start, start + length)
-        yield Document(document.tokens[span], document.loss_mask[span])
+def _windows(document: Document, length: int) -> list[Document]:
+    spans = [slice(start, start + length) for start in range(0, len(document.tokens), length)]
+    return [Document(document.tokens[span], document.loss_mask[span]) for span in spans]
 
 
-def _conversation(tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
-    """The record's documents: one, or one for each answer (`chat.conversation_documents`); none when it is unusable."""
+def _conversation(
+    tokenizer: Tokenizer, messages: list[dict], where: str, length: int, bad: BadRecords, counts: Counts
+) -> list[Document]:
+    """Its documents: one, or one for each answer (`chat.conversation_documents`); none when it is unusable."""
     try:
-        documents = chat.conversation_documents(tokenizer, record.messages, record.where)
+        documents = chat.conversation_documents(tokenizer, messages, where)
     except chat.RefusedConversation as error:
-        bad.add(BadRecord(record.where, f"{error.found.removeprefix(f'{record.where}: ')} (to do: {error.remedy})"))
+        bad.add(BadRecord(where, f"{error.found.removeprefix(f'{where}: ')} (to do: {error.remedy})"))
         return []
     # The mask token stands for what is to be predicted; as a label it would teach the drafter to draft it.
     if any(np.any(document.tokens == tokenizer.mask_token_id) for document in documents):
-        bad.add(BadRecord(record.where, f"contains the mask token {tokenizer.mask_token}"))
+        bad.add(BadRecord(where, f"contains the mask token {tokenizer.mask_token}"))
         return []
     cut = [Document(document.tokens[:length], document.loss_mask[:length]) for document in documents]
     if not any(len(document.tokens) for document in documents):
-        bad.add(BadRecord(record.where, "the chat template renders it as nothing"))
+        bad.add(BadRecord(where, "the chat template renders it as nothing"))
         return []
     # A long conversation's later answers may lie behind the cut; its first ones still count.
     supervised = [document for document in cut if document.loss_mask.any()]
     if any(document.loss_mask.any() for document in documents) and not supervised:
-        bad.add(BadRecord(record.where, f"no supervised token within the first {length} tokens"))
+        bad.add(BadRecord(where, f"no supervised token within the first {length} tokens"))
         return []
     counts.truncated += sum(len(document.tokens) > length for document in documents)
     counts.conversations += 1

@@ -1,12 +1,26 @@
 """Endless, reshuffled, resumable batches of a prepared dataset."""
 
+from typing import Protocol
+
 import numpy as np
 
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.packing import document_positions
 
 
-def make_loader(folder, batch_size: int, seed: int, *, rows: np.ndarray | None = None):
+class Loader(Protocol):
+    """Batches without end: {`tokens`, `document_ids`, `positions`: int32 [b, S], `loss_mask`: bool [b, S]}."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict:
+        """Where it stands, fit for JSON."""
+
+    def set_state(self, state: dict) -> None:
+        """Go on from there."""
+
+
+def make_loader(folder, batch_size: int, seed: int, *, rows: np.ndarray | None = None) -> Loader:
     """A grain iterator over batches, shuffled anew each epoch; a batch may span two epochs.
 
     The order of the global batches depends on the seed alone, and so does the iterator's state: processes
@@ -17,10 +31,6 @@ def make_loader(folder, batch_size: int, seed: int, *, rows: np.ndarray | None =
       batch_size: rows B of the global batch.
       seed: of the shuffle.
       rows: int `[b]`, which of the B rows to read; None for all.
-
-    Returns:
-      An iterator of {`tokens`, `document_ids`, `positions`: int32 [b, S], `loss_mask`: bool [b, S]}
-      whose `get_state()` is a JSON-serialisable dict for `set_state()`.
     """
     # grain imports jax, which must not happen before the command has set its platform up.
     import grain

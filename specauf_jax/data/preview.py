@@ -7,11 +7,12 @@ from rich.table import Table
 from rich.text import Text
 
 from specauf_jax.data.packing import Document
+from specauf_jax.data.tokenizer import Tokenizer
 
 SHOWN_TOKENS = 256
 
 
-def print_example(console: Console, tokenizer, document: Document) -> None:
+def print_example(console: Console, tokenizer: Tokenizer, document: Document) -> None:
     """Print the start of a document: supervised tokens in green, the others dim."""
     shown = Text()
     pairs = zip(document.tokens[:SHOWN_TOKENS].tolist(), document.loss_mask[:SHOWN_TOKENS].tolist(), strict=True)

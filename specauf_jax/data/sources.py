@@ -16,11 +16,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 @dataclass
 class Record:
-    """One usable record: a conversation (`messages`) or a `text`."""
+    """One usable record: the messages of a conversation, or a text."""
 
     where: str
-    messages: list[dict] | None = None
-    text: str | None = None
+    content: list[dict] | str
 
 
 @dataclass
@@ -35,7 +34,8 @@ class BadRecords:
     """Bad records met so far: each is printed up to the limit, more than the limit is an error."""
 
     def __init__(self, limit: int, console):
-        self.limit, self.console, self.found = limit, console, []
+        self.limit, self.console = limit, console
+        self.found: list[BadRecord] = []
 
     def add(self, bad: BadRecord) -> None:
         """Note a bad record, and print it if it is tolerated."""
@@ -92,7 +92,7 @@ def read_text(path: Path) -> Iterator[Record | BadRecord]:
     except (UnicodeDecodeError, OSError) as error:
         yield BadRecord(str(path), f"not readable as UTF-8 text ({error})")
         return
-    yield Record(str(path), text=text) if text.strip() else BadRecord(str(path), "the file is empty")
+    yield Record(str(path), text) if text.strip() else BadRecord(str(path), "the file is empty")
 
 
 def read_jsonl(path: Path) -> Iterator[Record | BadRecord]:
@@ -154,4 +154,4 @@ def _check_roles(where: str, messages: list[dict]) -> Record | BadRecord:
         return BadRecord(where, "the conversation does not end with an assistant turn")
     if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
         return BadRecord(where, "the conversation begins with an assistant turn")
-    return Record(where, messages=messages)
+    return Record(where, messages)

@@ -36,10 +36,10 @@ def read_tfds(name: str, fields: Sequence[str], *, split: str, data_dir: str | N
             yield BadRecord(where, str(error))
             continue
         if len(texts) == 1:
-            yield Record(where, text=texts[0])
+            yield Record(where, texts[0])
         else:
             roles = ("user", "assistant")
-            yield Record(where, messages=[{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)])
+            yield Record(where, [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)])
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None):

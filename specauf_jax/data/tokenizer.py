@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, local_copy, write_bytes
@@ -20,7 +21,31 @@ CHATML = (
 )
 
 
-def load_tokenizer(folder):
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    chat_template: str | dict[str, str] | None
+    mask_token: str | None
+    mask_token_id: int | None
+    eos_token_id: int | None
+    added_tokens_decoder: dict[int, Any]  # id → the token, with `special`
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, text: str | list[str], **settings) -> Mapping[str, list]: ...
+
+    def encode(self, text: str, **settings) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], **settings) -> str: ...
+
+    def apply_chat_template(self, conversation: list[dict], **settings) -> Any: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+
+
+def load_tokenizer(folder) -> Tokenizer:
     """The tokenizer of a local folder (tokenizer.json and, beside it, its config and chat template).
 
     Raises:
@@ -95,7 +120,7 @@ def copy_tokenizer(source, destination) -> None:
             write_bytes(destination / name, (source / name).read_bytes())
 
 
-def eos_token_ids(tokenizer) -> tuple[int, ...]:
+def eos_token_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's eos and the STOP_TOKENS it knows, sorted."""
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[token] for token in STOP_TOKENS if token in vocabulary}

@@ -67,7 +67,7 @@ def generate(
     Returns:
       One Generation per prompt, in order.
     """
-    results: list[Generation | None] = [None] * len(prompts)
+    results: dict[int, Generation] = {}
     for batch in track(prompt_batches(prompts, batch_size)):
         if indices is not None:
             batch = dataclasses.replace(batch, draws=np.asarray(indices, np.int32)[batch.indices])
@@ -82,9 +82,8 @@ def generate(
             mesh=mesh,
         )
         state, accepted = decode(drafter_params, target_params, state, config=config, max_new_tokens=max_new_tokens)
-        for index, generation in collect(batch, state, accepted):
-            results[index] = generation
-    return results
+        results |= collect(batch, state, accepted)
+    return [results[i] for i in range(len(prompts))]
 
 
 def stream(
@@ -185,8 +184,8 @@ def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, 
     dtype = jax.tree.leaves(target_params)[0].dtype
     room = P + max_new_tokens + config.block_size - 1
     caches = {"target_cache": config.target_step.init_cache(B, room, dtype), "drafter_cache": None}
-    if config.has_model:
-        caches["drafter_cache"] = init_kv_cache(config.drafter, B, room, dtype)
+    if config.model is not None:
+        caches["drafter_cache"] = init_kv_cache(config.model, B, room, dtype)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
     tokens = jnp.pad(tokens, ((0, 0), (0, max_new_tokens)))
     state = init_state(tokens, length, limit, keys, how, **caches)

@@ -13,8 +13,8 @@ from jax import lax
 from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
+from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
-from specauf_jax.models.layers import KVCache
 
 
 def draft_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
@@ -37,12 +37,8 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
     with jax.named_scope("verify"):
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
-    state = dataclasses.replace(state, target_cache=cache)
-    if config.has_model:
-        # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
-        state = dataclasses.replace(
-            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
-        )
+    # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
+    state = extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
     return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
 
 
@@ -63,6 +59,8 @@ def propose(
         return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32), logits=None)
     if isinstance(drafter, PromptLookup):
         return Proposal(tokens=look_up(state.tokens, state.length, config=drafter), logits=None)
+    if state.drafter_cache is None:
+        raise SpecaufError("a state without drafter_cache", "the cache of its drafter", "pass one to init_state")
     masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
     hidden = draft_blocks(
         drafter_params,
@@ -144,16 +142,14 @@ def prefill(drafter_params, target_params, state: DecodeState, prompt_length: in
     tokens = state.tokens[:, : prompt_length - 1]
     positions = jnp.broadcast_to(jnp.arange(prompt_length - 1, dtype=jnp.int32), tokens.shape)
     _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
-    state = dataclasses.replace(state, target_cache=cache)
-    if config.has_model:
-        state = dataclasses.replace(
-            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
-        )
-    return state
+    return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
 
 
-def extend(drafter_params, cache: KVCache, taps, positions, config: Decoding) -> KVCache:
-    """The drafter's cache with the context of more positions."""
-    new = context_keys_values(drafter_params, taps, positions, config=config.drafter)
+def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decoding) -> DecodeState:
+    """The state with the context of more positions in the drafter's cache; as it is for a drafter without one."""
+    if config.model is None:
+        return state
+    new = context_keys_values(drafter_params, taps, positions, config=config.model)
     rows = jnp.arange(positions.shape[0])[:, None]
-    return jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), cache, new)
+    cache = jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), state.drafter_cache, new)
+    return dataclasses.replace(state, drafter_cache=cache)

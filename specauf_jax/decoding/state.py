@@ -38,9 +38,9 @@ class Decoding:
         return self.drafter.block_size if self.drafter else 1
 
     @property
-    def has_model(self) -> bool:
-        """Whether a drafter with parameters and a cache is at work."""
-        return isinstance(self.drafter, ResolvedDrafter)
+    def model(self) -> ResolvedDrafter | None:
+        """The drafter, if it is one with parameters and a cache."""
+        return self.drafter if isinstance(self.drafter, ResolvedDrafter) else None
 
 
 @pytree

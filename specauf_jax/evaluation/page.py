@@ -18,7 +18,7 @@ from specauf_jax.evaluation.runs import CURVES, PALETTE, Run, flatten
 
 DASH = "—"
 INK = "#010203"  # stands for the page's text colour, light or dark, until the SVG is written
-PLOT_STYLE = {
+PLOT_STYLE: dict = {
     **{"svg.fonttype": "none", "svg.hashsalt": "specauf", "text.parse_math": False, "font.size": 9.5},
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.axisbelow": True},
@@ -62,8 +62,8 @@ def bars(runs: list[Run], columns: list, key: str, label: str, form: str, line: 
         if len(columns) * len(runs) <= 24:  # more would overlap
             axes.bar_label(drawn, fmt=form, padding=2, fontsize=8.5)
     names = _headings(columns)
-    slant = {"rotation": 25, "ha": "right"} if sum(map(len, names)) > 100 else {}
-    axes.set_xticks(range(len(columns)), names, **slant)
+    slanted = sum(map(len, names)) > 100
+    axes.set_xticks(range(len(columns)), names, rotation=25 if slanted else 0, ha="right" if slanted else "center")
     axes.tick_params(axis="x", length=0)
     return _svg(figure, key)
 
@@ -159,7 +159,7 @@ def origin(runs: list[Run]) -> dict[str, list]:
     """What each run was measured with; its training configuration stands in for missing results."""
     stand_in = {"objective": "objective.name", "block_size": "drafter.block_size"}
     metas = [run.results["meta"] if run.results else {} for run in runs]
-    rows = {"last step logged": [max(run.metrics, default=None) for run in runs]}
+    rows: dict[str, list] = {"last step logged": [max(run.metrics, default=None) for run in runs]}
     for key in ("objective", "block_size", "device", "dtype", "temperature", "seed"):
         values = [meta.get(key, run.config.get(stand_in.get(key))) for meta, run in zip(metas, runs, strict=True)]
         rows[key.replace("_", " ")] = values
@@ -176,7 +176,7 @@ def summary(runs: list[Run]) -> str:
     if not measured:
         return "None of these runs has been evaluated yet: this page shows their training alone."
     taus = {run.name: run.read(None, "tau_micro") for run in measured}
-    best = max(taus, key=taus.get)
+    best = max(taus, key=taus.__getitem__)
     others = {escape(name): tau for name, tau in taus.items() if name != best}
     gains = [f"{100 * (taus[best] / tau - 1):.1f} % over {name} ({tau:.3f})" for name, tau in others.items()]
     lead = f"<b>{escape(best)}</b> has the highest overall tau, {taus[best]:.3f} tokens a round"
@@ -291,7 +291,7 @@ def batch_lines(methods: list[Run], speeds: dict, key: str, label: str) -> str:
 
 
 def _benchmark_section(speeds: dict) -> str:
-    methods = [Run(name, PALETTE[i % len(PALETTE)], {}, {}, None) for i, name in enumerate(speeds)]
+    methods = [Run(name, PALETTE[i % len(PALETTE)], {}, {}, {}) for i, name in enumerate(speeds)]
     draw = partial(batch_lines, speeds=speeds)
     cards = _card("Tokens a second", "New tokens of all rows.", methods, partial(draw, key="tokens_per_s", label=""))
     cards += _card("Speed-up", "Over the target alone, same rows.", methods, partial(draw, key="speedup", label=""))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from specauf_jax.data.chat import encode_prompt
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, read_bytes
 
@@ -51,7 +52,7 @@ def _parse(line: str, where: str) -> Prompt:
     raise SpecaufError(f"{where} is {line[:80]}", expected, "correct the line")
 
 
-def encode_first_turn(tokenizer, prompt: Prompt) -> list[int]:
+def encode_first_turn(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a plain prompt, or of a conversation up to its first answer."""
     if prompt.text is not None:
         return tokenizer.encode(prompt.text, add_special_tokens=False)
@@ -59,7 +60,7 @@ def encode_first_turn(tokenizer, prompt: Prompt) -> list[int]:
 
 
 def answer(
-    tokenizer, prompts: Sequence[Prompt], generate: Callable[[list[list[int]], list[int]], Sequence]
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], generate: Callable[[list[list[int]], list[int]], Sequence]
 ) -> list[list]:
     """Answer every turn of every prompt, each after the answers to those before it.
 

@@ -45,11 +45,12 @@ class Run:
     """Step: what was logged at that step."""
     config: dict
     """Settings of the training run, under dotted names."""
-    results: dict | None
+    results: dict
+    """As from `read_results`; empty where nothing was evaluated."""
 
     def read(self, name: str | None, key: str):
         """A measure of one prompt set, or of all sets together for None; None where it was not measured."""
-        if self.results is None:
+        if not self.results:
             return None
         return (self.results["overall"] if name is None else self.results["sets"].get(name, {})).get(key)
 
@@ -115,10 +116,10 @@ def read_results(path: AnyPath) -> dict:
 
 def read_benchmark(path: str) -> dict[str, dict[int, dict[str, float]]]:
     """Medians of a JSON of `specauf benchmark`: method → batch size → tokens_per_s and speedup."""
-    decoding = _read_object(as_path(path)).get("decoding")
+    results = _read_object(as_path(path))
     try:
         read: dict[str, dict[int, dict[str, float]]] = {}
-        for size, methods in decoding.items():
+        for size, methods in results["decoding"].items():
             for name, m in methods.items():
                 medians = {key: float(m[key]["median"]) for key in ("tokens_per_s", "speedup")}
                 read.setdefault(name, {})[int(size)] = medians
@@ -133,7 +134,7 @@ def read_benchmark(path: str) -> dict[str, dict[int, dict[str, float]]]:
 
 def flatten(tree: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat = {}
+    flat: dict = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
@@ -155,7 +156,9 @@ def parse_run(text: str) -> tuple[str, list[AnyPath]]:
 def read_run(text: str) -> list[tuple]:
     """(name, metrics, config, results) of `[NAME=]PATH[,PATH]`; each further results file makes another."""
     name, paths = parse_run(text)
-    metrics, config, files = {}, {}, []
+    metrics: dict[int, dict] = {}
+    config: dict = {}
+    files: list[AnyPath] = []
     for path in paths:
         if not path.exists():
             raise SpecaufError(
@@ -173,7 +176,7 @@ def read_run(text: str) -> list[tuple]:
             "metrics.jsonl or results*.json",
             "name a run folder or a results JSON",
         )
-    first = (name, metrics, config, read_results(files[0]) if files else None)
+    first = (name, metrics, config, read_results(files[0]) if files else {})
     return [first] + [(f"{name} ({file.stem})", {}, config, read_results(file)) for file in files[1:]]
 
 
@@ -184,7 +187,7 @@ def read_runs(texts: tuple[str, ...]) -> list[Run]:
     if not names or len(set(names)) < len(names):
         expected = "one or more runs, each with its own name"
         raise SpecaufError(f"the runs are named {', '.join(names) or '(none)'}", expected, "write NAME=PATH ...")
-    colours = PALETTE
+    colours = list(PALETTE)
     if len(found) > len(PALETTE):  # lightness alone then tells neighbours apart
         shades = matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, len(found)))
         colours = [matplotlib.colors.to_hex(shade) for shade in shades]

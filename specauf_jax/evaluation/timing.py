@@ -109,13 +109,11 @@ def _draft(drafter_params, target_params, state: DecodeState, *, config: Decodin
     anchor, positions = _anchor(state, config)
     proposal = propose(drafter_params, target_params, state, anchor[:, None], positions, state.keys, config=config)
     last = proposal.tokens.max(axis=1, initial=0)
-    if config.has_model:
+    if config.model is not None:
         block = jnp.broadcast_to(anchor[:, None], positions.shape)
         taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]
         taps = jnp.broadcast_to(last[:, None, None], taps.shape).astype(taps.dtype)
-        state = dataclasses.replace(
-            state, drafter_cache=extend(drafter_params, state.drafter_cache, taps, positions, config)
-        )
+        state = extend(drafter_params, state, taps, positions, config=config)
     return _mark(state, last)
 
 

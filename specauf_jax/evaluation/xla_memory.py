@@ -31,15 +31,19 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
       output and code are None and the peak is what the rest needs.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
-        compiled = _compiled(lowered, dump) if code else _placed(lowered, dump)
+        compiled = None
+        if code:
+            compiled = _compiled(lowered, dump)
+        else:
+            _place(lowered, dump)
         program = _dumped(dump, "after_optimizations.txt")
         temporary, largest = read_buffers(_dumped(dump, "after_optimizations-buffer-assignment.txt"), program)
     found = {"collectives": read_collectives(program), "largest": largest}
-    if compiled is None:
+    stats = None if compiled is None else compiled.memory_analysis()
+    if stats is None:
         held = sum(map(_device_bytes, jax.tree.leaves(arguments)))
         sizes = {"argument_bytes": held, "temporary_bytes": temporary, "output_bytes": None, "code_bytes": None}
     else:
-        stats = compiled.memory_analysis()
         sizes = {
             "argument_bytes": stats.argument_size_in_bytes,
             "temporary_bytes": stats.temp_size_in_bytes,
@@ -59,7 +63,7 @@ def _compiled(lowered, dump: str) -> jax.stages.Compiled | None:
         return None
 
 
-def _placed(lowered, dump: str) -> None:
+def _place(lowered, dump: str) -> None:
     """Compile until the report is there that XLA writes when all buffers have their places."""
     pool = ThreadPoolExecutor(1)
     compiling = pool.submit(_compiled, lowered, dump)
@@ -87,11 +91,12 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
       assignment: XLA's text of a buffer assignment; what lies in other memory than the main one has a colour.
       program: the HLO text, for what JAX calls the buffers' sources.
     """
-    total, buffers, inside = 0, {}, False
+    total, inside = 0, False
+    buffers: dict[tuple[int, int], list[tuple[str, str]]] = {}
     for line in assignment.splitlines():
         if line.startswith("allocation"):
             inside = "preallocated-temp" in line and "color" not in line
-            total += int(re.search(r"size (\d+)", line)[1]) if inside else 0
+            total += int(re.findall(r"size (\d+)", line)[0]) if inside else 0
         found = re.match(r" value: <\d+ ([\w.\-]+)\S* @\d+> \(size=(\d+),offset=(\d+)\): (\w+\[[\d,]*\])", line)
         if inside and found:  # values at one place, one after another, are one buffer
             buffers.setdefault((int(found[2]), int(found[3])), []).append((found[1], found[4]))
@@ -106,22 +111,23 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
 def read_collectives(program: str) -> dict:
     """Kind → how often a device runs it in one call of the program, and the bytes of its results."""
     computations, entry = _computations(program)
-    collectives = {}
+    collectives: dict[str, dict[str, int]] = {}
     for name, runs in _runs(computations, entry).items():
         for line in computations[name]:
             found = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line)
-            kind = found[2].removesuffix("-start") if found else None
-            if kind in _COLLECTIVES:
-                entry = collectives.setdefault(kind, {"count": 0, "bytes": 0})
-                entry["count"] += runs
+            if found and (kind := found[2].removesuffix("-start")) in _COLLECTIVES:
+                sums = collectives.setdefault(kind, {"count": 0, "bytes": 0})
+                sums["count"] += runs
                 shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])  # a start's are operands and results
-                entry["bytes"] += runs * max(_bytes(*shape) for shape in shapes)
+                sums["bytes"] += runs * max(_bytes(*shape) for shape in shapes)
     return collectives
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:
     """Lines of every computation by its name, and which is the program's entry."""
-    computations, lines, entry = {}, [], ""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    entry = ""
     for line in program.splitlines():
         head = re.match(rf"(ENTRY )?{_NAME} \(.*\{{$", line)
         if head:
@@ -134,9 +140,9 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs; a loop's body as often as the number says that its condition compares with."""
-    runs = {}
+    runs: dict[str, int] = {}
 
-    def visit(name, times):
+    def visit(name: str, times: int) -> None:
         runs[name] = runs.get(name, 0) + times
         for line in computations[name]:
             loop = re.search(rf"condition={_NAME}, body={_NAME}", line)

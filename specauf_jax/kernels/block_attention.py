@@ -64,7 +64,7 @@ def visible_ranges(start, stop, keep, slots: int, window=None) -> jax.Array:
     Args: as for `block_attention`; slots: K.
     """
     slot = jnp.arange(slots)
-    start, stop, first, last = start[..., None], stop[..., None], 0, slots
+    start, stop, first, last = start[..., None], stop[..., None], jnp.zeros_like(slot), jnp.full_like(slot, slots)
     if window is not None:
         everything, back = window == NO_WINDOW, slot - (window - 1)
         start = jnp.where(everything, start, jnp.maximum(start, stop + back))

@@ -175,7 +175,7 @@ def _walk_blocks(chunk: int, stop: int, hidden, labels, valid, lm_head, vocabula
         alive = alive.at[block].min(success, mode="drop") & (following < N)
         return alive, following, found
 
-    found = (jnp.zeros((R, N), jnp.float32), jnp.full((R, N), jnp.iinfo(jnp.int32).max))
+    found: tuple[jax.Array, ...] = (jnp.zeros((R, N), jnp.float32), jnp.full((R, N), jnp.iinfo(jnp.int32).max))
     found += (jnp.zeros_like(hidden),) if gradient else ()
     start = valid[:, 0], jnp.zeros(R, jnp.int32), found
     return lax.while_loop(lambda state: state[0].any(), one_round, start)[-1]

@@ -38,13 +38,11 @@ def is_serving(params: dict) -> bool:
     return 0 in params["layers"]
 
 
-def for_serving(model: nnx.Module, layers: list[nnx.Module]) -> nnx.Module:
-    """The module whose parameters are those of `model` in serving form: single layers in the place of the stack."""
-    model.layers = nnx.List(layers)
+def turn_products(model: nnx.Module) -> None:
+    """Let a module's products take matrices in serving form."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.Linear):
             module.dot_general = _turned_dot
-    return model
 
 
 def few_rows(x, weight, preferred_element_type=None):

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from specauf_jax.config import Remat
-from specauf_jax.models.cpu import for_serving, gated, is_serving, product
+from specauf_jax.models.cpu import gated, is_serving, product, turn_products
 from specauf_jax.models.rope import apply_rope
 from specauf_jax.pytrees import pytree
 
@@ -45,11 +45,9 @@ class Attention(nnx.Module):
         self.k_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
         self.v_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
         self.o_proj = _linear(config.num_attention_heads * E, D, rngs)
-        if config.qk_norm:
-            self.q_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
-            self.k_norm = nnx.RMSNorm(E, epsilon=config.rms_norm_eps, rngs=rngs)
-        else:
-            self.q_norm = self.k_norm = None
+        norm = functools.partial(nnx.RMSNorm, E, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.q_norm: nnx.RMSNorm | None = norm() if config.qk_norm else None
+        self.k_norm: nnx.RMSNorm | None = norm() if config.qk_norm else None
 
     def queries(self, x, angles):
         """`[..., D]` → `[..., H, E]`."""
@@ -124,9 +122,10 @@ def module_of(kind: type, config, params: dict):
 def _graphdef(kind: type, config, serving: bool):
     def build():
         model = kind(config, rngs=nnx.Rngs(0))
-        if not serving:
-            return model
-        return for_serving(model, [DecoderLayer(config, rngs=nnx.Rngs(0)) for _ in range(config.num_hidden_layers)])
+        if serving:
+            model.layers = nnx.List([DecoderLayer(config, rngs=nnx.Rngs(0)) for _ in range(config.num_hidden_layers)])
+            turn_products(model)
+        return model
 
     return nnx.split(nnx.eval_shape(build))[0]
 

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specauf_jax.architecture import ResolvedDrafter, Target
 
-def rope_angles(positions: jax.Array, config) -> tuple[jax.Array, jax.Array]:
+
+def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every position's rotations, float32 `[..., 1, E/2]` (one head axis).
 
     float32 throughout: in bfloat16 positions above 256 could not be told apart.
 
     Args:
       positions: int `[...]`.
-      config: a `Target` or a resolved `Drafter`.
+      config: whose `rope_scaling`, base and head size are used.
     """
     frequencies, amplitude = rope_frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -31,7 +33,7 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def rope_frequencies(config) -> tuple[np.ndarray, float]:
+def rope_frequencies(config: Target | ResolvedDrafter) -> tuple[np.ndarray, float]:
     """Radians per position, float32 `[E/2]`, and the amplitude of the rotations.
 
     Computed on the host, in the precision in which models were trained: one unit in the last place

@@ -173,8 +173,8 @@ def _check_tokenizer(folder: Path, config: Target) -> None:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
         return  # what it is worth is for the tokenizer's own reader to say
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    ids = [i for i in ids if isinstance(i, int)] + [token["id"] for token in added if isinstance(token, dict)]
+    known = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+    ids = [i for i in known if isinstance(i, int)] + [token["id"] for token in added if isinstance(token, dict)]
     if max(ids, default=0) >= config.vocab_size:
         raise SpecaufError(
             f"{path} has ids up to {max(ids)}, the model {config.vocab_size} embeddings",

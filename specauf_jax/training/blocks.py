@@ -39,7 +39,9 @@ def eligible_anchors(loss_mask: jax.Array, document_ids: jax.Array) -> jax.Array
     return jnp.pad(loss_mask[:, :-1] & loss_mask[:, 1:] & same_document, ((0, 0), (0, 1)))
 
 
-def sample_anchors(rng: jax.Array, eligible: jax.Array, document_ids: jax.Array, num_anchors: int):
+def sample_anchors(
+    rng: jax.Array, eligible: jax.Array, document_ids: jax.Array, num_anchors: int
+) -> tuple[jax.Array, jax.Array]:
     """Anchors of each row, without replacement, ascending; every document gets its share of them.
 
     Every eligible position is drawn with the same probability. Of A anchors a document with a share s of the row's

@@ -46,8 +46,7 @@ class Checkpoints:
         Steps whose score cannot be read, without which Orbax opens no folder, are set aside at once.
         """
         self.folder = absolute(folder)
-        self._manager = None
-        self.aside = {}
+        self.aside: dict[int, str] = {}
         """Damaged step → where it went and why."""
         for step, reason in _bad_scores(self.folder).items():
             if keep_last is None:
@@ -56,7 +55,7 @@ class Checkpoints:
                     "whole checkpoints",
                     "run the training again, which sets it aside",
                 )
-            self.set_aside(step, reason)
+            self._move_aside(step, reason)
         newest = checkpoint_managers.LatestN(keep_last)
         best = checkpoint_managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -119,12 +118,14 @@ class Checkpoints:
 
     def set_aside(self, step: int, reason: str) -> None:
         """Move a damaged step out of the way, into `damaged_checkpoints/` beside; all processes call it together."""
+        self._move_aside(step, reason)
+        self._manager.reload()
+
+    def _move_aside(self, step: int, reason: str) -> None:
         aside = self.folder.parent / "damaged_checkpoints" / f"{step}.{int(time.time())}"
         if is_primary():
             move_folder(self.folder / str(step), aside)
         everywhere(True)  # no process looks again before it is gone
-        if self._manager is not None:
-            self._manager.reload()
         self.aside[step] = f"{aside}: {reason}"
 
     def wait(self) -> None:
@@ -205,7 +206,7 @@ def _score(metrics: dict) -> float:
 
 
 def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
+    flat: dict = {}
     for key, value in config.items():
         nested = isinstance(value, dict)
         flat |= (

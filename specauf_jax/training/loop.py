@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from specauf_jax.config import Hosts, Optimisation
+from specauf_jax.data.loader import Loader
 from specauf_jax.distributed import Watch, is_primary
 from specauf_jax.errors import SpecaufError, Stopped
 from specauf_jax.files import AnyPath, GrowingFolder, read_bytes, write_text
@@ -40,7 +41,7 @@ class Run:
     step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
     initialise: Callable[[], TrainState]  # jitted; not called where a checkpoint is restored
     like: TrainState  # shapes and shardings
-    loader: Iterator[dict]  # with get_state and set_state; of each batch this process's `local_rows`
+    loader: Loader  # of each batch this process's `local_rows`
     batch_sharding: NamedSharding
     score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
     shown: tuple[str, ...]  # measures on the progress bar

@@ -8,6 +8,7 @@ from jax import lax
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation
+from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
@@ -166,6 +167,8 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
 
 def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBatch, *, config: LossConfig):
     """Final hidden states of all slots, `[B, A, K, D]` in compute precision."""
+    if batch.features is None:
+        raise SpecaufError("a batch without features", "the target's, [B, S, L·D]", "take specauf_jax.target_features")
     params = cast(drafter_params, config.dtype)
     features = lax.stop_gradient(batch.features).astype(config.dtype)
     embeddings = lax.stop_gradient(head.embedding[blocks.inputs]).astype(config.dtype)

@@ -93,7 +93,7 @@ def make_train_step(
       lambda_base: step → λ, for Domino.
     """
 
-    def part_gradients(params, target_params, batch, anchors, keep, cotangents):
+    def part_gradients(params, target_params, cotangents, batch, anchors, keep):
         features = target_features(
             cast(target_params, config.dtype),
             batch.tokens,
@@ -123,7 +123,7 @@ def make_train_step(
             return [{other: jnp.float32(other == name) for other in factors} for name in factors]
 
         grads, aux, bad = _accumulate(
-            lambda part: part_gradients(state.params, target_params, *part, cotangents), (batch, *drawn), accumulation
+            lambda part: part_gradients(state.params, target_params, cotangents, *part), (batch, *drawn), accumulation
         )
         factors = branch_factors(aux, share)
         weights = [1.0] if accumulation == 1 else list(factors.values())
@@ -206,7 +206,7 @@ def _any_nonfinite(x):
 class PlacedStep:
     """A step, jitted for a mesh, with the shapes and shardings of what it takes."""
 
-    step: Callable
+    step: jax.stages.Wrapped
     """`(state, *frozen, batch) -> (state, metrics)`; the state's buffers are used again."""
     state: TrainState
     frozen: tuple
