@@ -6,10 +6,10 @@ usage() {
   cat <<EOF
 usage: bash launch/test.sh [--quick] [PYTEST ARGUMENTS]
 
-Checks style with ruff, then runs all tests of specauf_jax: under 8 minutes on 2 idle CPU cores. Installs into .venv what
+Checks style with ruff and types with mypy, then runs all tests of specauf_jax: under 8 minutes on 2 idle CPU cores. Installs into .venv what
 is missing there. The arguments go to pytest, and the exit code is pytest's: 0 where everything passed.
 
-  --quick   style and the tests of single modules only, in under a minute. It leaves out the commands, the laws of
+  --quick   style, types and the tests of single modules only, in under a minute. It leaves out the commands, the laws of
             decoding, meshes, several hosts and the launchers: run all tests before you merge.
 EOF
 }
@@ -35,6 +35,7 @@ python -c 'import libtpu' 2> /dev/null ||
 if [ "${#files[@]}" -gt 0 ]; then echo "test: the quick form, which leaves out most of the tests"; fi
 ruff check .
 ruff format --check .
+mypy
 # A worker a core; each file in one worker, so that what it compiled serves all of its tests. The files come in the order
 # in which tests/conftest.py puts them: the longest first.
 python -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder ${files[@]+"${files[@]}"} "$@"
