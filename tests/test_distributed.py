@@ -237,6 +237,19 @@ def test_sigterm_before_the_first_step_ends_at_once():
     assert done.returncode == 7 and "nothing to save" in done.stderr and "went on" not in done.stdout
 
 
+def test_jax_alone_does_not_tell_a_single_process_of_sigterm():
+    """Why there is a `Watch`: JAX's preemption service works in runs of several processes only."""
+    code = """
+import os, signal, time
+from jax.experimental import multihost_utils
+multihost_utils.reached_preemption_sync_point(0)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
 def test_a_process_that_hangs_ends_itself_and_says_where():
     done = run_watch("watch.beat(); time.sleep(30)", stall_s=1)
     assert done.returncode == 1
