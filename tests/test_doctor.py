@@ -146,8 +146,10 @@ class Doctor:
         """Exit code and the JSON that was written."""
         out = self.folder / "out.json"
         folders = ["--target", str(self.world / "target"), "--drafter", str(self.drafter)]
-        prompts = ["--prompts", str(self.world / "prompts.jsonl"), "--max-new-tokens", str(NEW)]
-        code = cli.main(["doctor", *folders, *prompts, "--batch-size", "8", "--out", str(out), *options])
+        decoding = ["--prompts", str(self.world / "prompts.jsonl"), "--max-new-tokens", str(NEW), "--batch-size", "8"]
+        if "--max-prompts" in options:
+            decoding = []
+        code = cli.main(["doctor", *folders, *decoding, "--out", str(out), *options])
         self.said = self.capsys.readouterr()
         return code, json.loads(out.read_text()) if code in (0, 1) else {}
 
@@ -372,9 +374,9 @@ FAULTS = {
     "vocabulary": ("dflash", {"vocab_size": 256}, "sizes", "error"),
     "width": ("dflash", {"hidden_size": 64}, "sizes", "error"),
     "heads": ("dflash", {"num_attention_heads": 8}, "sizes", "note"),
-    "no depth": ("dflash", {"num_target_layers": ...}, "target depth", "warning"),
-    "depth of taps": ("dflash", {"num_target_layers": 2}, "target depth", "error"),
-    "tied": ("dflash", {"tie_word_embeddings": True}, "LM head", "warning"),
+    "no depth": ("dflash", {"num_target_layers": ...}, "sizes", "warning"),
+    "depth of taps": ("dflash", {"num_target_layers": 2}, "sizes", "error"),
+    "tied": ("dflash", {"tie_word_embeddings": True}, "architecture", "warning"),
     "shifted": ("dflash", {"dflash__shift_label": True}, "head", "error"),
     "shift missing": ("domino", {"dflash__shift_label": ...}, "head", "error"),
     "shift no flag": ("domino", {"dflash__shift_label": 1}, "head", "error"),

@@ -291,6 +291,8 @@ def _architecture(folder: Folder) -> Rows:
         file = f"{str(code).rpartition('--')[2].partition('.')[0]}.py"
         if not (folder.path / file).is_file():
             yield "warning", f"auto_map names {code!r}, but there is no {file}", f"{file}, or no auto_map"
+    if folder.config.get("tie_word_embeddings"):
+        yield "warning", "tie_word_embeddings is true", "false: a drafter has neither embedding nor LM head"
     kind = folder.dflash.get("projector_type")
     if kind not in (None, *head_types()):
         known = " or ".join(head_types())
@@ -397,30 +399,24 @@ def _block_size(folder: Folder) -> Rows:
 
 
 def _sizes(folder: Folder) -> Rows:
-    config, target = folder.config, folder.target
+    config, target, remedy = folder.config, folder.target, "use the target that the drafter was trained with"
     for name in ("vocab_size", "hidden_size"):
         if config.get(name) != getattr(target, name):
-            yield ("error", f"{name} is {config.get(name)!r}",
-                   f"the target's {getattr(target, name)}: embedding and LM head are shared",
-                   "use the target that the drafter was trained with")  # fmt: skip
-    count = target.vocab_size if folder.tokenizer is None else len(folder.tokenizer)
-    if count < target.vocab_size:
-        yield ("note", f"{target.vocab_size} embeddings for the tokenizer's {count} tokens",
-               "padding, whose rows no text uses", "none: drafter and target have the same padding")  # fmt: skip
-    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
-    pairs = [(name, config.get(name), getattr(target, name)) for name in names]
-    others = [f"{name} {own!r} (target {theirs!r})" for name, own, theirs in pairs if own != theirs]
-    if others:
-        yield "note", ", ".join(others), "the target's, or the drafter's own", "none, if meant so"
-
-
-def _target_depth(folder: Folder) -> Rows:
-    depth = folder.config.get("num_target_layers")
-    if depth != folder.target.num_hidden_layers:
+            expected = f"the target's {getattr(target, name)}: embedding and LM head are shared"
+            yield "error", f"{name} is {config.get(name)!r}", expected, remedy
+    depth = config.get("num_target_layers")
+    if depth != target.num_hidden_layers:
         tapped = " (here it counts the tapped layers)" if folder.layer_ids and depth == len(folder.layer_ids) else ""
         yield ("warning" if depth is None else "error", f"num_target_layers is {depth!r}{tapped}",
-               f"the depth of the target, {folder.target.num_hidden_layers}",
-               "correct it, or use the target that the drafter was trained with")  # fmt: skip
+               f"the depth of the target, {target.num_hidden_layers}", f"correct it, or {remedy}")  # fmt: skip
+    count = target.vocab_size if folder.tokenizer is None else len(folder.tokenizer)
+    if count < target.vocab_size:
+        found = f"{target.vocab_size} embeddings for the tokenizer's {count} tokens"
+        yield "note", found, "padding, whose rows no text uses", "none: drafter and target have the same padding"
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps")
+    pairs = [(name, config.get(name), getattr(target, name)) for name in names]
+    if others := [f"{name} {own!r} (target {theirs!r})" for name, own, theirs in pairs if own != theirs]:
+        yield "note", ", ".join(others), "the target's, or the drafter's own", "none, if meant so"
 
 
 def _head(folder: Folder) -> Rows:
@@ -457,13 +453,6 @@ def _windows(folder: Folder) -> Rows:
             yield "warning", f"{found}, but no layer_types", "each layer's type, written out"
         found, expected = "layers with a sliding window", "the same window in training and serving"
         yield "warning", found, expected, "serve with an engine that reads it, or train with full attention"
-
-
-def _lm_head(folder: Folder) -> Rows:
-    if folder.target.tie_word_embeddings:
-        yield "note", "the target's LM head is its embedding", "one tensor, which an engine shares twice", "none"
-    if folder.config.get("tie_word_embeddings"):
-        yield "warning", "tie_word_embeddings is true", "false: a drafter has neither of the two"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -519,10 +508,8 @@ _CHECKS: dict[str, Callable[[Folder], Rows]] = {
     "RoPE": _rope,
     "block size": _block_size,
     "sizes": _sizes,
-    "target depth": _target_depth,
     "head": _head,
     "sliding windows": _windows,
-    "LM head": _lm_head,
     "tensors": _tensors,
     "chat template": _template,
 }

@@ -16,7 +16,7 @@ from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level
+from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level, Rows
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
 from specauf_jax.models.drafter import drafter_shapes
@@ -243,20 +243,19 @@ def decode_variants(
 
 
 # ---------------------------------------------------------------------------------------------
-# What it means
+# What it means. Each check gives level, found, expected and remedy
 
 
 def variant_findings(decoded: Sequence[Decoded], drafter: ResolvedDrafter, target: Target) -> list[Finding]:
     """Findings from the acceptance of all variants of `variants_of`; only those on RoPE where none was decoded."""
-    if not decoded:
-        return _rope([], drafter, target)
-    given, *others = decoded
-    if given.variant.kind != "given":
-        best = max((d for d in decoded if d.variant.kind == "ids"), key=lambda d: d.tau)
-        found = f"the layer ids cannot be decoded as written; {best.variant.name} they give tau {best.tau:.2f}"
-        return [_other_ids("note", found, best), *_rope([], drafter, target)]
-    acceptance = [_tau(given), *_layer_ids(given, _of("ids", others)), *_mask_token(given, _of("mask", others))]
-    return [*acceptance, *_labels(given, _of("labels", others)), *_rope(decoded, drafter, target)]
+    rows = {"RoPE": _rope(decoded, drafter, target)}
+    if decoded and decoded[0].variant.kind == "given":
+        given, ids, mask, labels = decoded[0], _of("ids", decoded), _of("mask", decoded), _of("labels", decoded)
+        rows |= {"acceptance": _acceptance(given), "layer ids": _layer_ids(given, ids)}
+        rows |= {"mask token": _mask_token(given, mask), "labels": _labels(given, labels)}
+    elif decoded:
+        rows["layer ids"] = _unreadable_ids(_of("ids", decoded))
+    return [Finding(topic, *row) for topic, found in rows.items() for row in found]
 
 
 def _of(kind: Kind, decoded: Sequence[Decoded]) -> list[Decoded]:
@@ -270,80 +269,80 @@ def _level(better: Gain, errors: float) -> Level | None:
     return "warning" if better.exceeds(SMALL, errors) else None
 
 
-def _tau(given: Decoded) -> Finding:
+def _acceptance(given: Decoded) -> Rows:
     rounds, prompts = sum(map(len, given.accepted)), len(given.accepted)
-    found = f"tau {given.tau:.2f} over {rounds} rounds of {prompts} prompts"
+    found, most = f"tau {given.tau:.2f} over {rounds} rounds of {prompts} prompts", given.variant.drafter.block_size
     if given.tau < NOTHING:
-        return Finding("acceptance", "warning", f"{found}: as good as nothing is accepted",
-                       "more than 1; random weights and broken conventions give 1",
-                       "use the weights that were trained, for this target")  # fmt: skip
-    most = given.variant.drafter.block_size
-    return Finding("acceptance", "note", found, f"between 1 and {most}, as where it was trained", "none")
+        remedy = "use the weights that were trained, for this target"
+        yield "warning", found, "more than 1; random weights and broken conventions give 1", remedy
+    else:
+        yield "note", found, f"between 1 and {most}, as where it was trained", "none"
 
 
-def _layer_ids(given: Decoded, shifts: list[Decoded]) -> list[Finding]:
+_IDS = "those of training: id i is the output of 0-based layer i (speculators numbers them one higher)"
+
+
+def _write_ids(better: Decoded) -> str:
+    return f"write {list(better.variant.layer_ids)} in dflash_config.target_layer_ids"
+
+
+def _unreadable_ids(shifts: list[Decoded]) -> Rows:
+    best = max(shifts, key=lambda d: d.tau)
+    found = f"the layer ids cannot be decoded as written; {best.variant.name} they give tau {best.tau:.2f}"
+    yield "note", found, _IDS, _write_ids(best)
+
+
+def _layer_ids(given: Decoded, shifts: list[Decoded]) -> Rows:
     by_tau = sorted(shifts, key=lambda d: d.tau, reverse=True)
     for other in by_tau:
         better = gain(other, given)
         if level := _level(better, other.variant.errors):
-            found = (f"target_layer_ids {list(given.variant.layer_ids)} decode at tau {given.tau:.2f}, "
-                     f"{other.variant.name} at {other.tau:.2f} ({better})")  # fmt: skip
-            return [_other_ids(level, found, other)]
+            found = f"target_layer_ids {list(given.variant.layer_ids)} decode at tau {given.tau:.2f}"
+            yield level, f"{found}, {other.variant.name} at {other.tau:.2f} ({better})", _IDS, _write_ids(other)
+            return
     if not shifts or given.tau < NOTHING:
-        return []  # a drafter that gets nothing right shows nothing of its taps
-    best = gain(by_tau[0], given)
+        return  # a drafter that gets nothing right shows nothing of its taps
+    best, expected = gain(by_tau[0], given), "the ids of training are the best"
     found = f"no layer ids off by one decode clearly better; the best, {by_tau[0].variant.name}: {best}"
-    expected, remedy = "the ids of training are the best", "none"
+    level, remedy = "note", "none"
     if best.exceeds(SMALL, 1):
-        remedy = "too few to be sure: give more prompts (--prompts, --max-prompts, --max-new-tokens)"
-        return [Finding("layer ids", "warning", found, expected, remedy)]
-    if 2 * best.error > _OFF_BY_ONE:
-        remedy = f"to detect gains below {2 * best.error:.0%} (off by one may cost 3 to 5 %), give more prompts"
-    return [Finding("layer ids", "note", found, expected, remedy)]
+        level, remedy = "warning", "give more prompts (--prompts, --max-prompts, --max-new-tokens) to be sure"
+    elif 2 * best.error > _OFF_BY_ONE:
+        remedy = f"give more prompts to detect gains below {2 * best.error:.0%} (off by one may cost 3 to 5 %)"
+    yield level, found, expected, remedy
 
 
-def _other_ids(level: Level, found: str, better: Decoded) -> Finding:
-    return Finding("layer ids", level, found,
-                   "those of training: id i is the output of 0-based layer i (speculators numbers them one higher)",
-                   f"write {list(better.variant.layer_ids)} in dflash_config.target_layer_ids")  # fmt: skip
-
-
-def _mask_token(given: Decoded, tokenizers: list[Decoded]) -> list[Finding]:
-    mask, found = given.variant.drafter.mask_token_id, []
-    texts = sum(mask in g.prompt or mask in g.tokens for g in given.generations)
-    if texts:
-        found.append(Finding("mask token", "error", f"mask_token_id {mask} occurs in {texts} of the texts",
-                             "a token that never occurs in text", "write the mask token of training"))  # fmt: skip
+def _mask_token(given: Decoded, tokenizers: list[Decoded]) -> Rows:
+    mask, expected = given.variant.drafter.mask_token_id, "the mask token of training, which never occurs in text"
+    if texts := sum(mask in g.prompt or mask in g.tokens for g in given.generations):
+        yield "error", f"mask_token_id {mask} occurs in {texts} of the texts", expected, "write it"
     for other in tokenizers:
-        better = gain(other, given)
+        better, write = gain(other, given), f"write {other.variant.drafter.mask_token_id}"
         if level := _level(better, 2):
             taus = f"tau {given.tau:.2f}, the tokenizer's own at {other.tau:.2f} ({better})"
-            remedy = f"write {other.variant.drafter.mask_token_id}"
-            found.append(Finding("mask token", level, f"mask_token_id {mask} decodes at {taus}",
-                                 "the mask token of training", remedy))  # fmt: skip
-    return found
+            yield level, f"mask_token_id {mask} decodes at {taus}", expected, write
 
 
-def _labels(given: Decoded, conventions: list[Decoded]) -> list[Finding]:
+def _labels(given: Decoded, conventions: list[Decoded]) -> Rows:
     for other in conventions:
         better = gain(other, given)
         if not better.exceeds(CLEAR, 2):
             continue
         taus = f"tau {given.tau:.2f}, under the other convention {other.tau:.2f} ({better})"
         settings, others = (head_settings(d.variant.drafter.head) for d in (given, other))
-        for name, value in others.items():
-            if settings[name] != value:
-                return [Finding("labels", "error", f"{name} {settings[name]} decodes at {taus}",
-                                "the convention of training", f"write {name} {str(value).lower()}")]  # fmt: skip
-        return [Finding("labels", "error", f"trained with shifted labels: {taus}",
-                        "slot k predicts the token k after the anchor, in every plain DFlash drafter",
-                        "no engine serves it: train again without shifted labels")]  # fmt: skip
-    return []
+        changed = [name for name, value in others.items() if settings[name] != value]
+        for name in changed:
+            write = f"write {name} {str(others[name]).lower()}"
+            yield "error", f"{name} {settings[name]} decodes at {taus}", "the convention of training", write
+        if not changed:
+            expected = "slot k predicts the token k after the anchor, in every plain drafter"
+            remedy = "no engine serves it: train again without shifted labels"
+            yield "error", f"trained with shifted labels: {taus}", expected, remedy
 
 
-def _rope(decoded: Sequence[Decoded], drafter: ResolvedDrafter, target: Target) -> list[Finding]:
+def _rope(decoded: Sequence[Decoded], drafter: ResolvedDrafter, target: Target) -> Rows:
     if _same_rope(drafter, target):
-        return []
+        return
     level: Level = "error"
     taus, remedy = "", "write the target's RoPE"
     for other in _of("rope", decoded):
@@ -351,8 +350,7 @@ def _rope(decoded: Sequence[Decoded], drafter: ResolvedDrafter, target: Target) 
         taus = f": tau {decoded[0].tau:.2f}, with the target's {other.tau:.2f} ({better})"
         if worse.exceeds(SMALL, 2):
             level, remedy = "warning", "train with the target's RoPE: tpu-inference does not read the drafter's"
-    return [Finding("RoPE", level, f"the drafter's RoPE is {_rope_name(drafter)}{taus}",
-                    f"the target's, {_rope_name(target)}", remedy)]  # fmt: skip
+    yield level, f"the drafter's RoPE is {_rope_name(drafter)}{taus}", f"the target's, {_rope_name(target)}", remedy
 
 
 def _rope_name(config: ResolvedDrafter | Target) -> str:
