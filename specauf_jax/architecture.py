@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
-from specauf_jax.checks import choice, positive
+from specauf_jax.checks import choice, positive, unused
 from specauf_jax.errors import SpecaufError
 
 if TYPE_CHECKING:  # help must come before JAX is loaded
@@ -133,6 +133,8 @@ class Drafter:
 
     def __post_init__(self):
         check_drafter(self)
+        if "sliding_attention" not in (self.layer_types or ()):
+            unused(self, "sliding_window", when="without sliding_attention among layer_types")
 
 
 @dataclass(frozen=True)

@@ -500,6 +500,15 @@ CASES = {
     "drafter's taps range": ("generate", {}, dflash(target_layer_ids=[3]), "drafter.target_layer_ids is [3]; 3 layers"),
     "drafter's taps type": ("generate", {}, dflash(target_layer_ids=1), "drafter/config.json; target_layer_ids is 1"),
     "drafter's block": ("generate", {}, dflash(block_size="4"), "drafter/config.json; block_size is '4'"),
+    "λ of a plain head": (
+        "train",
+        {"train.lambda-base-decay-ratio": 0.5},
+        None,
+        "ratio is 0.5 by a head without",
+    ),
+    "a base of a plain head": ("train", {"base-objective.name": "full"}, None, "base_objective is; by a head without"),
+    "a witness of a plain head": ("train", {"objective.witness": "base"}, None, "witness is 'base' by a head without"),
+    "a head's setting": ("train", {"drafter.head": "emb_dims=4"}, None, "unknown field 'emb_dims' of DFlash"),
     "a projector": ("generate", {}, dflash(projector_type="dspark"), "projector_type 'dspark'"),
     "not a drafter": ("generate", {"drafter": "target"}, None, "architecture 'Qwen3ForCausalLM'; DFlashDraftModel"),
     # evaluate
@@ -589,6 +598,11 @@ UNREAD = [
     ("train --target x --data y --out z", "--objective.dpace-denominator rows", "dpace_denominator is 'rows' under"),
     ("train --target x --data y --out z --objective.name decay", "--objective.witness base", "witness is 'base' under"),
     ("train --target x --data y --out z", "--base-objective.witness base", "witness is 'base' in base_objective"),
+    (
+        "train --target x --data y --out z",
+        "--drafter.sliding-window 99",
+        "sliding_window is 99 without sliding",
+    ),
     ("train --target x --data y --out z", "--train.decode-files f", "decode_files is ('f',) without decode_every"),
     ("train --target x --data y --out z", "--train.decode-prompts 9", "decode_prompts is 9 without decode_every"),
     ("train --target x --data y --out z", "--train.decode-tokens 9", "decode_tokens is 9 without decode_every"),

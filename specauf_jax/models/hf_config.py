@@ -96,7 +96,7 @@ def read_drafter(values: dict, where: str) -> ResolvedDrafter:
     dflash = _object(values, where, "dflash_config")
     kinds = {kind: head for kind, head in head_types().items() if architecture in head.architectures}
     projector = dflash.get("projector_type") or (_UNNAMED if _UNNAMED in kinds else next(iter(kinds)))
-    if projector not in kinds:
+    if not isinstance(projector, str) or projector not in kinds:
         raise SpecaufError(
             f"{where}: projector_type {projector!r} under {architecture}",
             " or ".join(sorted(kinds)),
