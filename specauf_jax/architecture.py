@@ -165,8 +165,8 @@ class Head(abc.ABC):
     """Whether training may leave out the slots behind a block's first failure."""
     num_anchors: ClassVar[int] = 512
     """A, where the settings leave it open."""
-    engines: ClassVar[dict[str, tuple[str, str]]] = {}
-    """Engine → "no" or "differently", and why; engines that are not named serve it."""
+    engines: ClassVar[dict[str, tuple[Literal["no", "differently"], str]]] = {}
+    """Engine → "no" or "differently" (it decodes as the variant `plain`), and why; others serve it."""
 
     @property
     @abc.abstractmethod
@@ -230,8 +230,8 @@ class Head(abc.ABC):
         """Floating-point operations of its own for one draft, by part."""
         return {}
 
-    def variants(self) -> list[tuple[str, str, Head]]:
-        """(kind, name, head) of the usual mistakes, for the doctor to decode; kind `labels` is the other convention."""
+    def variants(self) -> list[tuple[Literal["labels", "plain"], str, Head]]:
+        """(kind, name, head) of the usual mistakes, for the doctor to decode: the other convention, the body alone."""
         return []
 
 

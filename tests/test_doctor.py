@@ -19,15 +19,17 @@ from specauf_jax import config as c
 from specauf_jax.data.tokenizer import hashes, load_tokenizer, train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
-from specauf_jax.evaluation.doctor.acceptance import shifted_labels
-from specauf_jax.evaluation.doctor.engines import engine_table
-from specauf_jax.evaluation.doctor.measured import Gain, Measured, Reading, gain, id_readings, measure
-from specauf_jax.evaluation.doctor.pair import read_pair, repaired
-from specauf_jax.evaluation.doctor.reading import read_findings
-from specauf_jax.models.drafter import init_drafter
+from specauf_jax.evaluation.doctor.checks import Folder, read_findings, read_folder
+from specauf_jax.evaluation.doctor.engines import LINES, engine_table
+from specauf_jax.evaluation.doctor.variants import Decoded, Gain, Variant, decode_variants, gain, layer_id_variants
+from specauf_jax.models.drafter import drafter_shapes, init_drafter
+from specauf_jax.models.heads import head_types
+from specauf_jax.models.heads.dflash import ShiftedDFlash
 from specauf_jax.models.heads.domino import Domino
+from specauf_jax.models.hf_config import write_drafter, write_target
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
+from specauf_jax.models.tensors import file_names
 from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.loss import LossConfig
@@ -79,7 +81,11 @@ def world(tmp_path_factory) -> Path:
     own = generate(None, target, prompts, config=step, max_new_tokens=NEW, batch_size=len(prompts))
     tokenizer_sha256, template_sha256 = hashes(root / "target")
     origin = {"tokenizer_sha256": tokenizer_sha256, "template_sha256": template_sha256}
-    for name, drafter in {"dflash": DFLASH, "domino": DOMINO, "shifted": shifted_labels(DFLASH)}.items():
+    for name, drafter in {
+        "dflash": DFLASH,
+        "domino": DOMINO,
+        "shifted": dataclasses.replace(DFLASH, head=ShiftedDFlash()),
+    }.items():
         params = learn_by_heart(drafter, target, own)
         config = DOMINO if name == "domino" else DFLASH
         save_drafter(params, config, root / name, provenance=origin)
@@ -140,8 +146,10 @@ class Doctor:
         """Exit code and the JSON that was written."""
         out = self.folder / "out.json"
         folders = ["--target", str(self.world / "target"), "--drafter", str(self.drafter)]
-        prompts = ["--prompts", str(self.world / "prompts.jsonl"), "--max-new-tokens", str(NEW)]
-        code = cli.main(["doctor", *folders, *prompts, "--batch-size", "8", "--out", str(out), *options])
+        decoding = ["--prompts", str(self.world / "prompts.jsonl"), "--max-new-tokens", str(NEW), "--batch-size", "8"]
+        if "--max-prompts" in options:
+            decoding = []
+        code = cli.main(["doctor", *folders, *decoding, "--out", str(out), *options])
         self.said = self.capsys.readouterr()
         return code, json.loads(out.read_text()) if code in (0, 1) else {}
 
@@ -163,6 +171,17 @@ def serves(result: dict) -> dict[str, str]:
     return {engine["name"]: engine["serves"] for engine in result["engines"]}
 
 
+VERSIONS = {
+    "SGLang": ("not known", "not known"),
+    "vLLM": ("0.32.0", "2026-11-26"),
+    "tpu-inference": ("0.32.0", "2026-11-26"),
+    "sglang-jax": ("cddbf6f1 of 2026-08-21", "2026-11-26"),
+    "speculators": ("0.9.0", "2026-11-24"),
+    "SpecForge": ("0.2.0", "2026-11-24"),
+    "z-lab": ("dflash 0.1.0", "2026-11-26"),
+    "AutoModel": ("not known", "not known"),
+}
+
 # ---------------------------------------------------------------------------------------------
 # Measured
 
@@ -182,17 +201,19 @@ def test_a_sound_drafter(doctor, name):
     assert serves(result) == {
         "SGLang": "yes",
         "vLLM": "no" if domino else "yes",
-        "tpu-inference": "no" if domino else "yes",
+        "tpu-inference": "no",  # heads of 8
         "sglang-jax": "differently" if domino else "yes",
         "speculators": "no" if domino else "converted",
-        "SpecForge, z-lab's classes": "converted" if domino else "yes",
+        "SpecForge": "converted" if domino else "yes",
+        "z-lab": "differently" if domino else "yes",
         "AutoModel": "no",
     }
+    assert {engine["name"]: (engine["version"], engine["date"]) for engine in result["engines"]} == VERSIONS
     if domino:
-        [how] = [engine["why"] for engine in result["engines"] if engine["name"] == "sglang-jax"]
+        [how] = [engine["why"] for engine in result["engines"] if engine["name"] == "z-lab"]
         plain = next(m["tau"] for m in others if m["kind"] == "plain")
         assert how == [f"ignores Domino's head: plain DFlash (tau {plain:.2f} instead of {given['tau']:.2f})"]
-    engines = "SGLang" if domino else "SGLang, vLLM, tpu-inference, sglang-jax"
+    engines = "SGLang" if domino else "SGLang, vLLM, sglang-jax"
     closing = f"tau {given['tau']:.2f}; as it is for {engines}"
     assert doctor.said.out.rstrip().endswith(closing) and not doctor.said.err
 
@@ -278,7 +299,6 @@ def test_rope_of_another_base(doctor):
     [finding] = errors(result)
     assert code == 1 and finding["topic"] == "RoPE"
     assert finding["found"].startswith("the drafter's RoPE is theta 50: tau ")
-    assert serves(result)["tpu-inference"] == "differently"
 
 
 def test_block_sizes_that_disagree(doctor):
@@ -320,6 +340,7 @@ def test_built_in_prompts(doctor):
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WINDOW = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 16}
 FAULTS = {
     "ids missing": ("dflash", {"dflash__target_layer_ids": ...}, "layer ids", "error"),
     "ids at the top": ("dflash", {"dflash__target_layer_ids": ..., "target_layer_ids": [1, 3]}, "layer ids", "error"),
@@ -350,25 +371,27 @@ FAULTS = {
     "block size inside": ("dflash", {"block_size": ...}, "block size", "warning"),
     "block size outside": ("dflash", {"dflash__block_size": ...}, "block size", "note"),
     "block of one": ("dflash", {"block_size": 1, "dflash__block_size": 1}, "block size", "error error"),
-    "vocabulary": ("dflash", {"vocab_size": 256}, "vocabulary", "error"),
+    "vocabulary": ("dflash", {"vocab_size": 256}, "sizes", "error"),
     "width": ("dflash", {"hidden_size": 64}, "sizes", "error"),
     "heads": ("dflash", {"num_attention_heads": 8}, "sizes", "note"),
-    "no depth": ("dflash", {"num_target_layers": ...}, "target depth", "warning"),
-    "depth of taps": ("dflash", {"num_target_layers": 2}, "target depth", "error"),
-    "tied": ("dflash", {"tie_word_embeddings": True}, "heads", "warning"),
-    "shifted": ("dflash", {"dflash__shift_label": True}, "labels", "error"),
-    "shift missing": ("domino", {"dflash__shift_label": ...}, "Domino", "error"),
-    "shift no flag": ("domino", {"dflash__shift_label": 1}, "labels", "error"),
-    "no GRU width": ("domino", {"dflash__gru_hidden_dim": ...}, "Domino", "error"),
-    "no emb_dim outside": ("domino", {"emb_dim": ...}, "Domino", "note"),
+    "no depth": ("dflash", {"num_target_layers": ...}, "sizes", "warning"),
+    "depth of taps": ("dflash", {"num_target_layers": 2}, "sizes", "error"),
+    "tied": ("dflash", {"tie_word_embeddings": True}, "architecture", "warning"),
+    "shifted": ("dflash", {"dflash__shift_label": True}, "head", "error"),
+    "shift missing": ("domino", {"dflash__shift_label": ...}, "head", "error"),
+    "shift no flag": ("domino", {"dflash__shift_label": 1}, "head", "error"),
+    "no GRU width": ("domino", {"dflash__gru_hidden_dim": ...}, "head", "error"),
+    "no emb_dim outside": ("domino", {"emb_dim": ...}, "head", "note"),
     "no projector": ("domino", {"dflash__projector_type": ...}, "tensors", "error"),
+    "settings of another head": ("domino", {"dflash__projector_type": ...}, "head", "error"),
+    "known by the architecture": ("domino", {"architectures": ["DominoDraftModel"], "dflash__projector_type": ...},
+                                  "head", "warning"),
     "other projector": ("domino", {"dflash__projector_type": "eagle"}, "architecture", "error"),
     "architecture": ("dflash", {"architectures": ["Qwen3ForCausalLM"]}, "architecture", "error"),
     "model type": ("dflash", {"model_type": "llama"}, "architecture", "warning"),
     "no code": ("dflash", {"auto_map": {"AutoModel": "dflash.DFlashDraftModel"}}, "architecture", "warning"),
     "window unused": ("dflash", {"layer_types": ["sliding_attention"]}, "sliding windows", "error warning"),
-    "window": ("dflash", {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 16},
-               "sliding windows", "warning"),
+    "window": ("dflash", WINDOW, "sliding windows", "warning"),
     "window of none": ("dflash", {"use_sliding_window": True, "sliding_window": 16}, "sliding windows", "warning"),
     "window not listed": ("dflash", {"layer_types": ..., "use_sliding_window": True, "sliding_window": 16},
                           "sliding windows", "warning warning"),
@@ -390,28 +413,32 @@ def test_faults_that_reading_shows(doctor, fault):
         assert all(finding[key] for key in ("found", "expected", "remedy")) and finding["found"] in doctor.said.out
 
 
-WINDOW = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 16}
-
-
 @pytest.mark.parametrize(("name", "changes", "engine", "expected", "why"), [
-    ("dflash", {"block_size": ...}, "tpu-inference", "no", "needs block_size at the top level"),
-    ("dflash", {"dflash__mask_token_id": ...}, "tpu-inference", "differently", "takes token 0"),
+    ("dflash", {"block_size": ...}, "tpu-inference", "no", "without block_size at the top level takes 8"),
+    ("dflash", {"dflash__mask_token_id": ...}, "tpu-inference", "no", "takes token 0"),
+    ("dflash", {"dflash__mask_token_id": ...}, "sglang-jax", "no", "needs mask_token_id"),
     ("dflash", {"dflash__mask_token_id": ...}, "SGLang", "no", "needs mask_token_id"),
     ("dflash", {"dflash__mask_token_id": ..., "mask_token_id": MASK}, "SGLang", "yes", ""),
     ("dflash", {"rope_parameters": ...}, "vLLM", "no", "needs rope_parameters"),
     ("dflash", {"rope_theta": ...}, "sglang-jax", "no", "needs rope_theta at the top level"),
-    ("dflash", {"rope_theta": 5e5, "rope_parameters": ROPE | {"rope_theta": 5e5}}, "tpu-inference", "differently",
-     "replaces the drafter's RoPE"),
+    ("dflash", {"rope_parameters": ...}, "sglang-jax", "no", "and in rope_parameters"),
     ("dflash", {"dflash__target_layer_ids": ...}, "sglang-jax", "no", "needs target_layer_ids"),
+    ("dflash", {"dflash__target_layer_ids": ...}, "tpu-inference", "no", "needs dflash_config.target_layer_ids"),
     ("dflash", {"dflash__target_layer_ids": [1, 2, 3]}, "SGLang", "no", "shape of fc.weight"),
     ("dflash", {"dflash__target_layer_ids": [1, 5]}, "speculators", "differently", "drops layer id 5"),
+    ("dflash", {"dflash__target_layer_ids": [1, 5]}, "sglang-jax", "no", "never taps layer 5"),
     ("dflash", {"block_size": 8}, "SGLang", "yes", "takes block_size 4 of dflash_config"),
-    ("dflash", WINDOW, "tpu-inference", "differently", "ignores layer_types"),
+    ("dflash", {"architectures": ["Qwen3ForCausalLM"]}, "vLLM", "no", "needs architecture DFlashDraftModel"),
     ("dflash", WINDOW, "sglang-jax", "differently", "ignores layer_types"),
-    ("dflash", WINDOW, "SpecForge, z-lab's classes", "differently", "SpecForge's window is causal"),
-    ("domino", {"architectures": ["DominoDraftModel"]}, "SGLang", "no", "Domino too"),
-    ("domino", {"architectures": ["DominoDraftModel"]}, "SpecForge, z-lab's classes", "yes", ""),
-    ("domino", {"dflash__gru_hidden_dim": ...}, "SGLang", "no", "needs Domino's gru_hidden_dim"),
+    ("dflash", WINDOW, "SpecForge", "differently", "decodes without"),
+    ("dflash", WINDOW, "z-lab", "yes", "reads windows as this project does"),
+    ("dflash", WINDOW, "vLLM", "yes", ""),
+    ("domino", {}, "z-lab", "differently", "plain DFlash"),
+    ("domino", {}, "sglang-jax", "differently", "one slot late"),
+    ("domino", {"architectures": ["DominoDraftModel"]}, "SGLang", "no", "serves architecture DFlashDraftModel"),
+    ("domino", {"architectures": ["DominoDraftModel"]}, "SpecForge", "yes", ""),
+    ("domino", {}, "SpecForge", "converted", "under DominoDraftModel: specauf export --layout specforge"),
+    ("domino", {"dflash__gru_hidden_dim": ...}, "SGLang", "no", "needs gru_hidden_dim of the head"),
     ("domino", {"dflash__projector_type": ...}, "tpu-inference", "no", "unknown and missing tensors: 4"),
 ])  # fmt: skip
 def test_engines(doctor, name, changes, engine, expected, why):
@@ -422,13 +449,64 @@ def test_engines(doctor, name, changes, engine, expected, why):
     assert found["serves"] == expected and why in "; ".join(found["why"])
 
 
+LLAMA_31 = a.RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+WINDOWS = {"layer_types": ("sliding_attention",), "sliding_window": 16}
+QWEN3 = {"rope_theta": 1e6, "hidden_size": 2048, "num_attention_heads": 16, "head_dim": 128}  # 1.7B's
+TPU, JAX = "tpu-inference", "sglang-jax"
+
+
+@pytest.mark.parametrize(("engine", "changes", "target_changes", "serves", "why"), [
+    (TPU, {}, {}, "yes", """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
+    (TPU, {"head_dim": 64}, {}, "no", "head_dim and hidden_size / num_attention_heads of 64 and 128: train with "
+     "--drafter.head-dim 128 and --drafter.num-attention-heads"),
+    (TPU, {"head_dim": 32}, {}, "no", "of 32 and 128"),
+    (TPU, {"head_dim": 256}, {}, "no", "of 256 and 128"),
+    (TPU, {"hidden_size": 1024}, {}, "no", "of 128 and 64"),  # Qwen3-0.6B
+    (TPU, {"hidden_size": 1024, "num_attention_heads": 8}, {}, "yes", ""),
+    (TPU, {"hidden_size": 2560, "num_attention_heads": 32}, {}, "yes", ""),  # Qwen3-4B: 80, padded to 128
+    (TPU, {"rope_theta": 5e5}, {}, "differently", "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
+     """--hf-overrides '{"rope_theta": 500000}' corrects theta, not the scaling"""),
+    (TPU, {}, {"rope_theta": 5e5}, "differently", "corrects theta"),
+    (TPU, {"rope_theta": 5e5, "rope_scaling": LLAMA_31}, {}, "differently",
+     """takes theta 1e6 and Llama 3 scaling (with transformers 5): --hf-overrides '{"rope_theta": 500000}' makes"""),
+    (TPU, {"rope_scaling": dataclasses.replace(LLAMA_31, factor=32.0)}, {}, "differently", "not the scaling"),
+    (TPU, {"rope_scaling": a.RopeScaling("yarn", 4.0, 8192)}, {}, "no", "has no YaRN"),
+    (TPU, {}, {"model_type": "qwen2"}, "no", "taps Qwen3 and Llama targets only"),
+    (TPU, {}, {"model_type": "llama"}, "yes", ""),
+    (TPU, WINDOWS, {}, "differently", "ignores layer_types"),
+    (JAX, {}, {}, "yes", ""),
+    (JAX, {"head_dim": 64}, {}, "yes", ""),
+    (JAX, {"rope_theta": 5e5}, {}, "yes", ""),
+    (JAX, {"rope_scaling": LLAMA_31}, {}, "differently", "ignores RoPE scaling"),
+    (JAX, {}, {"tie_word_embeddings": True}, "no", "fails on a target whose LM head is its embedding"),
+    (JAX, {}, {"model_type": "qwen2"}, "no", "taps Qwen3 and Llama targets only"),
+    (JAX, {"target_layer_ids": (1, 5)}, {}, "no", "never taps layer 5"),
+    (JAX, WINDOWS, {}, "differently", "ignores layer_types"),
+])  # fmt: skip
+def test_tpu_engines(tmp_path, engine, changes, target_changes, serves, why):
+    """A folder of real heads, by its config.json alone; the drafter follows its target but for `target_changes`."""
+    shared = {name: x for name, x in (QWEN3 | changes).items() if hasattr(TARGET, name)}
+    target = dataclasses.replace(TARGET, **shared | target_changes)
+    drafter = dataclasses.replace(DFLASH, **QWEN3 | changes)
+    leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(DFLASH))
+    tensors = {name: () for path, leaf in leaves for name in file_names(path, leaf.shape)}
+    config, target_config = write_drafter(drafter), write_target(target)
+    folder = Folder(tmp_path, tmp_path, config, target_config, target, None, {}, tensors, unreadable=None)
+    [row] = [row for row in engine_table(folder, {}) if row.name == engine]
+    assert row.serves == serves and why in "; ".join(row.why)
+
+
+def test_heads_name_known_engines():
+    assert {name for head in head_types().values() for name in head.engines} <= {line.source.engine for line in LINES}
+
+
 def test_a_window_is_measured_as_the_engines_read_it(doctor):
     doctor.copy("dflash")
     doctor.edit(**WINDOW)
     code, result = doctor("--no-single-ids")
     taus = {m["kind"]: m["tau"] for m in result["measured"]}
     assert code == 0 and taus["windows"] > 3 > taus["given"]
-    [how] = [e["why"] for e in result["engines"] if e["name"] == "tpu-inference"]
+    [how] = [e["why"] for e in result["engines"] if e["name"] == "sglang-jax"]
     said = f"ignores layer_types: full attention (tau {taus['windows']:.2f} instead of {taus['given']:.2f})"
     assert said in how
 
@@ -498,24 +576,24 @@ JUNK = [None, -1, 0, 10**30, 0.5, float("nan"), True, "", "x", [], [None], [[1]]
 def test_junk_is_a_finding_not_a_crash(doctor, name):
     doctor.copy(name)
     original = (doctor.drafter / "config.json").read_text()
-    tokenizer = load_tokenizer(doctor.world / "target")
+    folder = read_folder(doctor.drafter, doctor.world / "target")
     keys = [*json.loads(original), *(f"dflash__{key}" for key in json.loads(original)["dflash_config"])]
     keys.remove("architectures")
     for key in keys:
         for junk in JUNK:
             (doctor.drafter / "config.json").write_text(original)
             doctor.edit(**{key: junk})
-            pair = read_pair(doctor.drafter, doctor.world / "target", TARGET, tokenizer)
-            read_findings(pair), repaired(pair), engine_table(pair, {}, other_rope=False)
+            changed = dataclasses.replace(folder, config=json.loads((doctor.drafter / "config.json").read_text()))
+            read_findings(changed), engine_table(changed, {})
 
 
 # ---------------------------------------------------------------------------------------------
-# How readings are compared
+# How variants are compared
 
 
-def measured(accepted) -> Measured:
+def measured(accepted) -> Decoded:
     generations = [Generation(prompt=[1], tokens=[], accepted=list(history)) for history in accepted]
-    return Measured(Reading("given", "", (0,), DFLASH), generations)
+    return Decoded(Variant("given", "", DFLASH), generations)
 
 
 def test_gain_by_hand():
@@ -539,20 +617,24 @@ def test_exceeds(share, error, exceeds):
     assert Gain(share, error).exceeds(0.1, 2) is exceeds
 
 
-def test_readings_of_layer_ids():
-    assert [r.layer_ids for r in id_readings((1, 2, 5), 6, DFLASH, alone=True)] == [
+def test_variants_of_layer_ids():
+    def ids(*written: int, single_ids=True):
+        drafter = dataclasses.replace(DFLASH, target_layer_ids=written)
+        return [variant.layer_ids for variant in layer_id_variants(drafter, 6, single_ids=single_ids)]
+
+    assert ids(1, 2, 5) == [
         *((1, 2, 5), (0, 1, 4)),  # one higher, the last does not exist
         *((0, 2, 5), (1, 3, 5), (1, 2, 4)),
     ]
-    assert [r.layer_ids for r in id_readings((3,), 6, DFLASH, alone=True)] == [(3,), (4,), (2,)]
-    assert [r.layer_ids for r in id_readings((0, 6), 6, DFLASH, alone=False)] == []
+    assert ids(3) == [(3,), (4,), (2,)]
+    assert ids(0, 6, single_ids=False) == []
 
 
-def test_taps_chosen_at_run_time_are_those_of_a_target_step(doctor):
+def test_layer_ids_decoded_together_are_those_decoded_alone(doctor):
     target_params, _ = load_target(doctor.world / "target")
     params, drafter = load_drafter(doctor.world / "dflash")
     prompts = [[5, 6, 7], [9]]
-    readings = id_readings(IDS, TARGET.num_hidden_layers, drafter, alone=False)[:2]
-    for m in measure(readings, params, target_params, TARGET, prompts, max_new_tokens=12):
-        config = Decoding(TargetStep(TARGET, m.reading.layer_ids), drafter)
-        assert m.generations == generate(params, target_params, prompts, config=config, max_new_tokens=12, batch_size=2)
+    variants = layer_id_variants(drafter, TARGET.num_hidden_layers, single_ids=False)[:2]
+    for d in decode_variants(variants, params, target_params, TARGET, prompts, max_new_tokens=12):
+        config = Decoding(TargetStep(TARGET, d.variant.layer_ids), d.variant.drafter)
+        assert d.generations == generate(params, target_params, prompts, config=config, max_new_tokens=12, batch_size=2)

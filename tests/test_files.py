@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import gcs
 import pytest
+from etils import epath
 
 from specauf_jax import files
 from specauf_jax.errors import SpecaufError
@@ -272,3 +274,41 @@ def test_a_growing_folder_copies_what_grew(storage):
         (growing.path / "log").write_text("1\n2\n3\n")
         raise ValueError  # what was logged before an error is kept
     assert storage.read("run/log") == b"1\n2\n3\n" and not growing.path.exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Why there is a layer: what gcsfs and epath do by themselves
+
+
+def test_gcsfs_alone_leaves_files_of_two_folders_after_a_kill(storage, tmp_path):
+    """What `replace_folder` is for."""
+    for name in "abc":
+        storage.write(f"model/{name}", b"old")
+        (tmp_path / name).write_text("new")
+    writes = iter(range(9))
+    storage.before = lambda what, name: killed.kill() if what == "write" and next(writes) == 1 else None
+    paths = [str(tmp_path / name) for name in "abc"], [f"gs://bucket/model/{name}" for name in "abc"]
+    killed = python(f"import fsspec, time; fsspec.filesystem('gcs').put(*{paths}, batch_size=1); time.sleep(9)")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert (storage.read("model/a"), storage.read("model/c")) == (b"new", b"old")
+
+
+def test_gcsfs_alone_appends_by_writing_all_again(storage):
+    """What `GrowingFolder` is for: one copy for each checkpoint, not one for each line."""
+    path = epath.Path("gs://bucket/metrics.jsonl")
+    path.write_text("1\n")
+    for line in range(3):
+        with path.open("a") as file:
+            file.write(f"{line}\n")
+    assert [name for what, name in storage.seen if what == "write"] == ["metrics.jsonl"] * 4
+
+
+def test_gcsfs_alone_does_not_see_what_another_host_writes(storage):
+    """Why `storage.storage` has no cache of listings."""
+    storage.write("run/1", b"x")
+    cached = fsspec.filesystem("gcs", use_listings_cache=True, skip_instance_cache=True)
+    assert len(cached.ls("gs://bucket/run")) == 1
+    storage.write("run/2", b"x")
+    assert len(cached.ls("gs://bucket/run")) == 1
+    assert len(list(files.as_path("gs://bucket/run").iterdir())) == 2

@@ -170,7 +170,8 @@ def test_shellcheck_finds_nothing(script):
     assert done.returncode == 0, done.stdout
 
 
-HELP = {"tpu_vm": TPU_VM[:2], "tpu_worker": ["bash", str(LAUNCH / "tpu_worker.sh")], "gke": GKE[:2], "slurm": SLURM}
+HELP = {"tpu_vm": TPU_VM[:2], "tpu_worker": ["bash", str(LAUNCH / "tpu_worker.sh")], "gke": GKE[:2], "slurm": SLURM,
+        "test": ["bash", str(LAUNCH / "test.sh")]}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", HELP.values(), ids=HELP)
@@ -471,7 +472,8 @@ import os, jax
 from specauf_jax.config import Hosts
 from specauf_jax.distributed import joined
 with joined(Hosts(join_s=40)):
-    print(f"process {jax.process_index()} of {jax.process_count()}, {os.environ['JAX_LOCAL_DEVICE_IDS']}")
+    line = f"process {jax.process_index()} of {jax.process_count()}, {os.environ['JAX_LOCAL_DEVICE_IDS']}\\n"
+    os.write(1, line.encode())  # at once: print may write the end of the line later, after another process's
 """
 
 

@@ -1,8 +1,10 @@
 """Killed and interrupted work goes on to the same result, bit for bit."""
 
+import io
 import json
-import subprocess
-import sys
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ from specauf_jax.commands.train import train
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.tokenizer import copy_tokenizer
+from specauf_jax.errors import Stopped
 from specauf_jax.models.weights import save_target
 from specauf_jax.training.checkpoint import Checkpoints
+from specauf_jax.training.loop import MetricsLog
 
 QUIET = Console(quiet=True)
-KILL = Path(__file__).parents[1] / "launch/measure/kill_and_resume.py"
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +44,6 @@ def world(tmp_path_factory) -> Path:
     return root
 
 
-def test_training_killed_at_random_moments_ends_with_the_same_bits(world):
-    settings = ["--drafter.block-size", "4", "--drafter.target-layer-ids", "1", "--train.num-anchors", "8"]
-    command = [sys.executable, str(KILL), "--target", str(world / "target"), "--data", str(world / "data"),
-               "--out", str(world / "kill"), "--kills", "3", "--steps", "400", "--checkpoint-every", "10",
-               "--", *settings]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "bit-identical" in done.stdout and "too late" not in done.stdout
-    assert all(kind in done.stdout for kind in ("1: kill one;", "2: terminate all;", "3: kill in a write;"))
-
-
 def settings(world, out, **changes) -> Train:
     optimisation = {"steps": 12, "batch_size": 2, "num_anchors": 4, "checkpoint_every": 2, "learning_rate": 1e-2}
     return Train(
@@ -61,6 +53,38 @@ def settings(world, out, **changes) -> Train:
         drafter=Drafter(block_size=4, num_hidden_layers=1, target_layer_ids=(1,)),
         train=c.TrainOptimisation(**(optimisation | changes)),
     )
+
+
+def test_a_training_that_sigterm_stopped_goes_on_to_the_same_bits(world, tmp_path, monkeypatch):
+    """One process; test_distributed kills and terminates two, test_remote_runs kills one in a write."""
+    train(settings(world, tmp_path / "alone", checkpoint_every=100, log_every=1), QUIET)
+    add = MetricsLog.add
+
+    def terminated(log, number, metrics):
+        add(log, number, metrics)
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # a thread of its own hears it
+
+    stopped = settings(world, tmp_path / "stopped", checkpoint_every=100, log_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "add", terminated)
+        with pytest.raises(Stopped, match="saved at step") as found:
+            train(stopped, QUIET)
+    [newest] = [int(folder.name) for folder in (tmp_path / "stopped/checkpoints").iterdir()]
+    assert 4 <= newest < 12 and f"at step {newest} of 12" in str(found.value)
+    assert found.value.code == stopped.hosts.stopped_code
+    said = io.StringIO()
+    train(stopped, Console(file=said, width=1000))
+    assert f"at step {newest} of 12" in said.getvalue()
+    one, other = (tmp_path / name for name in ("alone", "stopped"))
+    weights = "drafter/model.safetensors"
+    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+    losses = [
+        [(line["step"], line["loss"]) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+        for run in (one, other)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(world, tmp_path, monkeypatch):

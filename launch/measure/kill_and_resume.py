@@ -3,8 +3,8 @@
     python launch/measure/kill_and_resume.py --target runs/quickstart/target --data runs/quickstart/data \\
         --out runs/kill --hosts 4 --kills 30
 
-One end comes in each of equal parts of the run, of three kinds in turn: SIGKILL of one process, up to a second after
-a random step; SIGTERM of all; SIGKILL of one process while a checkpoint is being written. Each time every process must
+One end comes in each of equal parts of the run, of three kinds in turn: SIGKILL of one process, shortly after a
+random step; SIGTERM of all; SIGKILL of one process while a checkpoint is being written. Each time every process must
 end within the heartbeat's time, and the next start must go on from the newest whole checkpoint (after SIGTERM: from
 the very step). The final weights must be the same to the last bit; exits with 1 if anything is otherwise.
 """
@@ -91,7 +91,7 @@ def end(processes: list[subprocess.Popen], kind: str, moment: float, run: Path, 
         while running(processes) and not any("tmp" in path.name for path in (run / "checkpoints").glob("*")):
             time.sleep(0.002)
     else:
-        time.sleep(draw.uniform(0, 1))
+        time.sleep(draw.uniform(0, 0.3))
     victims = processes if kind == "terminate all" else [draw.choice(processes)]
     for process in victims:
         process.send_signal(signal.SIGTERM if kind == "terminate all" else signal.SIGKILL)

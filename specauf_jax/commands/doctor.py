@@ -1,6 +1,5 @@
-"""`specauf doctor`: a drafter folder's conventions against its target, read and measured, and who will serve it."""
+"""`specauf doctor`: a drafter folder's conventions against its target, read and decoded, and which engines serve it."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -11,55 +10,57 @@ from rich.text import Text
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.commands.doctor_settings import Doctor
 from specauf_jax.commands.loading import load_target_with_bar
-from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import eos_token_ids
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation.doctor.acceptance import (
+from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level, read_findings, read_folder, repaired_folder
+from specauf_jax.evaluation.doctor.engines import SERVERS, Engine, Verdict, engine_table
+from specauf_jax.evaluation.doctor.variants import (
+    Decoded,
+    Kind,
     built_in_prompts,
-    has_rope_of,
-    judge,
-    readings_of,
-    rope_unmeasured,
+    decode_variants,
+    gain,
+    variant_findings,
+    variants_of,
 )
-from specauf_jax.evaluation.doctor.engines import SERVERS, Engine, engine_table
-from specauf_jax.evaluation.doctor.measured import Measured, gain, measure
-from specauf_jax.evaluation.doctor.pair import Finding, Pair, read_pair, repaired, repaired_folder
-from specauf_jax.evaluation.doctor.reading import read_findings
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.files import as_path, existing_folder, local_copy, write_text
-from specauf_jax.models.hf_config import read_drafter
-from specauf_jax.models.weights import load_drafter, target_config
+from specauf_jax.files import as_path, write_text
+from specauf_jax.models.weights import load_drafter
 
-_MARKS = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim")}
-_ENGINE_STYLES = {"yes": "green", "converted": "green", "differently": "yellow", "no": "red"}
+_MARKS: dict[Level, tuple[str, str]] = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim")}
+_STYLES: dict[Verdict, str] = {"yes": "green", "converted": "green", "differently": "yellow", "no": "red"}
 
 
 def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
     out = None if config.out is None else as_path(config.out)
-    folder = existing_folder(local_copy(config.target), "a target")
-    architecture = target_config(folder)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    pair = read_pair(config.drafter, folder, architecture, tokenizer)
-    prompts = _prompts(config, pair)
-    findings = read_findings(pair)
-    values, assumed = repaired(pair)
-    drafter, said = _parse(pair, values, findings)
-    findings += said
-    measured: list[Measured] = []
-    if drafter is not None:
-        measured, said = _decode(config, pair, drafter, values, assumed, prompts, findings, console)
-        findings += said
-    taus = {m.reading.kind: m.tau for m in measured if m.reading.kind != "ids"}
-    other_rope = drafter is not None and not has_rope_of(drafter, architecture)
-    engines = engine_table(pair, taus, other_rope=other_rope)
+    folder = read_folder(config.drafter, config.target)
+    findings = read_findings(folder)
+    decoded, refusal = _decode(config, folder, _prompts(config, folder), console)
+    if refusal is not None:  # an error of its own only if no check has found one
+        level: Level = "note" if any(finding.level == "error" for finding in findings) else "error"
+        found = f"not decoded: {refusal.found}"
+        findings.append(Finding("decoding", level, found, refusal.expected, refusal.remedy))
+    if isinstance(folder.drafter, ResolvedDrafter):
+        findings += variant_findings(decoded, folder.drafter, folder.target)
+    assumed = folder.repaired[1]
+    if decoded and assumed:
+        found, expected = f"decoded with {'; '.join(assumed)}", "a config.json that has all of this"
+        findings.append(Finding("decoding", "note", found, expected, "correct it and run again"))
+    taus: dict[Kind, float] = {d.variant.kind: d.tau for d in decoded if d.variant.kind != "ids"}
+    engines = engine_table(folder, taus)
     levels = [finding.level for finding in findings]
     summary = {f"{level}s": levels.count(level) for level in _MARKS} | {"tau": taus.get("given")}
-    _show(findings, measured, engines, summary, console)
+    rows = [_row(d, decoded[0]) for d in decoded]
+    _show_findings(findings, console)
+    _show_decoded(rows, console)
+    _show_engines(engines, console)
+    _show_summary(summary, engines, console)
     if out is not None:
         result = {
             "findings": [dataclasses.asdict(finding) for finding in findings],
-            "measured": [_row(m, measured) for m in measured],
+            "measured": rows,
             "engines": [dataclasses.asdict(engine) for engine in engines],
             "summary": summary,
             "meta": describe_environment() | {"config": dataclasses.asdict(config)},
@@ -72,16 +73,16 @@ def doctor(config: Doctor, console: Console) -> int:
 # Decoding
 
 
-def _prompts(config: Doctor, pair: Pair) -> list[list[int]]:
+def _prompts(config: Doctor, folder: Folder) -> list[list[int]]:
     """Token ids of the texts to decode; none without a tokenizer."""
-    if pair.tokenizer is None or not config.max_prompts:
+    if folder.tokenizer is None or not config.max_prompts:
         return []
     if config.prompts is None:
-        requests = built_in_prompts(pair.tokenizer)[: config.max_prompts]
+        requests = built_in_prompts(folder.tokenizer)[: config.max_prompts]
     else:
         prompts = read_prompts(config.prompts)[: config.max_prompts]
-        requests = [encode_first_turn(pair.tokenizer, prompt) for prompt in prompts]
-    longest, room = max(map(len, requests)), pair.architecture.max_position_embeddings
+        requests = [encode_first_turn(folder.tokenizer, prompt) for prompt in prompts]
+    longest, room = max(map(len, requests)), folder.target.max_position_embeddings
     if longest + config.max_new_tokens > room:
         raise SpecaufError(
             f"a prompt of {longest} tokens and {config.max_new_tokens} new ones",
@@ -91,109 +92,89 @@ def _prompts(config: Doctor, pair: Pair) -> list[list[int]]:
     return requests
 
 
-def _parse(pair: Pair, values: dict, findings: list[Finding]) -> tuple[ResolvedDrafter | None, list[Finding]]:
-    """The drafter that config.json describes, and what the reader has against it that no check has named."""
-    try:
-        return read_drafter(values, str(pair.drafter / "config.json")), []
-    except SpecaufError as error:
-        return None, [_refused(error, findings)]
-
-
-def _refused(error: SpecaufError, findings: list[Finding]) -> Finding:
-    """Why nothing is decoded; an error of its own only if no check has found one."""
-    level = "note" if any(finding.level == "error" for finding in findings) else "error"
-    return Finding("decoding", level, f"not decoded: {error.found}", error.expected, error.remedy)
-
-
 def _decode(
-    config: Doctor,
-    pair: Pair,
-    drafter: ResolvedDrafter,
-    values: dict,
-    assumed: list[str],
-    prompts,
-    findings,
-    console: Console,
-) -> tuple[list[Measured], list[Finding]]:
-    """Acceptance under every reading, and what it means; neither where the folder cannot be decoded."""
-    target = pair.architecture
-    unmeasured = rope_unmeasured(drafter, target)
-    fits = (drafter.hidden_size, drafter.vocab_size) == (target.hidden_size, target.vocab_size)
-    readings = readings_of(drafter, pair, alone=config.single_ids)
-    if not (prompts and fits and readings and drafter.mask_token_id < target.vocab_size):
-        return [], unmeasured
+    config: Doctor, folder: Folder, prompts: list[list[int]], console: Console
+) -> tuple[list[Decoded], SpecaufError | None]:
+    """Acceptance under every variant, or why the drafter cannot be loaded."""
+    drafter = folder.drafter
+    if isinstance(drafter, SpecaufError):
+        return [], drafter
+    variants = variants_of(folder, drafter, single_ids=config.single_ids)
+    if not (prompts and variants):
+        return [], None
     with float32_precision(config.dtype):
         try:
-            with repaired_folder(pair, values) if assumed else contextlib.nullcontext(pair.drafter) as folder:
-                drafter_params, _ = load_drafter(folder, config.dtype)
+            with repaired_folder(folder) as path:
+                drafter_params, _ = load_drafter(path, config.dtype)
         except SpecaufError as error:
-            return [], [*unmeasured, _refused(error, findings)]
-        target_params, _ = load_target_with_bar(pair.target, config.dtype, console)
+            return [], error
+        target_params, _ = load_target_with_bar(folder.target_path, config.dtype, console)
         with console.status("decoding") as status:
-            measured = measure(
-                readings,
+            decoded = decode_variants(
+                variants,
                 drafter_params,
                 target_params,
-                target,
+                folder.target,
                 prompts,
                 max_new_tokens=config.max_new_tokens,
-                stop_tokens=eos_token_ids(pair.tokenizer),
+                stop_tokens=eos_token_ids(folder.tokenizer),
                 batch_size=config.batch_size,
                 begin=lambda name: status.update(f"decoding {len(prompts)} prompts: {name}"),
             )
-    said = judge(measured, drafter, pair)
-    if assumed:
-        said.append(Finding("decoding", "note", f"decoded with {'; '.join(assumed)}",
-                            "a config.json that says all of this", "correct it and run again"))  # fmt: skip
-    return measured, said
+    return decoded, None
 
 
 # ---------------------------------------------------------------------------------------------
 # What is shown and written
 
 
-def _row(measured: Measured, all_: list[Measured]) -> dict:
-    given = all_[0] if all_[0].reading.kind == "given" else None
-    change = gain(measured, given) if given else None
+def _row(decoded: Decoded, first: Decoded) -> dict:
+    change = gain(decoded, first) if first.variant.kind == "given" else None
     return {
-        "reading": measured.reading.name,
-        "kind": measured.reading.kind,
-        "target_layer_ids": list(measured.reading.layer_ids),
-        "tau": measured.tau,
+        "reading": decoded.variant.name,
+        "kind": decoded.variant.kind,
+        "target_layer_ids": list(decoded.variant.layer_ids),
+        "tau": decoded.tau,
         "gain": change and change.share,
         "standard_error": change and change.error,
-        "rounds": sum(map(len, measured.accepted)),
+        "rounds": sum(map(len, decoded.accepted)),
     }
 
 
-def _show(findings, measured: list[Measured], engines: list[Engine], summary: dict, console: Console) -> None:
+def _show_findings(findings: list[Finding], console: Console) -> None:
     for level, (mark, style) in _MARKS.items():
         for finding in (f for f in findings if f.level == level):
             text = Text.assemble((f"{mark} {level} ", style), (f"{finding.topic}: ", "bold"), finding.found)
             console.print(text, highlight=False)
             if level != "note" or finding.remedy != "none":
                 console.print(Text(f"    expected: {finding.expected}\n    to do:    {finding.remedy}"), style="dim")
-    if measured:
-        table = Table("decoded", "layer ids", "tau", "against as written ± s.e.")
-        for row in (_row(m, measured) for m in measured):
-            change = "" if row["gain"] is None or row["kind"] == "given" else (
-                f"{100 * row['gain']:+.1f} % ± {100 * row['standard_error']:.1f}")  # fmt: skip
-            ids = " ".join(map(str, row["target_layer_ids"]))
-            table.add_row(row["reading"], ids, f"{row['tau']:.3f}", change)
+
+
+def _show_decoded(rows: list[dict], console: Console) -> None:
+    table = Table("decoded", "layer ids", "tau", "against as written ± s.e.")
+    for row in rows:
+        change = "" if row["gain"] is None or row["kind"] == "given" else (
+            f"{100 * row['gain']:+.1f} % ± {100 * row['standard_error']:.1f}")  # fmt: skip
+        table.add_row(row["reading"], " ".join(map(str, row["target_layer_ids"])), f"{row['tau']:.3f}", change)
+    if rows:
         console.print(table)
-    table = Table("engine", "serves it", "how", caption="by what is known of these engines; none was run")
+
+
+def _show_engines(engines: list[Engine], console: Console) -> None:
+    caption = "as the engines' code was at that version and date; none was run here"
+    table = Table("engine", "version", "read", "serves it", "how", caption=caption)
     for engine in engines:
-        table.add_row(engine.name, Text(engine.serves, _ENGINE_STYLES[engine.serves]), "; ".join(engine.why))
+        serves = Text(engine.serves, _STYLES[engine.serves])
+        table.add_row(engine.name, engine.version, engine.date, serves, Text("; ".join(engine.why)))
     console.print(table)
+
+
+def _show_summary(summary: dict, engines: list[Engine], console: Console) -> None:
     served = [engine.name for engine in engines if engine.name in SERVERS and engine.serves == "yes"]
-    style = "red" if summary["errors"] else "green" if served else "yellow"
-    console.print(Text(_closing(summary, served), style=style), highlight=False)
-
-
-def _closing(summary: dict, served: list[str]) -> str:
     counts = [(summary[f"{level}s"], level) for level in _MARKS]
     counted = ", ".join(f"{n} {level}{'' if n == 1 else 's'}" for n, level in counts)
     tau = "acceptance not measured" if summary["tau"] is None else f"tau {summary['tau']:.2f}"
+    end, style = f"as it is for {', '.join(served) or 'no engine'}", "green" if served else "yellow"
     if summary["errors"]:
-        return f"{counted}; {tau}; not fit to serve as it is"
-    return f"{counted}; {tau}; as it is for {', '.join(served) or 'no engine'}"
+        end, style = "not fit to serve as it is", "red"
+    console.print(Text(f"{counted}; {tau}; {end}", style=style), highlight=False)

@@ -67,7 +67,7 @@ def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Gene
 
 def _row(tokenizer: Tokenizer, turns: list[Generation]) -> dict:
     """One prompt's result; of several turns the sums, and each turn under `turns`."""
-    parts = [
+    parts: list[dict] = [
         {
             "prompt_tokens": g.prompt,
             "tokens": g.tokens,

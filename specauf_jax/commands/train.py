@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -161,7 +162,7 @@ def _check_rows(config: Train, loss: LossConfig, manifest: dict) -> None:
         )
     rows = open_dataset(config.data)
     looked_at = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), _ROWS_LOOKED_AT)).astype(int)]
-    masks, ids = (np.stack([row[name] for row in looked_at]) for name in ("loss_mask", "document_ids"))
+    masks, ids = (jnp.stack([row[name] for row in looked_at]) for name in ("loss_mask", "document_ids"))
     if not eligible_anchors(masks, ids).any():
         raise SpecaufError(
             f"{config.data}: no eligible anchor in {len(looked_at)} rows",

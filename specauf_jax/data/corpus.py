@@ -8,6 +8,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 
 HELDOUT_PACKAGES = ("asyncio", "json", "email")

@@ -1,17 +1,21 @@
-"""Which serving engines will load a drafter folder, and what each will quietly do with it.
+"""Which serving engines load a drafter's folder, and what each does with it: what their code said at a version.
 
-By what is known of SGLang, vLLM, tpu-inference, sglang-jax, speculators, SpecForge and z-lab's code;
-the engines themselves are not run.
+No engine runs here. A line holds for its engine's version; other versions may differ.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
-from specauf_jax.evaluation.doctor.pair import DOMINO_KEYS, Pair, agree
+from specauf_jax.architecture import ResolvedDrafter, RopeScaling
+from specauf_jax.evaluation.doctor.checks import Folder, agree
+from specauf_jax.evaluation.doctor.variants import Kind
+from specauf_jax.models.heads import head_settings
+from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
 
+Verdict = Literal["yes", "converted", "differently", "no"]
+"""From the best to the worst; differently: it loads, but decodes by other conventions than the folder's."""
 SERVERS = ("SGLang", "vLLM", "tpu-inference", "sglang-jax")
-Serves = Literal["yes", "differently", "converted", "no"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,144 +23,198 @@ class Engine:
     """What an engine makes of the folder."""
 
     name: str
-    serves: Serves
-    """differently: it loads, but decodes by other conventions than the folder's."""
+    version: str
+    date: str
+    serves: Verdict
     why: tuple[str, ...]
 
 
-def engine_table(pair: Pair, taus: Mapping[str, float], *, other_rope: bool) -> list[Engine]:
-    """Every engine's row.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An engine, the version of its code that was read, and the date of reading."""
+
+    engine: str
+    version: str = "not known"
+    date: str = "not known"
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One thing that an engine does."""
+
+    source: Source
+    verdict: Verdict
+    """At best, where the line applies; "yes" and "converted" only add a remark."""
+    applies: Callable[[Folder], object]
+    """Whether it does; what it returns stands in place of the sentence's {}."""
+    sentence: str
+    variant: Kind | None = None
+    """The variant that decodes as the engine does."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Conditions that take more than a line
+
+
+def _last_layer(folder: Folder) -> str:
+    """The id of the target's last layer, if it is tapped."""
+    last = folder.target.num_hidden_layers - 1
+    return str(last) if last in (folder.layer_ids or []) else ""
+
+
+def _unfit_fc(folder: Folder) -> bool:
+    shape, ids = folder.tensors.get("fc.weight", ()), folder.layer_ids or ()
+    return bool(shape and ids) and shape[-1] != len(ids) * folder.target.hidden_size
+
+
+def _extra_names(folder: Folder) -> set[str]:
+    names = folder.names
+    return {*names.shared, *names.prefixed, *names.unknown, *names.other_head}
+
+
+def _trained_name(folder: Folder) -> str:
+    """The architecture under which SpecForge trains the head, where config.json names another."""
+    name = folder.head.architectures[-1]
+    return name if folder.architecture in DRAFTER_ARCHITECTURES and folder.architecture != name else ""
+
+
+def _unfit_heads(folder: Folder) -> str:
+    """head_dim and hidden_size / num_attention_heads, where tpu-inference fails: its cache pads the latter."""
+    drafter = folder.drafter
+    if not isinstance(drafter, ResolvedDrafter):
+        return ""
+    E, cached = drafter.head_dim, drafter.hidden_size // drafter.num_attention_heads
+    padded = 64 if cached == 64 else -(-cached // 128) * 128
+    return f"{E} and {cached}" if E % 128 or padded != E else ""
+
+
+def _rope(case: Literal["Qwen3", "Llama 3.1", "yarn", "other"]) -> Callable[[Folder], str]:
+    """The drafter's theta where this case applies. Qwen3 and Llama 3.1: drafter and target have that model's RoPE."""
+
+    def base(folder: Folder) -> str:
+        drafter, target = folder.drafter, folder.target
+        if not isinstance(drafter, ResolvedDrafter):
+            return ""
+        theta, ropes = drafter.rope_theta, {(model.rope_theta, model.rope_scaling) for model in (drafter, target)}
+        found = "yarn" if drafter.rope_scaling.rope_type == "yarn" else "other"
+        if ropes == {(theta, _LLAMA_31)}:
+            found = "Llama 3.1"
+        elif ropes == {(1e6, RopeScaling())}:
+            found = "Qwen3"
+        return f"{theta:.15g}" if found == case else ""
+
+    return base
+
+
+_LLAMA_31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+_SGLANG = Source("SGLang")
+_VLLM = Source("vLLM", "0.32.0", "2026-11-26")
+_TPU = Source("tpu-inference", "0.32.0", "2026-11-26")
+_SGLANG_JAX = Source("sglang-jax", "cddbf6f1 of 2026-08-21", "2026-11-26")
+_SPECULATORS = Source("speculators", "0.9.0", "2026-11-24")
+_SPECFORGE = Source("SpecForge", "0.2.0", "2026-11-24")
+_ZLAB = Source("z-lab", "dflash 0.1.0", "2026-11-26")
+_AUTO_MODEL = Source("AutoModel")
+
+LINES = (
+    Line(_SGLANG, "no", lambda f: f.architecture != f.head.architectures[0] and f.head.architectures[0],
+         "serves architecture {}, every head by its projector_type"),
+    Line(_SGLANG, "no", lambda f: all(place.get("mask_token_id") is None for place in (f.dflash, f.config)),
+         "needs mask_token_id"),
+    Line(_SGLANG, "no", _unfit_fc, "checks the shape of fc.weight, which does not fit target_layer_ids"),
+    Line(_SGLANG, "no", lambda f: ", ".join(name for name in head_settings(f.head) if name not in f.dflash | f.config),
+         "needs {} of the head"),
+    Line(_SGLANG, "differently", lambda f: len(_extra_names(f)), "drops {} tensors that it does not know, silently"),
+    Line(_SGLANG, "yes", lambda f: not agree(f.block_sizes.values()) and f.block_sizes["in dflash_config"],
+         "takes block_size {} of dflash_config"),
+    Line(_VLLM, "no", lambda f: f.architecture != "DFlashDraftModel", "needs architecture DFlashDraftModel"),
+    Line(_VLLM, "no", lambda f: "in rope_parameters" not in f.thetas, "needs rope_parameters"),
+    Line(_VLLM, "yes", lambda f: f.layer_ids, "adds 1 to target_layer_ids itself"),
+    Line(_TPU, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
+    Line(_TPU, "no", _unfit_heads,
+         "cannot run head_dim and hidden_size / num_attention_heads of {}: train with "
+         "--drafter.head-dim 128 and --drafter.num-attention-heads (hidden_size / 128)"),
+    Line(_TPU, "no", lambda f: f.layer_ids is None, "needs dflash_config.target_layer_ids"),
+    Line(_TPU, "no", lambda f: len({*_extra_names(f), *f.names.early, *f.names.missing}),
+         "fails on unknown and missing tensors: {}"),
+    Line(_TPU, "no", _rope("yarn"), "has no YaRN: takes Llama 3 scaling"),
+    Line(_TPU, "differently", _rope("Llama 3.1"),
+         "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
+         """--hf-overrides '{"rope_theta": {}}' makes it exact"""),
+    Line(_TPU, "differently", _rope("other"),
+         "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
+         """--hf-overrides '{"rope_theta": {}}' corrects theta, not the scaling"""),
+    Line(_TPU, "differently", lambda f: f.dflash.get("mask_token_id") is None,
+         "without dflash_config.mask_token_id takes token 0"),
+    Line(_TPU, "differently", lambda f: "at the top level" not in f.block_sizes and f.dflash.get("block_size") != 8,
+         "without block_size at the top level takes 8"),
+    Line(_TPU, "differently", lambda f: f.slides, "ignores layer_types: full attention", "windows"),
+    Line(_TPU, "yes", _rope("Qwen3"),
+         "takes Llama 3 scaling besides (with transformers 5), an error that grows with the context: "
+         """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
+    Line(_SGLANG_JAX, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
+    Line(_SGLANG_JAX, "no", lambda f: f.target.tie_word_embeddings, "fails on a target whose LM head is its embedding"),
+    Line(_SGLANG_JAX, "no", _last_layer, "never taps layer {}, the target's last"),
+    Line(_SGLANG_JAX, "no", lambda f: f.layer_ids is None, "needs target_layer_ids written out"),
+    Line(_SGLANG_JAX, "no", lambda f: f.dflash.get("mask_token_id") is None,
+         "needs mask_token_id, unless the tokenizer has <|MASK|>"),
+    Line(_SGLANG_JAX, "no", lambda f: not {"at the top level", "in rope_parameters"} <= f.thetas.keys(),
+         "needs rope_theta at the top level (else takes 1e4) and in rope_parameters (else later code fails)"),
+    Line(_SGLANG_JAX, "differently", lambda f: isinstance(f.drafter, ResolvedDrafter)
+         and f.drafter.rope_scaling != RopeScaling(), "ignores RoPE scaling"),
+    Line(_SGLANG_JAX, "differently", lambda f: len(f.names.prefixed),
+         "needs names without a prefix: only warns of the {} that it does not find"),
+    Line(_SGLANG_JAX, "differently", lambda f: len(f.names.missing), "only warns of missing tensors: {}"),
+    Line(_SGLANG_JAX, "differently", lambda f: f.slides, "ignores layer_types: full attention", "windows"),
+    Line(_SGLANG_JAX, "yes", lambda f: f.names.shared or f.names.unknown or f.names.other_head,
+         "ignores tensors that it does not know"),
+    Line(_SPECULATORS, "differently", _last_layer, "its converter drops layer id {}, the last"),
+    Line(_SPECULATORS, "converted", lambda f: True,
+         "has its own layout, layer ids one higher: specauf export --layout speculators"),
+    Line(_SPECFORGE, "differently", lambda f: f.names.early,
+         "from_pretrained leaves the head of an early file random, without an error"),
+    Line(_SPECFORGE, "differently", lambda f: f.slides,
+         "trains with the windows, causal within the block, but decodes without: full attention", "windows"),
+    Line(_SPECFORGE, "converted", _trained_name, "trains this head under {}: specauf export --layout specforge"),
+    Line(_ZLAB, "yes", lambda f: f.slides, "reads windows as this project does"),
+    Line(_AUTO_MODEL, "no", lambda f: True, "takes it for a plain Qwen3 with random embeddings, without an error"),
+)  # fmt: skip
+
+
+def engine_table(folder: Folder, taus: Mapping[Kind, float]) -> list[Engine]:
+    """Every engine's row: the worst verdict of all lines that apply, and remarks only where it loads the folder.
 
     Args:
-      pair: the folders.
-      taus: measured tau by kind of reading ("given", "rope", "windows", "plain"), as far as measured.
-      other_rope: the drafter's RoPE is not the target's.
+      folder: the drafter's and its target's.
+      taus: measured tau by kind of variant, as far as measured.
     """
-    engines = [
-        _sglang(pair),
-        _vllm(pair),
-        _tpu_inference(pair, taus, other_rope),
-        _sglang_jax(pair, taus),
-        _speculators(pair),
-        _specforge(pair),
-        Engine("AutoModel", "no", ("takes it for a plain Qwen3 with random embeddings, without an error",)),
-    ]
-    if pair.unreadable is not None:
-        return [Engine(engine.name, "no", ("there are no weights to read",)) for engine in engines]
-    return engines
+    return [_row(source, folder, taus) for source in dict.fromkeys(line.source for line in LINES)]
 
 
-def _row(name: str, no=(), differently=(), notes=(), *, serves: Serves = "yes") -> Engine:
-    """The worst that was said decides, and notes matter only where the engine loads it.
-
-    Each argument: (condition, what to say) pairs.
-    """
-    no, differently, notes = ([text for holds, text in said if holds] for said in (no, differently, notes))
-    found = "no" if no else "differently" if differently else serves
-    return Engine(name, found, (*no, *differently, *([] if no else notes)))
-
-
-def _sglang(pair: Pair) -> Engine:
-    places, names = (pair.dflash, pair.values), pair.names
-    unknown = names.shared + names.prefixed + names.unknown + names.head
-    size = pair.block_sizes.get("in dflash_config")
-    lost = [key for key in DOMINO_KEYS if not any(key in place for place in places)]
-    return _row(
-        "SGLang",
-        no=[
-            (pair.named != "DFlashDraftModel", "serves architecture DFlashDraftModel, Domino too (by projector_type)"),
-            (not any(place.get("mask_token_id") is not None for place in places), "needs mask_token_id"),
-            (not _fc_fits(pair), "checks the shape of fc.weight, which does not fit target_layer_ids"),
-            (pair.domino and lost, f"needs Domino's {', '.join(lost)}"),
-        ],
-        differently=[
-            (unknown, f"drops tensors that it does not know without a word: {len(unknown)}"),
-        ],
-        notes=[(not agree(pair.block_sizes.values()), f"takes block_size {size} of dflash_config")],
-    )
+def _row(source: Source, folder: Folder, taus: Mapping[Kind, float]) -> Engine:
+    name, version, date = dataclasses.astuple(source)
+    if folder.unreadable is not None:
+        return Engine(name, version, date, "no", ("there are no weights to read",))
+    lines = [line for line in LINES if line.source == source]
+    if name in folder.head.engines:
+        verdict, sentence = folder.head.engines[name]
+        lines.insert(0, Line(source, verdict, lambda f: True, sentence, "plain" if verdict == "differently" else None))
+    applying = [(line, value) for line in lines if (value := line.applies(folder))]
+    applying.sort(key=lambda pair: -_RANK[pair[0].verdict])
+    serves: Verdict = applying[0][0].verdict if applying else "yes"
+    why = [_sentence(line, value, taus) for line, value in applying if serves != "no" or _RANK[line.verdict] > 1]
+    return Engine(name, version, date, serves, tuple(why))
 
 
-def _vllm(pair: Pair) -> Engine:
-    return _row(
-        "vLLM",
-        no=[
-            (pair.domino, "has no Domino"),
-            (pair.named != "DFlashDraftModel" and not pair.domino, "needs architecture DFlashDraftModel"),
-            ("in rope_parameters" not in pair.thetas, "needs rope_parameters"),
-        ],
-        notes=[(pair.layer_ids, "adds 1 to target_layer_ids itself")],
-    )
+_RANK = {verdict: rank for rank, verdict in enumerate(get_args(Verdict))}
 
 
-def _tpu_inference(pair: Pair, taus: Mapping[str, float], other_rope: bool) -> Engine:
-    names = pair.names
-    wrong = names.shared + names.prefixed + names.early + names.unknown + names.head + names.missing
-    return _row(
-        "tpu-inference",
-        no=[
-            ("at the top level" not in pair.block_sizes, "needs block_size at the top level"),
-            (pair.layer_ids is None, "needs dflash_config.target_layer_ids"),
-            (pair.domino, "fails on Domino's tensors, which it does not know"),
-            (not pair.domino and wrong, f"fails on unknown and missing tensors: {len(wrong)}"),
-        ],
-        differently=[
-            (pair.dflash.get("mask_token_id") is None, "without dflash_config.mask_token_id takes token 0"),
-            (other_rope, f"replaces the drafter's RoPE by the target's{_measured(taus, 'rope')}"),
-            (pair.sliding, f"ignores layer_types: full attention{_measured(taus, 'windows')}"),
-        ],
-        notes=[(not other_rope, "replaces the drafter's RoPE by the target's, here the same")],
-    )
-
-
-def _sglang_jax(pair: Pair, taus: Mapping[str, float]) -> Engine:
-    names = pair.names
-    return _row(
-        "sglang-jax",
-        no=[
-            (pair.layer_ids is None, "needs target_layer_ids written out"),
-            ("at the top level" not in pair.thetas, "needs rope_theta at the top level"),
-        ],
-        differently=[
-            (pair.domino, f"ignores Domino's head: plain DFlash{_measured(taus, 'plain')}"),
-            (names.prefixed, f"needs names without a prefix: only warns of the {len(names.prefixed)} it does not find"),
-            (names.missing, f"only warns of missing tensors: {len(names.missing)}"),
-            (pair.sliding, f"ignores layer_types: full attention{_measured(taus, 'windows')}"),
-        ],
-        notes=[(names.shared or names.unknown or names.head, "ignores tensors that it does not know")],
-    )
-
-
-def _speculators(pair: Pair) -> Engine:
-    last = pair.architecture.num_hidden_layers - 1
-    return _row(
-        "speculators",
-        no=[(pair.domino, "has no place for Domino's head in its layout")],
-        differently=[(last in (pair.layer_ids or []), f"its converter drops layer id {last}, the last")],
-        notes=[(not pair.domino, "has its own layout, layer ids one higher: specauf export --layout speculators")],
-        serves="converted",
-    )
-
-
-def _specforge(pair: Pair) -> Engine:
-    renamed = pair.domino and pair.named != "DominoDraftModel"
-    return _row(
-        "SpecForge, z-lab's classes",
-        differently=[
-            (pair.names.early, "from_pretrained leaves an early Domino's head random, without an error"),
-            (pair.sliding, "z-lab's see everything under sdpa, whatever the window"),
-        ],
-        notes=[
-            (pair.sliding, "SpecForge's window is causal within the block"),
-            (renamed, "SpecForge trains Domino under DominoDraftModel: specauf export --layout specforge"),
-        ],
-        serves="converted" if renamed else "yes",
-    )
-
-
-def _fc_fits(pair: Pair) -> bool:
-    shape = pair.tensors.get("fc.weight")
-    return not (shape and pair.layer_ids) or shape[-1] == len(pair.layer_ids) * pair.architecture.hidden_size
-
-
-def _measured(taus: Mapping[str, float], kind: str) -> str:
-    return f" (tau {taus[kind]:.2f} instead of {taus['given']:.2f})" if {kind, "given"} <= taus.keys() else ""
+def _sentence(line: Line, value: object, taus: Mapping[Kind, float]) -> str:
+    sentence = line.sentence.replace("{}", str(value))
+    if line.variant is not None and {line.variant, "given"} <= taus.keys():
+        sentence += f" (tau {taus[line.variant]:.2f} instead of {taus['given']:.2f})"
+    return sentence

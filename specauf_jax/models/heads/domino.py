@@ -48,10 +48,11 @@ class Domino(Head):
     branches = ("final", "base")
     num_anchors = 256
     engines = {
-        "vLLM": ("no", "has no Domino"),
+        "vLLM": ("no", "has no Domino (its check of config.json passes; its loader was not tried)"),
         "tpu-inference": ("no", "fails on Domino's tensors, which it does not know"),
-        "sglang-jax": ("differently", "ignores Domino's head: plain DFlash"),
+        "sglang-jax": ("differently", "ignores Domino's head: plain DFlash, one slot late where labels are shifted"),
         "speculators": ("no", "has no place for Domino's head in its layout"),
+        "z-lab": ("differently", "ignores Domino's head: plain DFlash"),
     }
 
     def __post_init__(self):
