@@ -131,7 +131,7 @@ def test_no_template(tokenizer):
 
 
 def test_text_is_supervised_and_ended_and_names_of_special_tokens_are_text(tokenizer):
-    document = chat.encode_text(tokenizer, "a <|mask|>")
+    [document] = chat.encode_texts(tokenizer, ["a <|mask|>"])
     assert document.loss_mask.all() and document.loss_mask.shape == document.tokens.shape
     assert document.tokens[-1] == tokenizer.eos_token_id
     assert tokenizer.mask_token_id not in document.tokens

@@ -290,6 +290,16 @@ def test_greedy_and_sampled_rows_share_a_batch(models):
         assert state.tokens[row, begin : begin + 6].tolist() == expected[row].tokens
 
 
+@pytest.mark.parametrize("columns", [1, 3])  # whether a prompt is read first
+def test_a_state_without_its_drafters_cache_is_refused(models, columns):
+    config, length = decoding(), jnp.array([columns])
+    state = init_state(jnp.ones((1, 8), jnp.int32), length, length + 1, jax.random.split(jax.random.key(0), 1),
+                       (jnp.float32(0), jnp.int32(0), jnp.float32(1)),
+                       target_cache=config.target_step.init_cache(1, 12, jnp.float32))  # fmt: skip
+    with pytest.raises(SpecaufError, match="without drafter_cache"):
+        draft_and_verify(*models, prefill(*models, state, columns, config=config), config=config)
+
+
 # A caller's own target ---------------------------------------------------------------------------
 
 

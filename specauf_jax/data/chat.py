@@ -136,13 +136,8 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def encode_text(tokenizer: Tokenizer, text: str) -> Document:
-    """Tokens of a plain text and the end-of-text token, all of them supervised."""
-    return encode_texts(tokenizer, [text])[0]
-
-
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Document]:
-    """`encode_text` of many texts at once, which uses all cores."""
+    """Tokens of each text and the end-of-text token, all of them supervised; many texts at once use all cores."""
     if not texts:
         return []  # transformers does not take an empty batch
     # A special token's name in plain text is text: it must not end a document or stand for a mask.

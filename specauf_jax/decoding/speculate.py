@@ -15,6 +15,7 @@ from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, ver
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
+from specauf_jax.models.layers import KVCache
 
 
 def draft_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
@@ -59,14 +60,12 @@ def propose(
         return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32), logits=None)
     if isinstance(drafter, PromptLookup):
         return Proposal(tokens=look_up(state.tokens, state.length, config=drafter), logits=None)
-    if state.drafter_cache is None:
-        raise SpecaufError("a state without drafter_cache", "the cache of its drafter", "pass one to init_state")
     masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
     hidden = draft_blocks(
         drafter_params,
         head.embedding[jnp.concatenate([anchor, masks], axis=1)][:, None],
         positions[:, None],
-        state.drafter_cache,
+        _drafter_cache(state),
         jnp.zeros_like(anchor),
         state.length[:, None] - 1,
         jnp.ones_like(anchor, bool),
@@ -151,5 +150,11 @@ def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decod
         return state
     new = context_keys_values(drafter_params, taps, positions, config=config.model)
     rows = jnp.arange(positions.shape[0])[:, None]
-    cache = jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), state.drafter_cache, new)
+    cache = jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), _drafter_cache(state), new)
     return dataclasses.replace(state, drafter_cache=cache)
+
+
+def _drafter_cache(state: DecodeState) -> KVCache:
+    if state.drafter_cache is None:
+        raise SpecaufError("a state without drafter_cache", "the cache of its drafter", "pass one to init_state")
+    return state.drafter_cache
