@@ -170,6 +170,8 @@ class Folder:
         if self.architecture not in DRAFTER_ARCHITECTURES:
             name = self.head.architectures[0]
             assume(config, f"architecture {name}", architectures=[name])
+        if not isinstance(dflash.get("projector_type"), str | None):
+            assume(dflash, f"projector_type {self.head.projector_type}", projector_type=self.head.projector_type)
         if not agree(self.block_sizes.values()):
             assume(config, f"block_size {dflash['block_size']} of dflash_config", block_size=dflash["block_size"])
         if dflash.get("mask_token_id") is None and self.mask_token is not None:
