@@ -432,7 +432,7 @@ def test_faults_that_reading_shows(doctor, fault):
     ("dflash", WINDOW, "sglang-jax", "differently", "ignores layer_types"),
     ("dflash", WINDOW, "SpecForge", "differently", "decodes without"),
     ("dflash", WINDOW, "z-lab", "yes", "reads windows as this project does"),
-    ("dflash", WINDOW, "vLLM", "yes", ""),
+    ("dflash", WINDOW, "vLLM", "yes", "adds 1 to target_layer_ids itself"),
     ("domino", {}, "z-lab", "differently", "plain DFlash"),
     ("domino", {}, "sglang-jax", "differently", "one slot late"),
     ("domino", {"architectures": ["DominoDraftModel"]}, "SGLang", "no", "serves architecture DFlashDraftModel"),
@@ -515,21 +515,27 @@ def rename(old: str, new: str):
     return lambda tensors: {new + x.removeprefix(old) if x.startswith(old) else x: t for x, t in tensors.items()}
 
 
-@pytest.mark.parametrize(("name", "change", "level", "found"), [
-    ("dflash", lambda x: x | {"lm_head.weight": np.zeros((V, 32), np.float32)}, "error", "lm_head.weight in the"),
-    ("dflash", lambda x: {f"model.{n}": t for n, t in x.items()}, "error", "model.fc.weight and 13 more"),
-    ("dflash", lambda x: x | {"t2d": np.zeros(V, bool)}, "error", "unknown: t2d"),
-    ("dflash", lambda x: {n: t for n, t in x.items() if n != "norm.weight"}, "error", "missing: norm.weight"),
+@pytest.mark.parametrize(("name", "change", "level", "found", "engine", "serves", "why"), [
+    ("dflash", lambda x: x | {"lm_head.weight": np.zeros((V, 32), np.float32)}, "error", "lm_head.weight in the",
+     "SGLang", "differently", "drops 1 tensors"),
+    ("dflash", lambda x: {f"model.{n}": t for n, t in x.items()}, "error", "model.fc.weight and 13 more",
+     "sglang-jax", "differently", "only warns of the 14 that it does not find"),
+    ("dflash", lambda x: x | {"t2d": np.zeros(V, bool)}, "error", "unknown: t2d",
+     "sglang-jax", "yes", "ignores tensors that it does not know"),
+    ("dflash", lambda x: {n: t for n, t in x.items() if n != "norm.weight"}, "error", "missing: norm.weight",
+     "sglang-jax", "differently", "only warns of missing tensors: 1"),
     ("domino", lambda x: rename("embed", "logit_head.embed")(rename("prefix", "logit_head.prefix")(x)), "warning",
-     "logit_head.embed_proj.0.weight and 3 more: an early Domino file"),
+     "logit_head.embed_proj.0.weight and 3 more: an early Domino file", "SpecForge", "differently", "early file"),
 ])  # fmt: skip
-def test_tensors(doctor, name, change, level, found):
+def test_tensors(doctor, name, change, level, found, engine, serves, why):
     doctor.copy(name)
     doctor.edit_tensors(change)
     code, result = doctor("--max-prompts", "0")
     assert code == (level == "error")
     [finding] = [f for f in result["findings"] if f["topic"] == "tensors"]
     assert finding["level"] == level and finding["found"].startswith(found)
+    [row] = [row for row in result["engines"] if row["name"] == engine]
+    assert row["serves"] == serves and why in "; ".join(row["why"])
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"junk")])
@@ -633,7 +639,8 @@ def test_variants_of_layer_ids():
 def test_layer_ids_decoded_together_are_those_decoded_alone(doctor):
     target_params, _ = load_target(doctor.world / "target")
     params, drafter = load_drafter(doctor.world / "dflash")
-    prompts = [[5, 6, 7], [9]]
+    tokenizer = load_tokenizer(doctor.world / "target")
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS[:2]]  # known to the drafter
     variants = layer_id_variants(drafter, TARGET.num_hidden_layers, single_ids=False)[:2]
     for d in decode_variants(variants, params, target_params, TARGET, prompts, max_new_tokens=12):
         config = Decoding(TargetStep(TARGET, d.variant.layer_ids), d.variant.drafter)

@@ -162,10 +162,10 @@ def _show_decoded(rows: list[dict], console: Console) -> None:
 
 def _show_engines(engines: list[Engine], console: Console) -> None:
     caption = "as the engines' code was at that version and date; none was run here"
-    table = Table("engine", "version", "read", "serves it", "how", caption=caption)
+    table = Table("engine", "serves it", "how", caption=caption)
     for engine in engines:
-        serves = Text(engine.serves, _STYLES[engine.serves])
-        table.add_row(engine.name, engine.version, engine.date, serves, Text("; ".join(engine.why)))
+        source = Text(engine.name).append(f"\n{engine.version}\n{engine.date}", "dim")
+        table.add_row(source, Text(engine.serves, _STYLES[engine.serves]), Text("\n".join(engine.why)))
     console.print(table)
 
 
