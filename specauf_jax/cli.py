@@ -6,7 +6,9 @@ body, and JAX with it, is imported when it runs.
 
 import dataclasses
 import importlib
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,8 +28,10 @@ from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.errors import SpecaufError, Stopped
+from specauf_jax.errors import Outcome, SpecaufError, Stopped, io_error
+from specauf_jax.machine import choose_platform
 from specauf_jax.recipes import read_recipe
+from specauf_jax.signals import INTERRUPTED
 
 COMMANDS = {
     "prepare": (Prepare, "prepare"),
@@ -47,19 +51,34 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 bad input, 130 interrupted.
+    """Run one command; returns the exit code.
 
-    1 is a command's own no: `doctor` found an error, `compile` found no room, another host was lost.
+    0: done. 1: a command's own no (`doctor` found an error, `compile` no room, `generate --check` a difference), or
+    another host was lost. 2: input refused before the work. 74: a disk or a network failed at work. 130: interrupted.
+    141: nobody reads the output any more. Launchers start again what ends with another code than 0 and 2.
     """
-    return _reported(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        outcome = _outcome(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again, and complains
+        return 141
+    if outcome.said:
+        style = "red" if outcome.failed else "yellow"
+        console = Console(stderr=True)
+        console.print(f"specauf: {outcome.said}", style=style, highlight=False, markup=False, soft_wrap=True)
+    return outcome.code
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str]) -> object:
     # A log has no width of its own: 80 columns, as if it were a terminal's, would cut the widest tables.
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120, markup=False)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(_overview(), highlight=False, markup=False, soft_wrap=True)
+        console.print(_overview(), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
         raise SpecaufError(
@@ -67,6 +86,7 @@ def _main(arguments: list[str]) -> int:
             ", ".join(COMMANDS),
             "see specauf --help",
         )
+    choose_platform()
     settings, function = COMMANDS[arguments[0]]
     parsed = _parse(settings, arguments[0], arguments[1:])
 
@@ -76,35 +96,37 @@ def _main(arguments: list[str]) -> int:
 
     if not hasattr(parsed, "hosts"):
         return run()
-    from specauf_jax.distributed import is_primary, joined
+    from specauf_jax.distributed import is_primary, together
 
-    with joined(parsed.hosts):  # which waits for the others at its end, so that errors are told inside it
-        return _reported(run if is_primary() else lambda: run(Console(quiet=True)))
+    return together(parsed.hosts, lambda: _outcome(run if is_primary() else lambda: run(Console(quiet=True))))
 
 
-def _reported(work: Callable[[], object]) -> int:
-    """What `work` returns if it is an exit code, else 0; of an error, what it means to the user."""
+def _outcome(work: Callable[[], object]) -> Outcome:
+    """How `work` ended; what it returns is the outcome, or an exit code, or nothing worth a word."""
     try:
         result = work()
     except Stopped as stopped:
-        _tell(f"{stopped}; the same command goes on from there", "yellow")
-        return stopped.code
+        return Outcome(stopped.code, f"{stopped}; the same command goes on from there")
     except SpecaufError as error:
-        _tell(str(error))
-        return 2
+        return Outcome(error.code, str(error), failed=True)
+    except BrokenPipeError:
+        raise
+    except RuntimeError as error:
+        if "nable to initialize backend" not in str(error) and "nknown backend" not in str(error):
+            raise
+        platform = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        refusal = SpecaufError(f"{platform}: {str(error).splitlines()[0]}", "a platform of this machine",
+                               "unset JAX_PLATFORMS, or set it to cpu")  # fmt: skip
+        return Outcome(refusal.code, str(refusal), failed=True)
     except OSError as error:  # whatever the disk or the network did where no better message was found
-        _tell(str(SpecaufError(str(error), "files that can be read and written, and free space",
-                               "check the path and the space left; what was saved before is whole")))  # fmt: skip
-        return 2
+        failure = io_error(str(error), error, "files that can be read and written, and free space",
+                           "check the path and the space left; what was saved before is whole")  # fmt: skip
+        return Outcome(failure.code, str(failure), failed=True)
     except KeyboardInterrupt:
-        _tell("interrupted; the same command goes on from what was saved")
-        return 130
-    return result if isinstance(result, int) else 0
-
-
-def _tell(text: str, style: str = "red") -> None:
-    console = Console(stderr=True)
-    console.print(f"specauf: {text}", style=style, highlight=False, markup=False, soft_wrap=True)
+        return Outcome(INTERRUPTED, "interrupted; the same command goes on from what was saved", failed=True)
+    if isinstance(result, Outcome):
+        return result
+    return Outcome(result if isinstance(result, int) else 0)
 
 
 def _parse(settings: type, command: str, arguments: list[str]):

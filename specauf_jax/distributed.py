@@ -1,32 +1,80 @@
 """Several processes as one program: joining, values for all, stopping together, not waiting for the dead.
 
-Every process runs the same command. A process that dies ends the others within `hosts.heartbeat_s`, through JAX's
-own coordination service; one that hangs, within `hosts.stall_s`, through the watch below.
+Every process runs the same command. An error that one process meets ends all of them at once, with its exit code
+(`together`). A process that dies ends the others within `hosts.heartbeat_s`, through JAX's own coordination service;
+one that hangs, within `hosts.stall_s`, through the watch below.
 """
 
 import contextlib
 import faulthandler
-import glob
-import importlib.util
+import json
 import os
 import signal
-import socket
-import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # the only way to JAX's own store of keys and values
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from specauf_jax.config import Hosts
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import Outcome, SpecaufError
+from specauf_jax.machine import on_tpu
 from specauf_jax.sharding import put_rows
+from specauf_jax.signals import hearing, leave
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
-_TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_FAILED, _HEARD = "specauf/failed", "specauf/heard"
+_LOOK_S, _TELL_S = 0.5, 5.0  # between two looks for others' failures; until all must have seen one
+_DAY_MS = 86_400_000
+
+
+def together(hosts: Hosts, work: Callable[[], Outcome]) -> Outcome:
+    """Run `work` as one of the run's processes; a failure in any of them ends all within seconds, with its code."""
+    with joined(hosts):
+        client = global_state.client
+        if client is None:
+            return work()
+        over = threading.Event()
+        looking = threading.Thread(target=_look_for_failures, args=(client, over), daemon=True)
+        looking.start()
+        try:
+            outcome = work()
+        except Exception as error:
+            time.sleep(2 * _LOOK_S)  # another process's failure may be the reason, and the better message
+            traceback.print_exc()
+            outcome = Outcome(1, f"{type(error).__name__}: {error}", failed=True)
+        if outcome.failed:
+            over.set()
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or the first process is gone
+                client.key_value_set(_FAILED, json.dumps([outcome.code, outcome.said, global_state.process_id]))
+            _wait_until_heard(client)
+            leave(outcome.said, outcome.code)
+        client.wait_at_barrier("specauf/done", _DAY_MS)  # for the one that writes the results
+        over.set()
+        looking.join()
+        return outcome
+
+
+def _look_for_failures(client, over: threading.Event) -> None:
+    while not over.wait(_LOOK_S):
+        try:
+            code, said, index = json.loads(client.key_value_try_get(_FAILED))
+        except jax.errors.JaxRuntimeError:  # there is none, or no first process any more, which JAX notices by itself
+            continue
+        if index != global_state.process_id:
+            _wait_until_heard(client)
+            leave(f"process {index}: {said}", code)
+
+
+def _wait_until_heard(client) -> None:
+    """Until every process knows of the failure: the first to leave takes the connections with it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.wait_at_barrier(_HEARD, round(1000 * _TELL_S))
 
 
 @contextlib.contextmanager
@@ -36,7 +84,7 @@ def joined(hosts: Hosts) -> Iterator[None]:
     Raises:
       SpecaufError: the others could not be joined.
     """
-    if hosts.coordinator is None and not _in_slurm_step() and not _on_tpu():
+    if hosts.coordinator is None and not _in_slurm_step() and not on_tpu():
         yield
         return
     # SIGTERM is for `Watch`, which also hears it while a program compiles.
@@ -44,7 +92,7 @@ def joined(hosts: Hosts) -> Iterator[None]:
     # JAX would end the process with a stack trace of its own.
     late = threading.Timer(
         hosts.join_s,
-        lambda: _leave(
+        lambda: leave(
             f"not all processes of the run came within {hosts.join_s} s (--hosts.join-s): look at the other hosts, "
             "and whether --hosts.coordinator can be reached",
             1,
@@ -77,12 +125,6 @@ def joined(hosts: Hosts) -> Iterator[None]:
 
 def _in_slurm_step() -> bool:
     return all(name in os.environ for name in _SLURM)
-
-
-def _on_tpu() -> bool:
-    """A machine with TPU chips, and JAX free to use them."""
-    allowed = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
-    return "tpu" in allowed and importlib.util.find_spec("libtpu") is not None and any(map(glob.glob, _TPU_CHIPS))
 
 
 def is_primary() -> bool:
@@ -126,12 +168,8 @@ class Watch:
         self._done = threading.Event()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python lets no other take signals
-            self._ears, mouth = socket.socketpair()
-            mouth.setblocking(False)
-            self._before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(mouth.fileno()), mouth
-            # The byte of the wake-up descriptor comes at once, a Python handler not while a program compiles.
-            threading.Thread(target=self._listen, daemon=True).start()
+        self._ears = hearing(signal.SIGTERM, self._stop)
+        self._ears.__enter__()
         threading.Thread(target=self._look, daemon=True).start()
         return self
 
@@ -139,16 +177,13 @@ class Watch:
         self._done.set()
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             # Not by way of the finally clauses, which would wait for whoever is gone.
-            _leave(
+            time.sleep(2 * _LOOK_S)  # its own failure would be the better message
+            leave(
                 f"another process is gone, or the devices failed: {str(error).strip().splitlines()[0]}. This process "
                 "ends too. Run again: it goes on from the newest checkpoint",
                 1,
             )
-        if threading.current_thread() is threading.main_thread():
-            handler, descriptor, mouth = self._before
-            signal.signal(signal.SIGTERM, handler)
-            signal.set_wakeup_fd(descriptor)
-            mouth.close()
+        self._ears.__exit__(None, None, None)
 
     def beat(self) -> None:
         """The loop is alive: the first call starts the clock, each step ends with one."""
@@ -164,19 +199,16 @@ class Watch:
         before, self._agreed = self._agreed, _any_process(self._requested, mesh)
         return before is not None and bool(jax.device_get(before.addressable_data(0)))
 
-    def _listen(self) -> None:
-        while received := self._ears.recv(64):
-            if signal.SIGTERM in received:
-                self._requested = True
-                if not self._steps:
-                    _leave("SIGTERM before the first step: nothing to save", self._hosts.stopped_code)
-        self._ears.close()
+    def _stop(self) -> None:
+        self._requested = True
+        if not self._steps:
+            leave("SIGTERM before the first step: nothing to save", self._hosts.stopped_code)
 
     def _look(self) -> None:
         while not self._done.wait(min(1.0, self._hosts.stall_s / 4)):
             if self._beat is not None and time.monotonic() - self._beat > self._hosts.stall_s:
                 faulthandler.dump_traceback()
-                _leave(
+                leave(
                     f"no step for {self._hosts.stall_s} s (--hosts.stall-s): this process, or one that it waits for, "
                     "hangs; above is where. Run again: it goes on from the newest checkpoint",
                     1,
@@ -189,9 +221,3 @@ def _any_process(flag: bool, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 _any = jax.jit(lambda flags: flags.any())
-
-
-def _leave(reason: str, code: int) -> None:
-    """End this process from a thread of it, whatever the others are doing."""
-    print(f"specauf: {reason}", file=sys.stderr, flush=True)
-    os._exit(code)

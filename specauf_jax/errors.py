@@ -1,15 +1,33 @@
 """What ends a command early: bad input (what was found, what was expected, what to do), or a request to stop."""
 
+from dataclasses import dataclass
+
 
 class SpecaufError(Exception):
     """Bad input met at an edge (config, data, checkpoint, file); never raised inside jit.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with `code`: 2, not worth another try.
     """
+
+    code = 2
 
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"{found}\n  expected: {expected}\n  to do:    {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+class IOFailed(SpecaufError):
+    """A disk or a network failed at work: another try may succeed (EX_IOERR of sysexits.h)."""
+
+    code = 74
+
+
+_WRONG_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+def io_error(found: str, error: OSError, expected: str, remedy: str) -> SpecaufError:
+    """What an OSError means: a path that cannot be right, or a failure that another try may get over."""
+    return (SpecaufError if isinstance(error, _WRONG_PATHS) else IOFailed)(found, expected, remedy)
 
 
 class Stopped(Exception):
@@ -18,3 +36,12 @@ class Stopped(Exception):
     def __init__(self, saved: str, code: int):
         super().__init__(saved)
         self.code = code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code, what to say of it, and whether an error ended it."""
+
+    code: int
+    said: str = ""
+    failed: bool = False

@@ -5,6 +5,7 @@ know neither folders, nor renaming, nor appending: `local_copy`, `storage.upload
 """
 
 import contextlib
+import fcntl
 import glob
 import hashlib
 import json
@@ -18,7 +19,7 @@ from typing import TypeAlias
 from etils import epath
 
 from specauf_jax import storage
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import SpecaufError, io_error
 
 AnyPath: TypeAlias = "Path | epath.Path"
 _READINGS = 5  # of objects that change under the reading
@@ -33,9 +34,12 @@ def as_path(path) -> AnyPath:
     """A path that a user gave, with pathlib's methods whatever it names.
 
     Raises:
-      SpecaufError: another scheme than gs://, no gcsfs, or a bucket that is not there or not open to this account.
+      SpecaufError: empty, another scheme than gs://, no gcsfs, or a bucket that is not there or not open to this
+        account.
     """
     text = str(path)
+    if not text.strip():
+        raise SpecaufError("an empty path", "the name of a file or folder", "look for an unset variable")
     if is_remote(text):
         storage.check_bucket(text.removeprefix("gs://").partition("/")[0])
         return epath.Path(text)
@@ -45,8 +49,8 @@ def as_path(path) -> AnyPath:
 
 
 def absolute(path) -> AnyPath:
-    """The same without "." and "..", so that it has a name and siblings."""
-    return as_path(path) if is_remote(path) else Path(os.path.abspath(path))
+    """The same without ".", ".." and links, so that it has a name and siblings."""
+    return as_path(path) if is_remote(path) else Path(os.path.realpath(path))
 
 
 def existing_folder(folder, what: str) -> AnyPath:
@@ -84,9 +88,8 @@ def read_json(path, what: str) -> dict:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise SpecaufError(f"{path} does not exist", f"a file with {what}", "check the path") from error
     except OSError as error:
-        raise SpecaufError(
-            f"{path} cannot be read: {error.strerror or error}", f"a file with {what}", "check the file"
-        ) from error
+        found = f"{path} cannot be read: {error.strerror or error}"
+        raise io_error(found, error, f"a file with {what}", "check the file") from error
     except ValueError as error:  # UnicodeDecodeError is one
         raise SpecaufError(f"{path} is not JSON: {error}", f"a file with {what}", "restore the file") from error
     if not isinstance(values, dict):
@@ -139,6 +142,7 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def _write_beside(path: Path, data: bytes) -> None:
+    path = Path(os.path.realpath(path))  # a link stays
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,11 +157,82 @@ def _write_beside(path: Path, data: bytes) -> None:
 
 
 def _unwritable(path: AnyPath, error: OSError) -> SpecaufError:
-    return SpecaufError(
-        f"{path} cannot be written: {error.strerror or error}",
-        "a writable path and free space",
+    return io_error(
+        f"{path} cannot be written: {error.strerror or error}", error, "a writable path and free space",
         "free space or choose another path",
-    )
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Before the work: whether its result can be written, and what it would overwrite
+
+
+def output_file(path, *inputs) -> AnyPath:
+    """The path of a file that a command will write when its work is done.
+
+    Args:
+      path: a user's.
+      inputs: what the command reads; None where it reads nothing.
+
+    Raises:
+      SpecaufError: it names a folder, a device, or what the command reads; or it cannot be written there.
+    """
+    path = as_path(path)
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or pipe"
+        raise SpecaufError(f"{path} is {what}", "a file to write", "choose another --out")
+    check_apart(path, *inputs)
+    check_writable(path)
+    return path
+
+
+def check_apart(path, *inputs) -> None:
+    """Refuse to write over what a command reads, or into it."""
+    for read in (each for each in inputs if each is not None):
+        if absolute(read) in (absolute(path), *absolute(path).parents):
+            raise SpecaufError(f"{path} would be written over {read}, which the command reads",
+                               "another place for what it writes", "choose another --out")  # fmt: skip
+
+
+def check_writable(path, room: int = 0) -> None:
+    """Refuse a local path that cannot be made, or whose disk has less than `room` bytes free."""
+    if is_remote(path):
+        return
+    path = absolute(path)
+    there = path if path.exists() else next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
+    if there != path and not there.is_dir():
+        raise SpecaufError(f"{there} is no folder", f"a folder for {path.name}", "choose another --out")
+    if not os.access(there, os.W_OK):
+        raise SpecaufError(f"{there} cannot be written", "a path that this user may write", "choose another --out")
+    free = shutil.disk_usage(there).free
+    if free < room:
+        raise SpecaufError(f"{free / 2**20:,.1f} MiB free in {there}", f"{room / 2**20:,.1f} MiB for what is saved",
+                           "free space, or choose another --out")  # fmt: skip
+
+
+@contextlib.contextmanager
+def sole_user(folder) -> Iterator[None]:
+    """This process alone works in a local folder (made if needed) until the end; a killed one leaves no lock behind.
+
+    Raises:
+      SpecaufError: another one does.
+    """
+    if is_remote(folder):
+        yield
+        return
+    folder = absolute(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise SpecaufError(f"another job is at work in {folder}", "a folder for each job",
+                                   "wait until it has ended, or choose another --out") from error  # fmt: skip
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -198,6 +273,7 @@ def check_absent(folder) -> None:
       SpecaufError: it does.
     """
     folder = as_path(folder)
+    check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() or os.path.lexists(folder):
@@ -291,9 +367,10 @@ def _swap(new: Path, folder: Path) -> None:
 def _put_back(folder: AnyPath) -> AnyPath:
     """Undo a replacement that was killed between its two renames; every reader and writer does so first."""
     if not is_remote(folder) and not folder.exists():
-        for old in _hidden(folder)[-1:]:
+        real = Path(os.path.realpath(folder))
+        for old in _hidden(real)[-1:]:
             with contextlib.suppress(OSError):  # another process was quicker, or may write here
-                old.rename(folder)
+                old.rename(real)
     return folder
 
 

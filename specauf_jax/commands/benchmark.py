@@ -20,7 +20,7 @@ from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass
-from specauf_jax.files import existing_folder, write_text
+from specauf_jax.files import existing_folder, output_file, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
@@ -52,6 +52,7 @@ class Method:
 
 def benchmark(config: Benchmark, console: Console) -> dict:
     """Measure, print a table, write `config.out`; returns what was written."""
+    out = output_file(config.out, config.target, config.prompts)
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
@@ -73,7 +74,7 @@ def benchmark(config: Benchmark, console: Console) -> dict:
     }
     results = {"decoding": decoding, "meta": meta}
     if is_primary():
-        write_text(config.out, json.dumps(results, indent=2) + "\n")
+        write_text(out, json.dumps(results, indent=2) + "\n")
     _show(results, console)
     return results
 

@@ -25,7 +25,7 @@ from specauf_jax.data.loader import make_loader
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.timing import spread
-from specauf_jax.files import as_path, write_text
+from specauf_jax.files import as_path, output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.models.layers import cast
 from specauf_jax.models.resolve import fitted, resolve_drafter
@@ -42,7 +42,7 @@ _WARM_STEPS = 2
 
 def benchmark_train(config: BenchmarkTrain, console: Console) -> dict:
     """Measure, print a table, write `config.out`; returns what was written."""
-    recipe = read_recipe(Train, config.config)
+    out, recipe = output_file(config.out, config.config), read_recipe(Train, config.config)
     if _has_data(recipe):
         unused(config, "sequence_length", when=f"with the rows of {recipe.data}")
     start = recipe.init_from if config.drafter is None else config.drafter
@@ -52,7 +52,7 @@ def benchmark_train(config: BenchmarkTrain, console: Console) -> dict:
     meta |= {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
     results = {"training": measured, "meta": meta}
     if is_primary():
-        write_text(config.out, json.dumps(results, indent=2) + "\n")
+        write_text(out, json.dumps(results, indent=2) + "\n")
     return results
 
 

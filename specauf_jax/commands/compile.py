@@ -22,7 +22,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure
-from specauf_jax.files import write_text
+from specauf_jax.files import output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
@@ -47,6 +47,7 @@ _DEVICES = {
 
 def compile_recipe(config: Compile, console: Console) -> int:
     """Print and write the report; returns the exit code: 1 if the step or the round does not fit."""
+    out = None if config.out is None else output_file(config.out, config.config)
     kind = config.topology.partition(":")[0]
     if kind not in _DEVICES:
         raise SpecaufError(f"topology {config.topology!r}", f"one of {', '.join(_DEVICES)}, as in v5e:4x4",
@@ -54,10 +55,10 @@ def compile_recipe(config: Compile, console: Console) -> int:
     recipe, drafter, target, mesh = _resolved(config)
     report = _report(config, recipe, drafter, target, mesh, console)
     _show(report, recipe, console)
-    if config.out is not None:
+    if out is not None:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
         meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
-        write_text(config.out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
+        write_text(out, json.dumps(report | {"meta": meta}, indent=2) + "\n")
     return int(not report["fits"])
 
 
@@ -258,7 +259,7 @@ def _show_program(name: str, program: dict, console: Console) -> None:
     console.print("largest buffers:")
     for buffer in program["largest"]:
         line = f"{buffer['bytes'] / _GIB:8.2f} GiB {buffer['shape']} {buffer['name']}, {buffer['source'][-70:]}"
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False)
     parts = ", ".join(f"{part} {count / 1e12:,.1f}" for part, count in program["flops_by_part"].items())
     console.print(f"{program['flops'] / 1e12:,.1f} TFLOP ({parts})", highlight=False)
     whole, part = program["seconds"].values()

@@ -25,7 +25,7 @@ from specauf_jax.evaluation.doctor.variants import (
     variants_of,
 )
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.files import as_path, write_text
+from specauf_jax.files import output_file, write_text
 from specauf_jax.models.weights import load_drafter
 
 _MARKS: dict[Level, tuple[str, str]] = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim")}
@@ -34,7 +34,7 @@ _STYLES: dict[Verdict, str] = {"yes": "green", "converted": "green", "differentl
 
 def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
-    out = None if config.out is None else as_path(config.out)
+    out = None if config.out is None else output_file(config.out, config.target, config.drafter, config.prompts)
     folder = read_folder(config.drafter, config.target)
     findings = read_findings(folder)
     decoded, refusal = _decode(config, folder, _prompts(config, folder), console)

@@ -6,6 +6,7 @@ import statistics
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from specauf_jax.checks import named
 from specauf_jax.commands.evaluate_settings import Evaluate
@@ -16,13 +17,14 @@ from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
-from specauf_jax.files import as_path, existing_folder, read_json, write_text
+from specauf_jax.files import existing_folder, output_file, read_json, write_text
 from specauf_jax.sharding import make_mesh
 
 
 def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
-    out, files = as_path(config.out), named("--prompts", config.prompts, "FILE.jsonl")
+    files = named("--prompts", config.prompts, "FILE.jsonl")
+    out = output_file(config.out, config.target, config.drafter, *files.values())
     sets = {name: read_prompts(file)[: config.max_prompts or None] for name, file in files.items()}
     origin = _origin(config.drafter)
     mesh = make_mesh(config.mesh)
@@ -31,7 +33,7 @@ def evaluate(config: Evaluate, console: Console) -> dict:
         models = load_models(config.target, config.drafter, config.dtype, mesh, console)
         measured = {}
         for name, prompts in sets.items():
-            with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):
+            with console.status(Text(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes")):
                 measured[name] = _measure(models, prompts, config)
             console.print(f"{name}: {_line(_part(measured[name], models))}", highlight=False)
     parts = {name: _part(set_, models) for name, set_ in measured.items()}

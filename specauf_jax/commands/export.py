@@ -7,10 +7,10 @@ from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.commands.export_settings import Export
 from specauf_jax.config import TrainOptimisation
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import as_path, existing_folder, read_json
+from specauf_jax.files import as_path, check_apart, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.hf_config import read_drafter
-from specauf_jax.models.weights import load_drafter, save_drafter
+from specauf_jax.models.weights import check_drafter_folder, load_drafter, save_drafter
 from specauf_jax.recipes import from_dict
 from specauf_jax.sharding import placed
 from specauf_jax.training.checkpoint import Checkpoints, Damaged
@@ -20,6 +20,8 @@ from specauf_jax.training.step import TrainState, init_state, make_optimizer
 
 def export(config: Export, console: Console) -> None:
     """Write `config.out`."""
+    check_apart(config.out, config.drafter, config.target, config.run and as_path(config.run) / "checkpoints")
+    check_drafter_folder(config.out)
     if config.drafter is not None:
         params, drafter = load_drafter(config.drafter)
         origin = as_path(config.drafter) / "specauf.json"

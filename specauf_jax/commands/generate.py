@@ -17,7 +17,7 @@ from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
-from specauf_jax.files import AnyPath, as_path, write_text
+from specauf_jax.files import AnyPath, output_file, write_text
 from specauf_jax.sharding import make_mesh
 
 
@@ -26,7 +26,7 @@ def generate(config: Generate, console: Console) -> None:
     prompts = read_prompts(config.prompts)
     if config.out is None and jax.process_count() > 1:
         raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
-    out = None if config.out is None else as_path(config.out)
+    out = None if config.out is None else output_file(config.out, config.target, config.drafter, config.prompts)
     # What streams is one row, which only a mesh without batch axes can spread.
     devices = None if config.out is not None else jax.devices()[: max(config.mesh.tensor, 1)]
     mesh = make_mesh(config.mesh, devices)
@@ -101,7 +101,8 @@ def _stream_all(models: Models, prompts: list[Prompt], config: Generate, console
 
         accepted += [g.accepted for g in answer(models.tokenizer, [prompt], run)[0]]
     console.print(
-        f"[dim]{len(prompts)} prompts, {sum(map(len, accepted))} rounds, tau {tau_micro(accepted):.3f}[/dim]",
+        f"{len(prompts)} prompts, {sum(map(len, accepted))} rounds, tau {tau_micro(accepted):.3f}",
+        style="dim",
         highlight=False,
     )
 
@@ -131,5 +132,5 @@ def _stream_one(models: Models, request, index: int, config: Generate, console: 
             console.print(Text(text[len(shown) :], style=style), end="")
             shown = text
         history.append(accepted)
-    console.print(f"\n[dim]── {len(tokens)} tokens in {len(history)} rounds[/dim]\n", highlight=False)
+    console.print(f"\n── {len(tokens)} tokens in {len(history)} rounds\n", style="dim", highlight=False)
     return Generation(prompt=list(request), tokens=tokens, accepted=history)

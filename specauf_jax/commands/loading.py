@@ -63,7 +63,7 @@ class Models:
 
 def load_target_with_bar(folder, dtype: Dtype, console: Console, mesh=None) -> tuple[dict, Target]:
     """`load_target` with a progress bar on a terminal."""
-    columns = TextColumn("reading {task.description}"), BarColumn(bar_width=24), TaskProgressColumn()
+    columns = TextColumn("reading {task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn()
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:

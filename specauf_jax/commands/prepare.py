@@ -20,7 +20,7 @@ from specauf_jax.data.preview import print_example, print_summary
 from specauf_jax.data.sources import BadRecord, BadRecords, Record
 from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import fresh_folder
+from specauf_jax.files import check_absent, fresh_folder
 
 
 @dataclass
@@ -45,6 +45,7 @@ def prepare(config: Prepare, console: Console) -> dict:
     Raises:
       SpecaufError: a source or records that cannot be used; `config.out` is left as it was.
     """
+    check_absent(config.out)
     source = _open_source(config)
     tfds_source.import_tfds()
     bad, counts = BadRecords(config.max_bad_records, console), Counts()

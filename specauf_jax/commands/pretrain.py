@@ -7,11 +7,11 @@ from rich.console import Console
 from specauf_jax.checks import unused
 from specauf_jax.commands.loading import read_data
 from specauf_jax.commands.pretrain_settings import Pretrain
-from specauf_jax.commands.record import announce, run_record
+from specauf_jax.commands.record import announce, check_room, run_folder, run_record
 from specauf_jax.data.loader import make_loader
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.environment import float32_precision
-from specauf_jax.files import as_path
+from specauf_jax.files import AnyPath, as_path
 from specauf_jax.flops import pretrain_flops
 from specauf_jax.models.weights import save_target
 from specauf_jax.sharding import check_batch, local_rows, make_mesh
@@ -21,7 +21,12 @@ from specauf_jax.training.step import place_pretrain_step
 
 def pretrain(config: Pretrain, console: Console) -> None:
     """Train, then write `out/target` in Hugging Face layout with the tokenizer."""
-    data, out, train = as_path(config.data), as_path(config.out), config.train
+    with run_folder(config.out, "target", config.data) as out:
+        _pretrain(config, out, console)
+
+
+def _pretrain(config: Pretrain, out: AnyPath, console: Console) -> None:
+    data, train = as_path(config.data), config.train
     manifest = read_data(data)
     if config.target.vocab_size != manifest["vocab_size"]:
         unused(config.target, "vocab_size", when=f"for a tokenizer of {manifest['vocab_size']} tokens")
@@ -29,6 +34,7 @@ def pretrain(config: Pretrain, console: Console) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(train.batch_size, train.accumulation, mesh)
     placed = place_pretrain_step(config.target, train, mesh)
+    check_room(out, placed.state, train.keep_last)
     parts = pretrain_flops(config.target, rows=train.batch_size, sequence_length=manifest["sequence_length"])
     with float32_precision(train.dtype):
         run = Run(

@@ -5,13 +5,15 @@ from rich.table import Table
 
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.evaluation.page import DASH, render
-from specauf_jax.evaluation.runs import Run, read_benchmark, read_runs
-from specauf_jax.files import as_path, write_text
+from specauf_jax.evaluation.runs import Run, parse_run, read_benchmark, read_runs
+from specauf_jax.files import output_file, write_text
 
 
 def write_report(config: Report, console: Console) -> str:
     """Read the runs, print their tau, write the page (a failure leaves any older page as it was); returns its path."""
-    out, runs = as_path(config.out), read_runs(config.runs)
+    runs = read_runs(config.runs)
+    files = [path for text in config.runs for path in parse_run(text)[1] if path.is_file()]
+    out = output_file(config.out, config.benchmark, *files)
     speeds = read_benchmark(config.benchmark) if config.benchmark else None
     write_text(out, render(runs, speeds))
     print_tau(runs, console)

@@ -10,7 +10,7 @@ from rich.console import Console
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.checks import unused
 from specauf_jax.commands.loading import load_target_with_bar, read_data
-from specauf_jax.commands.record import announce, run_record
+from specauf_jax.commands.record import announce, check_room, run_folder, run_record
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
@@ -21,7 +21,7 @@ from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.files import as_path
+from specauf_jax.files import AnyPath, as_path
 from specauf_jax.flops import needed_flops, step_flops
 from specauf_jax.models.heads import head_settings, make_head
 from specauf_jax.models.hf_config import write_drafter
@@ -46,7 +46,13 @@ _ROWS_LOOKED_AT = 64  # rows of a dataset that are searched for an anchor before
 
 def train(config: Train, console: Console) -> None:
     """Train, then write `out/drafter` in z-lab layout."""
-    data, out = as_path(config.data), as_path(config.out)
+    inputs = config.target, config.data, config.init_from, *config.train.decode_files
+    with run_folder(config.out, "drafter", *inputs) as out:
+        _train(config, out, console)
+
+
+def _train(config: Train, out: AnyPath, console: Console) -> None:
+    data = as_path(config.data)
     target = target_config(config.target)
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
@@ -67,6 +73,7 @@ def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, me
     """Parameters, jitted step and data of a training run, spread over the mesh."""
     settings = config.train
     placed_step = place_drafter_step(loss, target, settings, mesh)
+    check_room(as_path(config.out), placed_step.state, settings.keep_last)
     parts = step_flops(
         loss.drafter,
         target,

@@ -12,7 +12,7 @@ from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.config import Dtype
 from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import AnyPath, as_path, existing_folder, local_copy, read_json, replace_folder
+from specauf_jax.files import AnyPath, as_path, check_writable, existing_folder, local_copy, read_json, replace_folder
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
@@ -63,7 +63,8 @@ def save_target(params: dict, config: Target, folder, *, eos_token_id: int | Non
     """Write a target in Hugging Face layout (float32); an existing folder is replaced whole."""
     tensors = {_target_name(name): x for name, x in flatten(params, np.float32).items()}
     values = hf_config.write_target(config, eos_token_id) | {"dtype": "float32"}
-    _write(folder, tensors, {"config.json": values}, replaceable=tuple(hf_config.TARGET_ARCHITECTURES))
+    check_target_folder(folder)
+    _write(folder, tensors, {"config.json": values})
 
 
 def load_drafter(
@@ -138,8 +139,8 @@ def save_drafter(
     files = {"config.json": values | {"dtype": dtype}}
     if provenance is not None:
         files["specauf.json"] = provenance
-    replaceable = (*hf_config.DRAFTER_ARCHITECTURES, "DFlashSpeculator")
-    _write(folder, flatten(params, _NUMPY[dtype]), files, replaceable)
+    check_drafter_folder(folder)
+    _write(folder, flatten(params, _NUMPY[dtype]), files)
 
 
 def _check_kind(params: dict, config: ResolvedDrafter) -> None:
@@ -183,9 +184,8 @@ def _check_tokenizer(folder: Path, config: Target) -> None:
         )
 
 
-def _write(folder, tensors: dict, json_files: dict[str, dict], replaceable: tuple[str, ...]) -> None:
+def _write(folder, tensors: dict, json_files: dict[str, dict]) -> None:
     """All files beside, then one rename, so that a reader sees the old folder or the new one."""
-    _check_replaceable(as_path(folder), replaceable)
     if not is_primary():
         return
     with replace_folder(folder) as new:
@@ -194,8 +194,19 @@ def _write(folder, tensors: dict, json_files: dict[str, dict], replaceable: tupl
             (new / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
+def check_target_folder(folder) -> None:
+    """Refuse a folder whose place a target cannot take."""
+    _check_replaceable(as_path(folder), tuple(hf_config.TARGET_ARCHITECTURES))
+
+
+def check_drafter_folder(folder) -> None:
+    """Refuse a folder whose place a drafter cannot take."""
+    _check_replaceable(as_path(folder), (*hf_config.DRAFTER_ARCHITECTURES, "DFlashSpeculator"))
+
+
 def _check_replaceable(folder: AnyPath, architectures: tuple[str, ...]) -> None:
     """Only a model of the same kind, or an empty folder, gives way to a new one."""
+    check_writable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     config = folder / "config.json"

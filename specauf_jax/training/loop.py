@@ -113,7 +113,7 @@ def _resume(run: Run, checkpoints: Checkpoints, console: Console) -> tuple[Train
         break
     for damaged, where in checkpoints.aside.items():
         text = f"checkpoint {damaged} is damaged and was moved to {where}"
-        console.print(text, style="yellow", highlight=False, markup=False)
+        console.print(text, style="yellow", highlight=False)
     if state is not None:
         run.loader.set_state(iterator)
         console.print(f"resuming {run.out} at step {step} of {run.train.steps}", highlight=False)
@@ -260,10 +260,12 @@ def _cut(log: AnyPath, path: Path, step: int) -> None:
     kept = []
     for line in read_bytes(log).decode(errors="replace").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+            row = json.loads(line)
         except ValueError:  # the kill cut the line itself
             continue
+        number = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(number, int) or number <= step:  # what somebody else wrote stays
+            kept.append(line)
     write_text(path, "".join(kept))
 
 
