@@ -5,6 +5,7 @@ body, and JAX with it, is imported when it runs.
 """
 
 import dataclasses
+import functools
 import importlib
 import io
 import logging
@@ -29,7 +30,7 @@ from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.errors import Outcome, SpecaufError, Stopped, io_error
-from specauf_jax.machine import choose_platform
+from specauf_jax.machine import check_platform, choose_platform
 from specauf_jax.recipes import read_recipe
 from specauf_jax.signals import INTERRUPTED
 
@@ -90,15 +91,17 @@ def _main(arguments: list[str]) -> object:
     settings, function = COMMANDS[arguments[0]]
     parsed = _parse(settings, arguments[0], arguments[1:])
 
-    def run(console=console):
-        module = importlib.import_module(f"specauf_jax.commands.{arguments[0].replace('-', '_')}")
-        return getattr(module, function)(parsed, console)
-
+    module = importlib.import_module(f"specauf_jax.commands.{arguments[0].replace('-', '_')}")
+    run = functools.partial(getattr(module, function), parsed)
     if not hasattr(parsed, "hosts"):
-        return run()
+        return run(console)
     from specauf_jax.distributed import is_primary, together
 
-    return together(parsed.hosts, lambda: _outcome(run if is_primary() else lambda: run(Console(quiet=True))))
+    def as_one_of_all():
+        check_platform()
+        return run(console if is_primary() else Console(quiet=True))
+
+    return together(parsed.hosts, lambda: _outcome(as_one_of_all))
 
 
 def _outcome(work: Callable[[], object]) -> Outcome:
@@ -112,11 +115,10 @@ def _outcome(work: Callable[[], object]) -> Outcome:
     except BrokenPipeError:
         raise
     except RuntimeError as error:
-        if "nable to initialize backend" not in str(error) and "nknown backend" not in str(error):
+        if not any(said in str(error) for said in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
-        platform = f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        refusal = SpecaufError(f"{platform}: {str(error).splitlines()[0]}", "a platform of this machine",
-                               "unset JAX_PLATFORMS, or set it to cpu")  # fmt: skip
+        refusal = SpecaufError(str(error).splitlines()[0], "work that fits the devices' memory",
+                               "take a smaller batch, shorter texts, bfloat16 or more devices")  # fmt: skip
         return Outcome(refusal.code, str(refusal), failed=True)
     except OSError as error:  # whatever the disk or the network did where no better message was found
         failure = io_error(str(error), error, "files that can be read and written, and free space",

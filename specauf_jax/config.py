@@ -153,7 +153,7 @@ class TrainOptimisation(Optimisation):
     """Settings of drafter training."""
 
     num_anchors: int | None = None
-    """A: blocks sampled per row; None takes 512, for domino 256."""
+    """A: blocks sampled per row; None takes 512, for domino 256, or all places of shorter rows."""
     slot_chunk: int = 256
     """Slots whose logits exist at one time, of every device."""
     head_slots: HeadSlots = "support"

@@ -4,6 +4,8 @@ import glob
 import importlib.util
 import os
 
+from specauf_jax.errors import SpecaufError
+
 _TPU_CHIPS = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
 
@@ -22,6 +24,19 @@ def choose_platform() -> None:
     os.environ["JAX_ENABLE_X64"] = "0"
     if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not any(map(glob.glob, _TPU_CHIPS + _GPUS)):
         os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def check_platform() -> None:
+    """Refuse a JAX_PLATFORMS that this machine does not have."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX has both
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        reason = str(error).splitlines()[0] if str(error) else "there is none"
+        raise SpecaufError(f"JAX_PLATFORMS={platforms}: {reason}", "a platform of this machine",
+                           "unset JAX_PLATFORMS, or set it to cpu") from error  # fmt: skip
 
 
 def _has_libtpu() -> bool:

@@ -65,7 +65,8 @@ def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
     own = recipe.objective
     with float32_precision(recipe.train.dtype):
         chosen = {name: own if own.name == name else Objective(name) for name in config.objectives}
-        losses = {name: loss_config(drafter, objective, recipe.base_objective, recipe.train)
+        S = read_manifest(recipe.data)["sequence_length"] if _has_data(recipe) else config.sequence_length
+        losses = {name: loss_config(drafter, objective, recipe.base_objective, recipe.train, S)
                   for name, objective in chosen.items()}  # fmt: skip
         placed = {name: place_drafter_step(loss, target, recipe.train, mesh) for name, loss in losses.items()}
         step = placed[config.objectives[0]]

@@ -81,7 +81,7 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
     place = f"for {mesh.size} devices of {config.topology}"
     with console.status(f"compiling {place}"):
         train, decode = _measured(config, _PROGRAMS, rows)
-    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": _loss(recipe, drafter).num_anchors}
+    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": _loss(recipe, drafter, S).num_anchors}
     train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
     decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
     for program in (train, decode):
@@ -188,13 +188,13 @@ def _devices(config: Compile) -> list:
         ) from error
 
 
-def _loss(recipe: Train, drafter: ResolvedDrafter) -> LossConfig:
-    return loss_config(drafter, recipe.objective, recipe.base_objective, recipe.train)
+def _loss(recipe: Train, drafter: ResolvedDrafter, sequence_length: int) -> LossConfig:
+    return loss_config(drafter, recipe.objective, recipe.base_objective, recipe.train, sequence_length)
 
 
 def _train_step(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, sequence_length: int):
     """The program, and its arguments as shapes with shardings."""
-    step = place_drafter_step(_loss(recipe, drafter), target, recipe.train, mesh)
+    step = place_drafter_step(_loss(recipe, drafter, sequence_length), target, recipe.train, mesh)
 
     def rows() -> Batch:
         numbers = jnp.zeros((recipe.train.batch_size, sequence_length), jnp.int32)

@@ -1,6 +1,7 @@
 """`specauf regenerate`: a dataset whose supervised tokens are the target's own."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
@@ -35,10 +36,11 @@ from specauf_jax.files import (
 )
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.target import TargetStep
-from specauf_jax.models.weights import target_config
+from specauf_jax.models.weights import target_config, weights_digest
 from specauf_jax.sharding import make_mesh
 
 _BATCHES_PER_PART = 2  # finished work is saved this often
+_FREE = ("mesh", "hosts", "out")  # settings that change no answer
 
 
 def regenerate(config: Regenerate, console: Console) -> dict:
@@ -51,6 +53,12 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     parts = out.with_name(f"{out.name}.parts")
     target = target_config(config.target)
     manifest = read_data(data, target)
+    if config.max_new_tokens > manifest["sequence_length"]:
+        raise SpecaufError(
+            f"max_new_tokens {config.max_new_tokens} for rows of {manifest['sequence_length']} tokens",
+            "answers that a row can hold",
+            "lower --max-new-tokens",
+        )
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     announce(config.out, mesh, console)
@@ -79,7 +87,7 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             "lower --prompt-length",
         )
     if is_primary():
-        _begin(parts, config)
+        _begin(parts, config, documents)
     size = config.batch_size * _BATCHES_PER_PART
     chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
     there = {path.name for path in parts.iterdir()} if is_primary() else set()
@@ -149,10 +157,14 @@ def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
     return kept
 
 
-def _begin(parts: AnyPath, config: Regenerate) -> None:
-    """Make the folder of finished parts, or check that those there were made with the same settings."""
+def _begin(parts: AnyPath, config: Regenerate, documents: list[Document]) -> None:
+    """Make the folder of finished parts, or check that those there are of the same data and settings."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    settings = {name: value for name, value in settings.items() if name not in ("mesh", "hosts")}
+    settings = {name: value for name, value in settings.items() if name not in _FREE}
+    settings |= {"data": _digest(documents), "target": weights_digest(config.target)}
+    if not (parts / "settings.json").exists() and parts.exists() and any(parts.iterdir()):
+        raise SpecaufError(f"{parts} holds something else", "the parts of an interrupted regeneration, or nothing",
+                           f"move it away, or choose another --out than {config.out}")  # fmt: skip
     if (parts / "settings.json").exists():
         found = read_json(parts / "settings.json", "the settings of an interrupted regeneration")
         if found != settings:
@@ -163,6 +175,15 @@ def _begin(parts: AnyPath, config: Regenerate) -> None:
                 f"restore them, or delete {parts}",
             )
     write_text(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _digest(documents: list[Document]) -> str:
+    """SHA-256 of all tokens and loss masks."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for array in (document.tokens, document.loss_mask):
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+    return digest.hexdigest()
 
 
 def _save(path: AnyPath, documents: list[Document]) -> None:

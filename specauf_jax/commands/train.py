@@ -57,7 +57,7 @@ def _train(config: Train, out: AnyPath, console: Console) -> None:
     manifest = read_data(data, target)
     drafter = _drafter(config, target, manifest)
     _check_branches(config, drafter)
-    loss = loss_config(drafter, config.objective, config.base_objective, config.train)
+    loss = loss_config(drafter, config.objective, config.base_objective, config.train, manifest["sequence_length"])
     _check_rows(config, loss, manifest)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)

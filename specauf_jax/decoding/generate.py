@@ -173,7 +173,8 @@ def start(
     rows = (batch.tokens, batch.length, limit, draws)
     if mesh is not None:
         rows = jax.device_put(rows, batch_sharding(mesh))
-    how = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p), jnp.uint32(seed))
+    top_k = min(sampling.top_k, np.iinfo(np.int32).max)  # no vocabulary is larger
+    how = (jnp.float32(sampling.temperature), jnp.int32(top_k), jnp.float32(sampling.top_p), jnp.uint32(seed))
     return _start(drafter_params, target_params, *rows, how, config=config, max_new_tokens=max_new_tokens, mesh=mesh)
 
 

@@ -24,7 +24,9 @@ def distribution(logits, temperature, top_k, top_p) -> jax.Array:
     """
     V = logits.shape[-1]
     per_row = (slice(None), None, None)
-    heated = logits / jnp.where(temperature > 0, temperature, 1.0)[per_row]
+    # Below the largest, so that no temperature, however low, makes infinities of which nothing can be told.
+    below = logits - logits.max(-1, keepdims=True)
+    heated = below / jnp.where(temperature > 0, temperature, 1.0)[per_row]
     order = jnp.argsort(-heated, axis=-1, stable=True)  # most likely first; of equals the lower id
     ranked = jnp.take_along_axis(heated, order, axis=-1)
     k = jnp.where(top_k > 0, top_k, V)[per_row]

@@ -1,6 +1,8 @@
 """Checkpoints that other systems read: Hugging Face targets, z-lab and speculators drafters, in and out."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +22,7 @@ from specauf_jax.models.tensors import Progress, flatten, read_tree, tensor_file
 from specauf_jax.sharding import parameter_sharding
 
 Layout = Literal["zlab", "specforge", "speculators"]
+_TAIL_BYTES = 2**20
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -57,6 +60,18 @@ def load_target(
 def target_config(folder) -> Target:
     """Architecture of the checkpoint in `folder`, from its config.json alone."""
     return hf_config.read_target(*_read_config(folder, "a target, of `specauf pretrain` or from Hugging Face"))
+
+
+def weights_digest(folder) -> str:
+    """SHA-256 that tells a model from another one: of config.json, and of each weights file's size and last bytes."""
+    folder, digest = local_copy(folder), hashlib.sha256()
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(set(tensor_files(folder).values())):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - _TAIL_BYTES, 0))
+            digest.update(size.to_bytes(8, "little") + file.read())
+    return digest.hexdigest()
 
 
 def save_target(params: dict, config: Target, folder, *, eos_token_id: int | None = None) -> None:

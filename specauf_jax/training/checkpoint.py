@@ -33,6 +33,9 @@ _FREE = (
 )
 
 
+_PATHS = ("target", "data", "init_from")
+
+
 class Damaged(Exception):
     """A checkpoint that cannot be read, or does not hold what was saved."""
 
@@ -169,7 +172,10 @@ def _bad_scores(folder) -> dict[int, str]:
 
 
 def _check_config(folder, saved: dict, current: dict) -> None:
-    saved, current = _flat(saved), _flat(current)
+    saved, current = (_flat(config) for config in (saved, current))
+    for name in _PATHS:  # a path may be spelled in many ways
+        saved, current = (flat | {name: str(absolute(flat[name]))} if isinstance(flat.get(name), str) else flat
+                          for flat in (saved, current))  # fmt: skip
     differing = sorted(
         key for key in saved.keys() | current.keys() if not key.startswith(_FREE) and saved.get(key) != current.get(key)
     )

@@ -37,13 +37,15 @@ class LossConfig:
         return self.objective.stop if self.head_slots == "support" and self.drafter.head.skips_slots else None
 
 
-def loss_config(drafter: ResolvedDrafter, objective: Objective, base: Objective, train: TrainOptimisation):
-    """The LossConfig of a training run's settings."""
+def loss_config(
+    drafter: ResolvedDrafter, objective: Objective, base: Objective, train: TrainOptimisation, sequence_length: int
+):
+    """The LossConfig of a training run's settings, for rows of this many tokens."""
     return LossConfig(
         drafter=drafter,
         objective=objective,
         base_objective=base,
-        num_anchors=train.num_anchors or drafter.head.num_anchors,
+        num_anchors=train.num_anchors or min(drafter.head.num_anchors, sequence_length - 1),
         slot_chunk=train.slot_chunk,
         head_slots=train.head_slots,
         dtype=train.dtype,
