@@ -1,7 +1,9 @@
 """`specauf` and `python -m specauf_jax`."""
 
+import os
 import sys
 
+from specauf_jax.errors import IOFailed
 from specauf_jax.signals import INTERRUPTED, interruptible
 
 
@@ -11,9 +13,12 @@ def run() -> int:
         try:
             from specauf_jax.cli import main
 
-            return main()
+            code = main()
         except KeyboardInterrupt:
-            return INTERRUPTED
+            code = INTERRUPTED
+    if code == IOFailed.code:  # what runs at Python's end would write once more, and complain at length
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> object:
     # A log has no width of its own: 80 columns, as if it were a terminal's, would cut the widest tables.
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120, markup=False)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every step, and of errors that it raises too
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
@@ -94,6 +94,8 @@ def _main(arguments: list[str]) -> object:
     module = importlib.import_module(f"specauf_jax.commands.{arguments[0].replace('-', '_')}")
     run = functools.partial(getattr(module, function), parsed)
     if not hasattr(parsed, "hosts"):
+        if "jax" in sys.modules:
+            check_platform()
         return run(console)
     from specauf_jax.distributed import is_primary, together
 

@@ -1,5 +1,7 @@
 """What ends a command early: bad input (what was found, what was expected, what to do), or a request to stop."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -28,6 +30,16 @@ _WRONG_PATHS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 def io_error(found: str, error: OSError, expected: str, remedy: str) -> SpecaufError:
     """What an OSError means: a path that cannot be right, or a failure that another try may get over."""
     return (SpecaufError if isinstance(error, _WRONG_PATHS) else IOFailed)(found, expected, remedy)
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Inside, an OSError is a failure of the disk or the network: that paths are right was asked before."""
+    try:
+        yield
+    except OSError as error:
+        raise IOFailed(str(error), "files that can be read and written, and free space",
+                       "look at the disk, then run again: it goes on from what was saved") from error  # fmt: skip
 
 
 class Stopped(Exception):

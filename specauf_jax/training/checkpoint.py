@@ -4,6 +4,7 @@ Each carries a checksum of every array, over the numbers themselves: whatever ha
 mesh it is read, what comes back is what was saved, or is refused.
 """
 
+import contextlib
 import json
 import time
 
@@ -14,7 +15,7 @@ from jax import lax
 from orbax.checkpoint import checkpoint_managers
 
 from specauf_jax.distributed import everywhere, is_primary
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import IOFailed, SpecaufError
 from specauf_jax.files import absolute, move_folder, read_bytes
 
 # What may differ between a run and its continuation: a name, or all that begins so. The first line changes no weight,
@@ -78,7 +79,8 @@ class Checkpoints:
             config=ocp.args.JsonSave(config),
             checksums=ocp.args.JsonSave(_checksums(state)),
         )
-        self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score})
+        with _storing(self.folder):
+            self._manager.save(step, args=arguments, metrics=None if score is None else {"score": score})
 
     def latest(self) -> int | None:
         """The newest whole step."""
@@ -133,12 +135,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with _storing(self.folder):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait until all is written."""
-        self.wait()
-        self._manager.close()
+        with _storing(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def _read(self, step, **items) -> dict:
         # Every process for itself: with Orbax's barriers, one that fails would leave the others waiting in them.
@@ -155,6 +159,17 @@ class Checkpoints:
                 return {name: found[name] for name in items}
             except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                 raise Damaged(next(iter(str(error).strip().splitlines()), type(error).__name__)) from error
+
+
+@contextlib.contextmanager
+def _storing(folder):
+    """Orbax and TensorStore tell of a full disk in many ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise IOFailed(f"no checkpoint could be written to {folder}: {reason}", "a whole write, and free space",
+                       "look at the disk, then run again: the newest whole checkpoint counts") from error  # fmt: skip
 
 
 def _bad_scores(folder) -> dict[int, str]:

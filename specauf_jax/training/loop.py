@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from specauf_jax.config import Hosts, Optimisation
 from specauf_jax.data.loader import Loader
 from specauf_jax.distributed import Watch, is_primary
-from specauf_jax.errors import SpecaufError, Stopped
+from specauf_jax.errors import SpecaufError, Stopped, at_work
 from specauf_jax.files import AnyPath, GrowingFolder, read_bytes, write_text
 from specauf_jax.flops import PEAK_FLOPS
 from specauf_jax.sharding import put_rows
@@ -57,7 +57,7 @@ def train_loop(run: Run, console: Console) -> TrainState:
       Stopped: by SIGTERM, after saving.
     """
     checkpoints = Checkpoints(run.out / "checkpoints", run.train.keep_last)
-    with contextlib.closing(checkpoints), Watch(run.hosts) as watch, GrowingFolder(run.out) as files:
+    with at_work(), contextlib.closing(checkpoints), Watch(run.hosts) as watch, GrowingFolder(run.out) as files:
         state, first = _resume(run, checkpoints, console)
         if is_primary():
             record = run.config | {"environment": run.environment}
