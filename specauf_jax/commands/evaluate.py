@@ -14,6 +14,7 @@ from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
+from specauf_jax.evaluation.exactness import Comparison, compare, said
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
@@ -52,7 +53,7 @@ class Measured:
     speculative: list[Timed]
     autoregressive: list[Timed]
     prompts: list  # of each generation: which prompt it is a turn of
-    greedy: bool
+    comparison: Comparison
 
 
 def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measured:
@@ -85,18 +86,18 @@ def _measure(models: Models, prompts: list[Prompt], config: Evaluate) -> Measure
     timed(requests, models.autoregressive)
     passes = [(timed(requests, models.decoding), timed(requests, models.autoregressive)) for _ in range(config.repeats)]
     speculative, autoregressive = zip(*passes, strict=True)
-    return Measured(list(speculative), list(autoregressive), owners, greedy=config.sampling.temperature == 0)
+    comparison = Comparison()  # of draws only the distributions agree
+    if config.sampling.temperature == 0:
+        texts = speculative[-1].generations, autoregressive[-1].generations
+        comparison = compare(*texts, models.target_params, models.decoding, config.batch_size, models.mesh)
+    return Measured(list(speculative), list(autoregressive), owners, comparison)
 
 
 def _part(measured: Measured, models: Models) -> dict:
     """One set's entry of the results file."""
-    speculative, autoregressive = measured.speculative[-1].generations, measured.autoregressive[-1].generations
-    different = [i for i, (a, b) in enumerate(zip(speculative, autoregressive, strict=True)) if a.tokens != b.tokens]
-    part = acceptance_measures(speculative, models.decoding.block_size, measured.prompts)
-    if measured.greedy:
-        part |= {"exact": not different, "compared": len(speculative), "mismatches": len(different)}
-    else:  # draws differ between the methods; only their distributions agree
-        part |= {"exact": None, "compared": 0, "mismatches": 0}
+    generations = measured.speculative[-1].generations
+    part = acceptance_measures(generations, models.decoding.block_size, measured.prompts)
+    part |= measured.comparison.results()
     part |= _speed("", measured.speculative) | _speed("autoregressive_", measured.autoregressive)
     return part | {"speedup": part["tokens_per_s"] / part["autoregressive_tokens_per_s"]}
 
@@ -126,7 +127,8 @@ def _joined(measured: list[Measured]) -> Measured:
         return [join(passes) for passes in zip(*(getattr(m, which) for m in measured), strict=True)]
 
     prompts = [(number, prompt) for number, m in enumerate(measured) for prompt in m.prompts]
-    return Measured(repeats("speculative"), repeats("autoregressive"), prompts, measured[0].greedy)
+    comparison = sum((m.comparison for m in measured), Comparison())
+    return Measured(repeats("speculative"), repeats("autoregressive"), prompts, comparison)
 
 
 def _origin(drafter: str) -> dict:
@@ -153,10 +155,10 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
 
 
 def _line(part: dict) -> str:
-    exact = {True: "exact", False: f"{part['mismatches']} of {part['compared']} DIFFER", None: "sampled"}[part["exact"]]
     outside = part["tau_outside_loops"]
+    outside = "—" if outside is None else f"{outside:.3f}"
     return (
-        f"tau {part['tau_micro']:.3f} (outside loops {'—' if outside is None else format(outside, '.3f')}), {exact}, "
+        f"tau {part['tau_micro']:.3f} (outside loops {outside}), {said(part)}, "
         f"{part['tokens_per_s']:,.0f} tokens/s, {part['speedup']:.2f} × autoregressive"
     )
 
@@ -168,7 +170,7 @@ def _show(results: dict, console: Console) -> None:
         table.add_row(
             name,
             *("—" if n is None else f"{n:.3f}" for n in numbers),
-            str(part["exact"]),
+            said(part),
             f"{part['tokens_per_s']:,.0f}",
             f"{part['autoregressive_tokens_per_s']:,.0f}",
             f"{part['speedup']:.2f}",

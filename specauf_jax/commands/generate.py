@@ -12,17 +12,19 @@ from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
+from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.exactness import Comparison, compare, said
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.files import AnyPath, output_file, write_text
 from specauf_jax.sharding import make_mesh
 
 
-def generate(config: Generate, console: Console) -> None:
-    """Answer every prompt; write JSONL, or print as it comes."""
+def generate(config: Generate, console: Console) -> int:
+    """Answer every prompt; write JSONL, or print as it comes. Returns the exit code: 1 if --check fails."""
     prompts = read_prompts(config.prompts)
     if config.out is None and jax.process_count() > 1:
         raise SpecaufError("no --out on several hosts", "a file for the continuations", "pass --out FILE.jsonl")
@@ -35,18 +37,19 @@ def generate(config: Generate, console: Console) -> None:
         models = load_models(config.target, config.drafter, config.dtype, mesh, console)
         if config.out is None:
             _stream_all(models, prompts, config, console)
-        else:
-            _write_all(models, prompts, out, config, console)
+            return 0
+        return _write_all(models, prompts, out, config, console)
 
 
-def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, console: Console) -> None:
-    def run(requests, indices):
-        models.check_room(requests, config.max_new_tokens)
+def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Generate, console: Console) -> int:
+    comparison = Comparison()
+
+    def decoded(requests, indices, decoding: Decoding):
         return generate_tokens(
-            models.drafter_params,
+            models.drafter_params if decoding.drafter else None,
             models.target_params,
             requests,
-            config=models.decoding,
+            config=decoding,
             max_new_tokens=config.max_new_tokens,
             sampling=config.sampling,
             seed=config.seed,
@@ -56,13 +59,26 @@ def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Gene
             track=lambda batches: track(batches, "generating", console=console, disable=not console.is_terminal),
         )
 
+    def run(requests, indices):
+        nonlocal comparison
+        models.check_room(requests, config.max_new_tokens)
+        found = decoded(requests, indices, models.decoding)
+        if config.check:
+            texts = found, decoded(requests, indices, models.autoregressive)
+            comparison += compare(*texts, models.target_params, models.decoding, config.batch_size, models.mesh)
+        return found
+
     answers = answer(models.tokenizer, prompts, run)
     rows = [_row(models.tokenizer, turns) for turns in answers]
+    results = comparison.results()
+    code = int(results["exact"] is False)
     if not is_primary():
-        return
+        return code
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     tau = tau_micro([g.accepted for turns in answers for g in turns])
-    console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}", highlight=False)
+    checked = f", {said(results)}" if config.check else ""
+    console.print(f"{len(rows)} continuations written to {config.out}, tau {tau:.3f}{checked}", highlight=False)
+    return code
 
 
 def _row(tokenizer: Tokenizer, turns: list[Generation]) -> dict:

@@ -27,6 +27,8 @@ class Generate:
     """Rows that decode together; with --out."""
     out: str | None = None
     """JSONL to write; without it the text streams to the terminal, the drafter's share in colour."""
+    check: bool = False
+    """Also decode without the drafter and compare; exit code 1 if texts differ by more than rounding."""
     mesh: Mesh = Mesh()
     hosts: Hosts = Hosts()
 
@@ -34,12 +36,14 @@ class Generate:
         positive(self, "max_new_tokens", "batch_size")
         seed(self)
         if self.method == "autoregressive":
-            unused(self, "drafter", when="with --method autoregressive")
+            unused(self, "drafter", "check", when="with --method autoregressive")
         elif self.drafter is None:
             raise SpecaufError(
                 "--method speculative without --drafter",
                 "a drafter folder",
                 "pass --drafter DIR or --method autoregressive",
             )
+        if self.sampling.temperature > 0:
+            unused(self, "check", when="above temperature 0, where only distributions agree")
         if self.out is None:
-            unused(self, "batch_size", when="without --out, where one row streams at a time")
+            unused(self, "batch_size", "check", when="without --out, where one row streams at a time")

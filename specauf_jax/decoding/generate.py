@@ -14,7 +14,7 @@ from specauf_jax.decoding.speculate import draft_and_verify, prefill
 from specauf_jax.decoding.state import DecodeState, Decoding, init_state
 from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.layers import init_kv_cache
+from specauf_jax.models.layers import float_dtype, init_kv_cache
 from specauf_jax.sharding import batch_sharding, cache_sharding, placed
 
 GREEDY = Sampling()
@@ -182,7 +182,7 @@ def start(
 def _start(drafter_params, target_params, tokens, length, limit, draws, how, *, config, max_new_tokens, mesh):
     *how, seed = how
     B, P = tokens.shape
-    dtype = jax.tree.leaves(target_params)[0].dtype
+    dtype = float_dtype(target_params)
     room = P + max_new_tokens + config.block_size - 1
     caches = {"target_cache": config.target_step.init_cache(B, room, dtype), "drafter_cache": None}
     if config.model is not None:

@@ -174,6 +174,11 @@ def scan_first_layers(body, carry, layers: DecoderLayer, count: int):
     return lax.scan(step, carry, jnp.arange(count))[0]
 
 
+def float_dtype(params) -> jnp.dtype:
+    """Compute precision: that of the first parameter which is no whole number."""
+    return next(x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating))
+
+
 def cast(params, dtype):
     """Parameters in compute precision."""
     return jax.tree.map(lambda p: p.astype(dtype), params)
