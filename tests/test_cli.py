@@ -205,7 +205,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     assert digest("earlier/model.safetensors") != digest("drafter/model.safetensors")
 
     models = "--target pre/target --drafter drafter --max-new-tokens 6 --batch-size 2"
-    specauf(f"generate {models} --prompts prompts.jsonl --out speculative.jsonl")
+    assert ", exact" in specauf(f"generate {models} --prompts prompts.jsonl --out speculative.jsonl --check")
     alone = models.replace(" --drafter drafter", "")
     specauf(f"generate {alone} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
     speculative, plain = lines("speculative.jsonl"), lines("plain.jsonl")
@@ -229,7 +229,17 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     for part in (results["overall"], *results["sets"].values()):
         assert set(part) == {
             *("tau_micro", "tau_macro", "tau_outside_loops", "alpha", "rounds", "tokens", "prompts"),
-            *("exact", "compared", "mismatches", "tokens_per_s", "ms_per_token", "prefill_s", "speedup"),
+            *(
+                "exact",
+                "compared",
+                "mismatches",
+                "ties",
+                "largest_tie_gap",
+                "tokens_per_s",
+                "ms_per_token",
+                "prefill_s",
+                "speedup",
+            ),
             *("autoregressive_tokens_per_s", "autoregressive_ms_per_token", "autoregressive_prefill_s"),
         }
         assert part["exact"] is True and part["mismatches"] == 0 and len(part["alpha"]) == 3

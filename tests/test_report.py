@@ -103,6 +103,12 @@ def test_summary_names_the_run_that_is_not_exact_and_unlike_conditions(tmp_path,
     assert "not measured with the same temperature." in page
 
 
+def test_ties_are_told(tmp_path):
+    page = page_of(tmp_path, str(write(tmp_path / "tied.json", results(2.0, ties=2, largest_tie_gap=2e-6))))
+    assert "All 10 outputs compared were identical to the target's own, 2 of them but for two logits" in page
+    assert ["outputs identical to the target alone", "8 of 10, and 2 but for a tie"] in rows_of(page, "Origin")
+
+
 def test_outputs_that_were_not_compared_are_not_called_exact(tmp_path):
     page = page_of(tmp_path, str(write(tmp_path / "warm.json", results(2.0, compared=0, exact=None))))
     assert "Not compared with the target's own output: warm." in page and "were identical" not in page
@@ -267,7 +273,7 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, pair, mon
 
 def test_out_that_is_a_folder_is_refused(tmp_path, pair):
     (tmp_path / "page").mkdir()
-    with pytest.raises(SpecaufError, match="cannot be written"):
+    with pytest.raises(SpecaufError, match="is a folder"):
         write_report(Report(runs=pair, out=str(tmp_path / "page")), Console(quiet=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["auf", "decay", "page"]
 

@@ -22,6 +22,7 @@ from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.packing import unpack
 from specauf_jax.decoding.generate import generate
 from specauf_jax.environment import float32_precision
+from specauf_jax.evaluation.exactness import compare, said
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.sharding import make_mesh
@@ -37,10 +38,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with float32_precision("float32"):
-        return compare(arguments)
+        return measure(arguments)
 
 
-def compare(arguments: argparse.Namespace) -> int:
+def measure(arguments: argparse.Namespace) -> int:
     mesh = make_mesh(Mesh(), jax.devices()[:1])  # one device: a batch of one row cannot be spread
     models = load_models(arguments.target, arguments.drafter, "float32", mesh, Console())
     random = init_drafter(models.decoding.drafter, jax.random.key(arguments.seed))
@@ -63,11 +64,11 @@ def compare(arguments: argparse.Namespace) -> int:
             early = sum(len(g.tokens) < arguments.max_new_tokens for g in expected)
             for name, params in (("trained", models.drafter_params), ("random", random)):
                 found = run(params, together, batch_size)
-                different = sum(a.tokens != b.tokens for a, b in zip(expected, found, strict=True))
-                wrong += different
+                judged = compare(found, expected, models.target_params, together, batch_size, mesh)
+                wrong += judged.mismatches
                 tau = tau_micro([g.accepted for g in found])
                 print(f"{label} stop, batch {batch_size:2}, {name:7} drafter: tau {tau:.3f}, {early} stopped early, "
-                      f"{different} of {len(prompts)} differ", flush=True)  # fmt: skip
+                      f"{said(judged.results())}", flush=True)  # fmt: skip
     print("exact" if not wrong else f"{wrong} DIFFERENT")
     return 1 if wrong else 0
 

@@ -151,8 +151,11 @@ def differing_settings(runs: list[Run]) -> dict[str, list]:
 
 
 def _identical(run: Run) -> str:
-    compared = run.read(None, "compared")
-    return f"{compared - run.read(None, 'mismatches'):,} of {compared:,}" if compared else DASH
+    compared, ties = run.read(None, "compared"), run.read(None, "ties") or 0
+    if not compared:
+        return DASH
+    same = f"{compared - run.read(None, 'mismatches') - ties:,} of {compared:,}"
+    return f"{same}, and {ties:,} but for a tie" if ties else same
 
 
 def origin(runs: list[Run]) -> dict[str, list]:
@@ -194,7 +197,9 @@ def _exactness(measured: list[Run]) -> list[str]:
         )
     elif compared:
         total = sum(run.read(None, "compared") for run in compared)
-        said.append(f"All {total:,} outputs compared were identical to the target's own.")
+        ties = sum(run.read(None, "ties") or 0 for run in compared)
+        but = f", {ties:,} of them but for two logits that only rounding tells apart" if ties else ""
+        said.append(f"All {total:,} outputs compared were identical to the target's own{but}.")
     if unknown := [escape(run.name) for run in measured if run not in compared]:
         said.append(f"Not compared with the target's own output: {', '.join(unknown)}.")
     return said
