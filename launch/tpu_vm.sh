@@ -43,6 +43,7 @@ refuse() { # FOUND EXPECTED
 
 # Exit code of specauf after SIGTERM, so that "stopped, start me again" is not taken for "done".
 stopped_code=75
+failed_disk=74 # its exit code where a disk or the network failed: another try may succeed
 name='' zone='' type='' runtime='' project='' nodes=1 spot=true repository='' revision=HEAD max_restarts=100 poll_s=30
 delete=false dry_run=false command=()
 
@@ -217,7 +218,8 @@ set_up() {
 
 pack() {
   local line=(tar -czf "$scratch/specauf_jax.tar.gz" -C "$here/.." --exclude __pycache__ specauf_jax configs launch
-    pyproject.toml requirements.txt README.md LICENSE)
+    pyproject.toml requirements.txt README.md LICENSE -C "$scratch" REVISION)
+  git -C "$here/.." describe --always --dirty=+ --abbrev=12 > "$scratch/REVISION" 2> /dev/null || true
   if $dry_run; then { printf '%q ' "${line[@]}" && echo; } >&3; else "${line[@]}"; fi
 }
 
@@ -265,8 +267,8 @@ run_once() { # sets outcome: an exit code, or why to start again
     outcome="no worker told its exit code"
     return
   fi
-  if grep -qxE "$stopped_code|143|lost" <<< "$codes"; then
-    outcome="the command was stopped from outside"
+  if grep -qxE "$stopped_code|$failed_disk|143|lost" <<< "$codes"; then
+    outcome="the command was stopped from outside, or a disk or the network failed"
     return
   fi
   outcome=$(tail -n 1 <<< "$codes")

@@ -47,8 +47,13 @@ def _version(package: str) -> str | None:
 
 
 def _revision() -> str | None:
-    """Git revision of a source checkout, with "+" if it was changed."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    """Git revision of a source checkout, with "+" if it was changed; or what the file REVISION of a copy says."""
+    root = Path(__file__).parents[1]
+    if (root / "REVISION").is_file():
+        return (root / "REVISION").read_text().strip() or None
+    if not (root / ".git").exists():  # else git would tell of whatever repository this lies in
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

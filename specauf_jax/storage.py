@@ -77,11 +77,13 @@ def fetch(path: epath.Path, found: dict[str, str], copy: Path) -> bool:
         try:
             with storage_errors():
                 storage().get(names, [str(part / name) for name in names])
+            if generations(path) != found:
+                return False
+            part.rename(copy)
         except FileNotFoundError:
             return False
-        if generations(path) != found:
-            return False
-        part.rename(copy)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     return True
 
 

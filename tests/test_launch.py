@@ -507,7 +507,13 @@ def test_slurm_options_fit_what_the_script_relies_on():
 
 @pytest.mark.parametrize(
     ("code", "state", "requeued"),
-    [(0, "RUNNING", False), (75, "RUNNING", True), (75, "CANCELLED", False), (2, "RUNNING", False)],
+    [
+        (0, "RUNNING", False),
+        (75, "RUNNING", True),
+        (74, "RUNNING", True),
+        (75, "CANCELLED", False),
+        (2, "RUNNING", False),
+    ],
 )
 def test_slurm_requeues_what_was_stopped(code, state, requeued, tmp_path):
     done = slurm_job(tmp_path, f"exit {code}", JOB_STATE=state)

@@ -15,18 +15,18 @@ from jax import lax
 
 from specauf_jax.kernels.chunks import map_chunks
 from specauf_jax.objectives import LabelScores, label_scores, scores_and_probabilities
-from specauf_jax.sharding import mesh_of, per_device, rows_spec, vocabulary_spec
+from specauf_jax.sharding import batch_shards, mesh_of, per_device, rows_spec, vocabulary_spec
 
 
 @jax.named_scope("lm_head")
 def chunked_scores(logits: Callable, arrays: tuple, labels: jax.Array, *, chunk: int):
-    """`label_scores` of the logits that `logits` makes, `chunk` slots of every row at a time; for heads that train.
+    """`label_scores` of the logits that `logits` makes, a chunk of slots at a time; for heads that train.
 
     Args:
       logits: (arrays `[B, n, ...]`) → float32 logits `[B, n, V]`, or a dict of such (one for each branch).
       arrays: `[B, ..., D]` each, with the slots of `labels` between.
       labels: int32 `[B, ...]`.
-      chunk: slots of every row whose logits exist at one time.
+      chunk: slots whose logits exist at one time, of every device.
 
     Returns:
       LabelScores of labels' shape, or a dict of them.
@@ -36,7 +36,7 @@ def chunked_scores(logits: Callable, arrays: tuple, labels: jax.Array, *, chunk:
         return jax.tree.map(lambda x: label_scores(x, labels), logits(*arrays))
 
     flat = [x.reshape(len(x), -1, *x.shape[labels.ndim :]) for x in (labels, *arrays)]
-    return jax.tree.map(lambda x: x.reshape(labels.shape), map_chunks(one, chunk, *flat))
+    return jax.tree.map(lambda x: x.reshape(labels.shape), map_chunks(one, _of_each_row(chunk, labels), *flat))
 
 
 @jax.named_scope("lm_head")
@@ -63,7 +63,7 @@ def frozen_head_cross_entropy(
     hidden, lm_head, labels, valid = map(jnp.asarray, (hidden, lm_head, labels, valid))
     if stop is None:
         flat = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
-        found = _all_slots(chunk, flat, lm_head, labels.reshape(flat.shape[:2]))
+        found = _all_slots(_of_each_row(chunk, labels), flat, lm_head, labels.reshape(flat.shape[:2]))
     else:
         found = _until_failure(chunk, stop, hidden, lm_head, labels, valid)
     return LabelScores(*(x.reshape(labels.shape) for x in found))
@@ -72,6 +72,13 @@ def frozen_head_cross_entropy(
 def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`[..., D]` by `[D, V]` → float32 `[..., V]`."""
     return jnp.einsum("...d,dv->...v", x, matrix, preferred_element_type=jnp.float32)
+
+
+def _of_each_row(chunk: int, rows: jax.Array) -> int:
+    """Slots of each row that together are a device's chunk."""
+    mesh, count = mesh_of(rows), len(rows)
+    shards = 1 if mesh is None or count % batch_shards(mesh) else batch_shards(mesh)
+    return max(1, chunk * shards // count)
 
 
 def _scaled(unit_gradient, cotangents):
@@ -84,19 +91,19 @@ def _scaled(unit_gradient, cotangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _all_slots(chunk, hidden, lm_head, labels):
-    return tuple(chunked_scores(lambda hidden: project(hidden, lm_head), (hidden,), labels, chunk=chunk))
+def _all_slots(size, hidden, lm_head, labels):
+    return tuple(map_chunks(lambda x, labels: label_scores(project(x, lm_head), labels), size, hidden, labels))
 
 
-def _all_slots_forward(chunk, hidden, lm_head, labels):
+def _all_slots_forward(size, hidden, lm_head, labels):
     def one(hidden, labels):
         return _slots(hidden, lm_head, labels, gradient=True)
 
-    *seen, unit_gradient = map_chunks(one, chunk, hidden, labels)
+    *seen, unit_gradient = map_chunks(one, size, hidden, labels)
     return tuple(seen), unit_gradient
 
 
-_all_slots.defvjp(_all_slots_forward, lambda chunk, unit, cotangents: (_scaled(unit, cotangents), None, None))
+_all_slots.defvjp(_all_slots_forward, lambda size, unit, cotangents: (_scaled(unit, cotangents), None, None))
 
 
 # ---------------------------------------------------------------------------------------------
