@@ -9,14 +9,14 @@ from rich.table import Table
 
 from specauf_jax.checks import named
 from specauf_jax.commands.evaluate_settings import Evaluate
-from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.commands.loading import Models, check_rows, load_models, read_origin
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
-from specauf_jax.files import as_path, existing_folder, read_json, write_text
+from specauf_jax.files import as_path, write_text
 from specauf_jax.sharding import make_mesh
 
 
@@ -24,11 +24,11 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     """Measure every set, print a table, write `config.out`; returns what was written."""
     out, files = as_path(config.out), named("--prompts", config.prompts, "FILE.jsonl")
     sets = {name: read_prompts(file)[: config.max_prompts or None] for name, file in files.items()}
-    origin = _origin(config.drafter)
+    origin = read_origin(config.drafter)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
         measured = {}
         for name, prompts in sets.items():
             with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):
@@ -125,12 +125,6 @@ def _joined(measured: list[Measured]) -> Measured:
 
     prompts = [(number, prompt) for number, m in enumerate(measured) for prompt in m.prompts]
     return Measured(repeats("speculative"), repeats("autoregressive"), prompts, measured[0].greedy)
-
-
-def _origin(drafter: str) -> dict:
-    """What a drafter of ours says of its training; nothing for those of others."""
-    provenance = existing_folder(drafter, "a drafter") / "specauf.json"
-    return read_json(provenance, "a drafter's origin") if provenance.is_file() else {}
 
 
 def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
