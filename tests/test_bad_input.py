@@ -294,8 +294,8 @@ CASES = {
     "regenerate: vocabulary": (
         "regenerate",
         {},
-        edit_json("data/manifest.json", lambda m: m.update(vocab_size=400)),
-        "vocabulary of 400 tokens, the target one of 300",
+        edit_json("data/manifest.json", lambda m: m.update(largest_token_id=300)),
+        "data holds token 300, the target has 300 of them; --tokenizer",
     ),
     "regenerate: nothing to answer": (
         "regenerate",
@@ -445,7 +445,7 @@ CASES = {
         "generate",
         {},
         put("prompts.jsonl", '{"prompt": "a"}\n\n{"prompt": \n'),
-        "prompts.jsonl:3 is not JSON",
+        "prompts.jsonl:3: broken JSON",
     ),
     "prompts empty": ("generate", {}, put("prompts.jsonl", "\n"), "prompts.jsonl holds no prompt"),
     "prompt keys": ("generate", {}, put("prompts.jsonl", '{"text": "a"}'), 'prompts.jsonl:1; {"text": "a"}; {"turns"'),

@@ -2,6 +2,7 @@ import pytest
 
 from specauf_jax.data import chat
 from specauf_jax.data import tokenizer as tokenizers
+from specauf_jax.data.sources import Record
 from specauf_jax.errors import SpecaufError
 
 CONVERSATION = [
@@ -34,6 +35,12 @@ def tokenizer(folder):
     return tokenizers.load_tokenizer(folder)
 
 
+def encode(tokenizer, messages, where="file:1"):
+    """With every answer supervised."""
+    record = Record(where, messages)
+    return chat.encode_conversation(tokenizer, record, record.answers)
+
+
 def supervised(tokenizer, document):
     """The supervised runs as text, and the whole as text."""
     runs, run = [], []
@@ -47,7 +54,7 @@ def supervised(tokenizer, document):
 
 
 def test_loss_mask_of_two_turns_by_hand(tokenizer):
-    runs, whole = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION, "file:1"))
+    runs, whole = supervised(tokenizer, encode(tokenizer, CONVERSATION, "file:1"))
     assert runs == ["Yo\n<|im_end|>", " é 🐈<|im_end|>"]
     assert whole == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo\n<|im_end|>\n"
@@ -57,14 +64,14 @@ def test_loss_mask_of_two_turns_by_hand(tokenizer):
 
 def test_template_with_generation_marks(tokenizer):
     tokenizer.chat_template = GENERATION
-    runs, whole = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION, "file:1"))
+    runs, whole = supervised(tokenizer, encode(tokenizer, CONVERSATION, "file:1"))
     assert runs == ["Yo\n<|im_end|>", " é 🐈<|im_end|>"]
     assert whole == "U:Hi|A:Yo\n<|im_end|>|U:<3|A: é 🐈<|im_end|>|"
 
 
 def test_last_character_of_a_marked_turn_is_supervised_whole(tokenizer):
     tokenizer.chat_template = GENERATION.replace("<|im_end|>", "")
-    document = chat.encode_conversation(tokenizer, CONVERSATION[2:], "file:1")
+    document = encode(tokenizer, CONVERSATION[2:], "file:1")
     assert len(tokenizer("🐈")["input_ids"]) == 4  # the case at hand
     assert supervised(tokenizer, document)[0] == [" é 🐈"]
 
@@ -74,33 +81,33 @@ def test_template_without_a_marker_supervises_the_line_break_that_ends_the_turn(
         "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    runs, _ = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION[2:], "file:1"))
+    runs, _ = supervised(tokenizer, encode(tokenizer, CONVERSATION[2:], "file:1"))
     assert runs == [" é 🐈\n"]
     # A special token inside the answer is not taken for its end.
     messages = [CONVERSATION[0], {"role": "assistant", "content": "a<|im_start|>b"}]
-    assert supervised(tokenizer, chat.encode_conversation(tokenizer, messages, "file:1"))[0] == ["a<|im_start|>b\n"]
+    assert supervised(tokenizer, encode(tokenizer, messages, "file:1"))[0] == ["a<|im_start|>b\n"]
 
 
 def test_token_over_the_border_of_a_turn_is_not_supervised(tokenizer):
     # One token holds the line break of the generation prompt and the first one of the answer.
     assert tokenizer.decode([tokenizer("assistant\n\n\nb")["input_ids"][-3]]) == "\n\n"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]
-    document = chat.encode_conversation(tokenizer, messages, "file:1")
+    document = encode(tokenizer, messages, "file:1")
     assert supervised(tokenizer, document)[0] == ["\nb<|im_end|>"]
 
 
 def test_template_that_rewrites_earlier_turns(tokenizer):
     tokenizer.chat_template = REWRITING
     with pytest.raises(SpecaufError, match="(?s)file:7: .*message 2 differently.*generation"):
-        chat.encode_conversation(tokenizer, CONVERSATION, "file:7")
-    runs, _ = supervised(tokenizer, chat.encode_conversation(tokenizer, CONVERSATION[:2], "file:7"))
+        encode(tokenizer, CONVERSATION, "file:7")
+    runs, _ = supervised(tokenizer, encode(tokenizer, CONVERSATION[:2], "file:7"))
     assert runs == ["<think></think>Yo\n<|im_end|>"]
 
 
 def test_a_rewriting_template_makes_a_document_of_every_answer(tokenizer):
-    assert len(chat.conversation_documents(tokenizer, CONVERSATION, "file:1")) == 1
+    assert len(chat.conversation_documents(tokenizer, Record("file:1", CONVERSATION))) == 1
     tokenizer.chat_template = REWRITING
-    first, second = chat.conversation_documents(tokenizer, [*CONVERSATION, CONVERSATION[0]], "file:7")
+    first, second = chat.conversation_documents(tokenizer, Record("file:7", [*CONVERSATION, CONVERSATION[0]]))
     head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert supervised(tokenizer, first) == (["<think></think>Yo\n<|im_end|>"], head + "<think></think>Yo\n<|im_end|>\n")
     runs, whole = supervised(tokenizer, second)
@@ -113,21 +120,21 @@ def test_a_rewriting_template_makes_a_document_of_every_answer(tokenizer):
 def test_template_that_refuses(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(SpecaufError, match="file:3: the chat template refuses .*roles must alternate"):
-        chat.encode_conversation(tokenizer, CONVERSATION, "file:3")
+        encode(tokenizer, CONVERSATION, "file:3")
 
 
 def test_prompt(tokenizer):
     ids = chat.encode_prompt(tokenizer, CONVERSATION[:1])
     assert tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    document = chat.encode_conversation(tokenizer, CONVERSATION[:2], "file:1")
+    document = encode(tokenizer, CONVERSATION[:2], "file:1")
     assert document.tokens[: len(ids)].tolist() == ids
 
 
 def test_no_template(tokenizer):
     tokenizer.chat_template = None
-    for encode in (chat.encode_prompt, lambda t, m: chat.encode_conversation(t, m, "file:1")):
+    for refused in (chat.encode_prompt, encode):
         with pytest.raises(SpecaufError, match="no chat template"):
-            encode(tokenizer, CONVERSATION)
+            refused(tokenizer, CONVERSATION)
 
 
 def test_text_is_supervised_and_ended_and_names_of_special_tokens_are_text(tokenizer):

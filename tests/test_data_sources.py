@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 
 from specauf_jax.data import sources, tfds_source
-from specauf_jax.data.sources import BadRecord, Record
+from specauf_jax.data.rows import BadRecord
+from specauf_jax.data.sources import Record
 from specauf_jax.errors import SpecaufError
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -14,7 +15,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 def read_lines(tmp_path, *lines):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
-    return path, list(sources.read_jsonl(path))
+    return path, list(sources.read_files([path]))
 
 
 def test_sharegpt_and_openai(tmp_path):
@@ -36,7 +37,8 @@ def test_sharegpt_and_openai(tmp_path):
         ({"prompt": "a", "answer": "b"}, "neither 'conversations' nor 'messages' .found 'prompt', 'answer'"),
         ("text", "neither .*found str"),
         ({"messages": []}, "not a list of turns, or empty"),
-        ({"messages": [{"from": "human", "value": "a"}]}, "turn 1 lacks 'role' or 'content'"),
+        ({"messages": [{"content": "a"}]}, "turn 1 has the unknown role None"),
+        ({"messages": [{"role": "user"}]}, "turn 1 has no text"),
         ({"messages": [MESSAGES[0], {"role": "robot", "content": "a"}]}, "turn 2 has the unknown role 'robot'"),
         ({"messages": [MESSAGES[0], {"role": ["a"], "content": "a"}]}, "turn 2 has the unknown role"),
         ({"messages": [MESSAGES[0], {"role": "assistant", "content": " "}]}, "turn 2 has no text"),

@@ -21,7 +21,7 @@ def test_round_trip_and_special_tokens(folder):
     assert tokenizer.tokenize("the mat") == ["the", "Ġmat"]  # learnt from the texts
     assert 260 < len(tokenizer) <= 300
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token) == ("<|endoftext|>",) * 2 + ("<|mask|>",)
-    assert tokenizers.eos_token_ids(tokenizer) == (0, 2)
+    assert tokenizer.stops == (0, 2)
 
 
 def test_auto_tokenizer_reads_it(folder):

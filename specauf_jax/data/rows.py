@@ -122,7 +122,7 @@ def parse_json(data: bytes) -> Any:
       ValueError: saying what is wrong.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:

@@ -1,5 +1,6 @@
 """Prompt files: JSON lines of {"prompt": str}, {"turns": [str, ...]} or conversations, whose user turns are asked."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,24 +42,31 @@ def read_prompts(path) -> list[Prompt]:
 
 
 def _parse(row: Row | BadRecord) -> Prompt:
-    expected = '{"prompt": "text"}, {"turns": ["text", ...]} or a conversation'
-    if isinstance(row, BadRecord):
-        raise SpecaufError(f"{row.where}: {row.reason}", expected, "correct the line")
-    fields = row.value if isinstance(row.value, dict) else {}
-    kinds = [key for key in ("prompt", "turns", *CONVERSATION_KEYS) if fields.get(key)]
     try:
-        match kinds, fields:
-            case ["prompt"], {"prompt": str(text)} if not (fields.get("system") or fields.get("tools")):
-                return Prompt(text=checked_text(text), turns=())
-            case ["prompt"], {"prompt": list(messages)}:
-                fields = fields | {"messages": messages}
-            case ["turns"], {"turns": list(turns)} if all(isinstance(turn, str) and turn for turn in turns):
-                fields = fields | {"messages": [{"role": "user", "content": turn} for turn in turns]}
-            case _ if len(kinds) != 1 or kinds[0] not in CONVERSATION_KEYS:
-                raise Unusable("no prompt, or more than one")
-        system, questions = read_questions(fields)
-    except Unusable as reason:
-        raise SpecaufError(f"{row.where}: {reason}: {str(row.value)[:80]}", expected, "correct the line") from reason
+        if isinstance(row, BadRecord):
+            raise Unusable(row.reason)
+        shown = json.dumps(row.value, default=str)[:80]
+        try:
+            return _prompt(row.value if isinstance(row.value, dict) else {})
+        except Unusable as reason:
+            raise Unusable(f"{reason}: {shown}") from None
+    except (Unusable, RecursionError) as reason:
+        raise SpecaufError(f"{row.where}: {reason}", '{"prompt": "text"}, {"turns": ["text", ...]} or a conversation',
+                           "correct the line") from reason  # fmt: skip
+
+
+def _prompt(fields: dict) -> Prompt:
+    kinds = [key for key in ("prompt", "turns", *CONVERSATION_KEYS) if fields.get(key)]
+    match kinds, fields:
+        case ["prompt"], {"prompt": str(text)} if not (fields.get("system") or fields.get("tools")):
+            return Prompt(text=checked_text(text), turns=())
+        case ["prompt"], {"prompt": list(messages)}:
+            fields = fields | {"messages": messages}
+        case ["turns"], {"turns": list(turns)} if all(isinstance(turn, str) and turn for turn in turns):
+            fields = fields | {"messages": [{"role": "user", "content": turn} for turn in turns]}
+        case _ if not kinds or not set(kinds) <= set(CONVERSATION_KEYS):
+            raise Unusable("no prompt, or more than one")
+    system, questions = read_questions(fields)
     return Prompt(text=None, turns=questions, system=system)
 
 
