@@ -27,7 +27,7 @@ class RewrittenConversation(RefusedConversation):
 
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SAID = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "name")
+_SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_calls", "name")
 """Keys by which a message says something: the rendering must hold all of them."""
 
 
@@ -131,21 +131,22 @@ def _marked_by_template(tokenizer: Tokenizer, record: Record) -> tuple[Document,
 def _rendered_whole(tokenizer: Tokenizer, record: Record, learned: Sequence[int] = (), **settings) -> str:
     """The rendering, which must hold all that the record says, of its answers the learned ones."""
     full = _render(tokenizer, record, **settings)
-    for what, other in _without(record, learned):
+    for what, index, other in _without(record, learned):
         try:
             left_out = _render(tokenizer, other, **settings) == full
         except RefusedConversation:  # so it is needed
             continue
-        if left_out:
-            raise RefusedConversation(f"{record.where}: the chat template leaves out {what}", "all of the conversation",
-                                      "take it out of the record, or use a template that knows it")  # fmt: skip
+        if left_out:  # thoughts of an answer may be shown only until the next question
+            kind = RewrittenConversation if index in record.answers[:-1] else RefusedConversation
+            raise kind(f"{record.where}: the chat template leaves out {what}", "all of the conversation",
+                       "take it out of the record, or use a template that knows it")  # fmt: skip
     return full
 
 
-def _without(record: Record, learned: Sequence[int]) -> Iterator[tuple[str, Record]]:
-    """What templates may not know, by name, and the record without it. Contents of users and answers they all know."""
+def _without(record: Record, learned: Sequence[int]) -> Iterator[tuple[str, int | None, Record]]:
+    """What templates may not know: its name, its message and the record without it. Users and answers they all know."""
     if record.tools:
-        yield "'tools'", dataclasses.replace(record, tools=None)
+        yield "'tools'", None, dataclasses.replace(record, tools=None)
     for index, message in enumerate(record.messages):
         role = message["role"]
         if role == "assistant" and index not in learned:
@@ -158,7 +159,7 @@ def _without(record: Record, learned: Sequence[int]) -> Iterator[tuple[str, Reco
             text = {"content": f"{message['content']} …"} if key == "content" else {}
             other = {name: value for name, value in message.items() if name != key} | text
             messages = [*record.messages[:index], other, *record.messages[index + 1 :]]
-            yield f"{key!r} of message {index + 1} ({role})", dataclasses.replace(record, content=messages)
+            yield f"{key!r} of message {index + 1} ({role})", index, dataclasses.replace(record, content=messages)
 
 
 def _template(tokenizer: Tokenizer, tools: list | None = None) -> str:

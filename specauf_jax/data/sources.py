@@ -20,7 +20,8 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 """Roles as they are spelled in any case, and as templates know them."""
-MARKS = {**dict.fromkeys(("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight"), True),
+MARKS = {**dict.fromkeys(("weight", "loss_weight", "train", "training", "trainable", "train_on_turn", "supervised",
+                          "loss", "loss_mask"), True),
          **dict.fromkeys(("masked", "ignore", "ignore_loss"), False)}  # fmt: skip
 """Keys that say whether an answer is to be learned, and the value that says yes."""
 UNKNOWN_TURN_KEYS = ("function_call", "images", "image", "videos", "video", "audio", "audios", "mask", "train_detail")
