@@ -8,8 +8,9 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from specauf_jax.errors import SpecaufError
 
@@ -94,7 +95,7 @@ def _text(where: str, data: bytes) -> Row | BadRecord:
     return Row(where, text, is_text=True) if text.strip() else BadRecord(where, "the file is empty")
 
 
-def _json(where: str, first: bytes, file: IO[bytes]) -> Iterator[Row | BadRecord]:
+def _json(where: str, first: bytes, file: BufferedIOBase) -> Iterator[Row | BadRecord]:
     """One value a line, or a whole array (or object) over many; empty lines are allowed."""
     rest: Iterable[bytes] = file
     if first.lstrip()[:1] == b"[" or first.strip() == b"{":
