@@ -17,6 +17,7 @@ from specauf_jax.commands.train import _check_mask
 from specauf_jax.config import Mesh
 from specauf_jax.data import tokenizer as tokenizers
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.prompts import Prompt
 from specauf_jax.models.weights import save_drafter, save_target
 from specauf_jax.sharding import make_mesh
 
@@ -144,7 +145,15 @@ def test_models_stop_where_the_targets_files_say(target, console):
             str(folder), str(target.with_name("drafter")), "float32", make_mesh(Mesh()), console
         )
         assert models.decoding.stop_tokens == models.autoregressive.stop_tokens == (0, 2, 5, 7)
+        models.tell_clock([Prompt("a", ()), Prompt(None, ("a",))], console)
+        assert "clock" not in said(console)
         assert ("trained with another tokenizer file" in said(console)) == warned
+
+    models.tokenizer.chat_template = "{{ strftime_now('%d') }}" + tokenizers.CHATML
+    models.tell_clock([Prompt("a", ())], console)
+    assert "clock" not in said(console)
+    models.tell_clock([Prompt("a", ()), Prompt(None, ("a",))], console)
+    assert said(console).count("warning: the chat template writes the date or time of the clock") == 1
 
 
 def test_a_mask_token_that_texts_hold_is_told(data, console):

@@ -29,6 +29,7 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
         models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
+        models.tell_clock([prompt for prompts in sets.values() for prompt in prompts], console)
         measured = {}
         for name, prompts in sets.items():
             with console.status(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes"):

@@ -33,6 +33,7 @@ def generate(config: Generate, console: Console) -> None:
     check_rows(config.batch_size if config.out is not None else 1, mesh)
     with float32_precision(config.dtype):
         models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
+        models.tell_clock(prompts, console)
         if config.out is None:
             _stream_all(models, prompts, config, console)
         else:

@@ -9,10 +9,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from specauf_jax.architecture import Target
 from specauf_jax.checks import template_arguments
 from specauf_jax.config import Dtype
+from specauf_jax.data.chat import clock_notes
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import Tokenizer, differing, hashes, load_tokenizer, with_template_args
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.prompts import Prompt
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
@@ -114,6 +116,11 @@ class Models:
     autoregressive: Decoding
     target: Target
 
+    def tell_clock(self, prompts: list[Prompt], console: Console) -> None:
+        """Warn if conversations among the prompts are rendered with the date of today."""
+        for note in clock_notes(self.tokenizer) if any(prompt.turns for prompt in prompts) else []:
+            warn(console, note)
+
     def check_room(self, requests, max_new_tokens: int) -> None:
         """As `check_requests`."""
         check_requests(requests, self.target, max_new_tokens)
@@ -145,7 +152,7 @@ def load_models(
     """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
     origin = {} if drafter is None else read_origin(drafter)
     tokenizer, config = with_arguments(load_tokenizer(target), template_args, origin, console), target_config(target)
-    if origin.get("tokenizer_sha256", hashes(target)[0]) != hashes(target)[0]:
+    if "tokenizer_sha256" in origin and origin["tokenizer_sha256"] != hashes(target)[0]:
         warn(console, f"{drafter} was trained with another tokenizer file than that of {target}")
     resolved = None if drafter is None else fitted(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)

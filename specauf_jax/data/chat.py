@@ -191,22 +191,32 @@ def _apply(tokenizer: Tokenizer, record: Record, **settings):
                            "roles and an order that the template knows", "correct the record") from error  # fmt: skip
 
 
-def template_notes(tokenizer: Tokenizer) -> list[str]:
-    """What a user should know of how the chat template renders conversations."""
-    talk = Record("example", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
-    notes = []
+_EXAMPLE = Record("example", [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}])
+_CLOCK_NOTE = ("the chat template writes the date or time of the clock, so that other days give other tokens; pin it: "
+               f"--template-args {CLOCK}='26 Jul 2024'")  # fmt: skip
+
+
+def clock_notes(tokenizer: Tokenizer) -> list[str]:
+    """A warning if the chat template reads the clock."""
     try:
-        dated = [_apply(tokenizer, talk, tokenize=False, **{CLOCK: lambda _, day=day: day}) for day in "12"]
-        if dated[0] != dated[1]:
-            notes.append(f"the chat template writes the date or time of the clock, so that no two days give the same "
-                         f"tokens; pin it: --template-args {CLOCK}='26 Jul 2024'")  # fmt: skip
-        if _GENERATION.search(_template(tokenizer)) and _marked_by_template(tokenizer, talk)[1]:
+        days = {_apply(tokenizer, _EXAMPLE, tokenize=False, **{CLOCK: lambda _, day=day: day}) for day in "12"}
+    except RefusedConversation:  # it takes other conversations than this one
+        return []
+    return [_CLOCK_NOTE] if len(days) == 2 else []
+
+
+def template_notes(tokenizer: Tokenizer) -> list[str]:
+    """Warnings of what a user should know of how the chat template renders conversations."""
+    notes = clock_notes(tokenizer)
+    try:
+        if _GENERATION.search(_template(tokenizer)) and _marked_by_template(tokenizer, _EXAMPLE)[1]:
             notes.append("the template's {% generation %} marks leave out the end of the turn; it is supervised too")
-        if not _render(tokenizer, talk).startswith(asked := _render(tokenizer, talk, 1, add_generation_prompt=True)):
+        asked = _render(tokenizer, _EXAMPLE, 1, add_generation_prompt=True)
+        if not _render(tokenizer, _EXAMPLE).startswith(asked):
             notes.append(f"the template asks for an answer with {asked[-40:]!r}, but does not write answers so "
                          "(a thought?): they are learned as it writes them")  # fmt: skip
     except RefusedConversation:
-        pass  # it takes other conversations than this one
+        pass
     return notes
 
 
