@@ -116,7 +116,7 @@ def test_a_system_message_beside_the_turns_comes_first(tmp_path):
      ("trainable", False), ("masked", True), ("ignore", 1)],
 )  # fmt: skip
 def test_marks_of_answers_that_are_not_to_be_learned(tmp_path, key, no):
-    turns = [MESSAGES[0], MESSAGES[1] | {key: no}, MESSAGES[0] | {key: no}, MESSAGES[1] | {key: not no}]
+    turns = [MESSAGES[0] | {key: no}, MESSAGES[1] | {key: no}, MESSAGES[0], MESSAGES[1] | {key: not no}]
     found = read_one(tmp_path, {"system": "S", "messages": turns})
     assert found.unlearned == (2,) and [set(message) for message in found.content] == [{"role", "content"}] * 5
 
