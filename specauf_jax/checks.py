@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+from typing import Any
 
 from specauf_jax.errors import SpecaufError
 
@@ -65,6 +67,17 @@ def named(flag: str, arguments: tuple[str, ...], kind: str, *, taken: tuple[str,
         if name in found or name in taken:
             raise SpecaufError(f"{flag} names {name} twice", "a name for each", "give them different names")
         found[name] = value
+    return found
+
+
+def template_arguments(arguments: tuple[str, ...]) -> dict[str, Any]:
+    """Values of --template-args NAME=VALUE by name: JSON where they are, text otherwise."""
+    found: dict[str, Any] = {}
+    for name, value in named("--template-args", arguments, "VALUE").items():
+        try:
+            found[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return found
 
 

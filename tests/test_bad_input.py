@@ -249,6 +249,23 @@ def begun_with(**settings):
     return put("new.parts/settings.json", json.dumps({"seed": 0} | settings))
 
 
+def foreign_data():
+    assert cli.main(arguments("prepare", input="text/one.txt", out="other")) == 0
+
+
+def other_template():
+    chat = {"messages": [{"role": "user", "content": "dogs?"}, {"role": "assistant", "content": "lazy"}]}
+    put("chats.jsonl", json.dumps(chat))()
+    assert cli.main(arguments("prepare", input="chats.jsonl", out="chats", tokenizer="target", vocab_size=None)) == 0
+    put("target/chat_template.jinja", "{{ messages }}")()
+
+
+def pad_without_embedding():
+    for folder in ("data/tokenizer", "target"):
+        edit_json(f"{folder}/tokenizer_config.json", lambda c: c.update(pad_token="[PAD]"))()
+    put("turns.jsonl", '{"turns": ["[PAD] dogs"]}')()
+
+
 TARGET_CONFIG = "target/config.json"
 CASES = {
     # prepare
@@ -294,8 +311,16 @@ CASES = {
     "regenerate: vocabulary": (
         "regenerate",
         {},
-        edit_json("data/manifest.json", lambda m: m.update(vocab_size=400)),
-        "vocabulary of 400 tokens, the target one of 300",
+        edit_json("data/manifest.json", lambda m: m.update(largest_token_id=300)),
+        "data holds token 300, the target has 300 of them; --tokenizer",
+    ),
+    "regenerate: tokenizer": ("regenerate", {"data": "other"}, foreign_data, "other was made with another tokenizer"),
+    "regenerate: template": ("regenerate", {"data": "chats"}, other_template, "made with another chat template than"),
+    "regenerate: template arguments": (
+        "regenerate",
+        {"template_args": "day=1"},
+        None,
+        "data was prepared with template arguments {}; those given: day=1; specauf prepare",
     ),
     "regenerate: nothing to answer": (
         "regenerate",
@@ -306,6 +331,13 @@ CASES = {
     "regenerate: documents": ("regenerate", {"documents": -1}, None, "documents is -1"),
     "regenerate: top_k": ("regenerate", {"top_k": -1}, None, "top_k is -1"),
     "regenerate: seed": ("regenerate", {"seed": -1}, None, "seed is -1"),
+    "train: tokenizer": (
+        "train",
+        {"data": "other"},
+        foreign_data,
+        "other was made with another tokenizer; --tokenizer",
+    ),
+    "train: template": ("train", {"data": "chats"}, other_template, "another chat template than that of target"),
     # train: target
     "target missing": ("train", {"target": "nowhere"}, None, "nowhere does not exist; specauf pretrain"),
     "target JSON": ("train", {}, put(TARGET_CONFIG, '{"vocab_size": 3'), f"{TARGET_CONFIG} is not JSON"),
@@ -424,6 +456,12 @@ CASES = {
         forget_the_template,
         "no chat template",
     ),
+    "decode token": (
+        "train",
+        {"train__decode_every": 1, "train__decode_files": "turns.jsonl"},
+        pad_without_embedding,
+        "a prompt holds token 300 of the tokenizer, the target has 300",
+    ),
     "decode every": ("train", {"train__decode_every": -1}, None, "decode_every is -1"),
     "train: out in a file": ("train", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new"),
     # train: checkpoints
@@ -445,12 +483,32 @@ CASES = {
         "generate",
         {},
         put("prompts.jsonl", '{"prompt": "a"}\n\n{"prompt": \n'),
-        "prompts.jsonl:3 is not JSON",
+        "prompts.jsonl:3: broken JSON",
     ),
     "prompts empty": ("generate", {}, put("prompts.jsonl", "\n"), "prompts.jsonl holds no prompt"),
     "prompt keys": ("generate", {}, put("prompts.jsonl", '{"text": "a"}'), 'prompts.jsonl:1; {"text": "a"}; {"turns"'),
     "prompt empty": ("generate", {}, put("prompts.jsonl", '{"prompt": ""}'), "prompts.jsonl:1"),
     "no template": ("generate", {"prompts": "turns.jsonl"}, forget_the_template, "the tokenizer has no chat template"),
+    "prompt token": (
+        "generate",
+        {"prompts": "turns.jsonl"},
+        pad_without_embedding,
+        "a prompt holds token 300 of the tokenizer, the target has 300",
+    ),
+    "prompt surrogate": (
+        "generate",
+        {},
+        put("prompts.jsonl", '{"prompt": "a\\ud83d"}'),
+        "prompts.jsonl:1: holds half a surrogate pair",
+    ),
+    "template arguments": ("generate", {"template_args": "day"}, None, "--template-args day; NAME=VALUE"),
+    "template argument": ("generate", {"template_args": "day=1"}, None, "'day', which the chat template does not read"),
+    "stop tokens": (
+        "generate",
+        {},
+        put("target/generation_config.json", '{"eos_token_id": "</s>"}'),
+        "generation_config.json: eos_token_id is '</s>'",
+    ),
     "no drafter": ("generate", {"drafter": None}, None, "speculative without --drafter; --method autoregressive"),
     "temperature": ("generate", {"temperature": -1}, None, "temperature is -1.0; use 0 for greedy"),
     "top_p": ("generate", {"top_p": 0}, None, "top_p is 0.0; (0, 1]"),
@@ -519,6 +577,7 @@ CASES = {
     "repeats": ("evaluate", {"repeats": 0}, None, "repeats is 0"),
     "max prompts": ("evaluate", {"max_prompts": -1}, None, "max_prompts is -1"),
     "evaluate: top_k": ("evaluate", {"top_k": -2}, None, "top_k is -2"),
+    "evaluate: template argument": ("evaluate", {"template_args": "day=1"}, None, "which the chat template does not"),
     # export
     "no run": ("export", {"run": "data"}, None, "data/config.json does not exist"),
     "a model is no run": ("export", {"run": "drafter"}, None, "drafter is not a run of `specauf train`"),

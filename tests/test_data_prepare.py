@@ -1,5 +1,7 @@
+import gzip
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -92,6 +94,68 @@ def test_given_tokenizer_is_copied_and_long_conversations_are_cut(tmp_path):
     # The question alone fills a row of the third: nothing to learn from, so it is named.
     assert (manifest["documents"], manifest["truncated_documents"], manifest["bad_records"]) == (2, 1, 1)
     assert f"{source}:3: no supervised token within the first 64 tokens" in printed
+
+
+def test_the_largest_token_and_the_arguments_of_the_template_are_recorded(tmp_path):
+    tokenizer.train_bpe(["some text"], 300, tmp_path / "tok")
+    (tmp_path / "tok" / "chat_template.jinja").write_text("{% if day %}{{ day }}{% endif %}" + tokenizer.CHATML)
+    source = write_jsonl(tmp_path / "a.jsonl", talk())
+    manifest, _ = run(tmp_path, input=(source,), tokenizer=str(tmp_path / "tok"), template_args=("day=7",))
+    [document] = documents(tmp_path / "out")
+    assert manifest["largest_token_id"] == document.tokens.max() and manifest["template_args"] == {"day": 7}
+    assert tokenizer.load_tokenizer(tmp_path / "tok").decode(document.tokens.tolist()).startswith("7<|im_start|>")
+    with pytest.raises(SpecaufError, match="template argument 'week', which the chat template does not read"):
+        run(
+            tmp_path,
+            input=(source,),
+            tokenizer=str(tmp_path / "tok"),
+            template_args=("week=7",),
+            out=str(tmp_path / "b"),
+        )
+
+
+def test_a_text_begins_each_row_as_the_tokenizer_begins_texts(tmp_path):
+    import tokenizers
+
+    tokenizer.train_bpe(["some text"], 300, tmp_path / "tok")
+    changed = tokenizers.Tokenizer.from_file(str(tmp_path / "tok" / "tokenizer.json"))
+    changed.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    changed.save(str(tmp_path / "tok" / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a line of a text\n" * 60)
+    run(tmp_path, input=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "tok"))
+    found = documents(tmp_path / "out")
+    assert len(found) > 2 and all(d.tokens[0] == 1 and d.loss_mask.all() and len(d.tokens) <= 64 for d in found)
+    texts = [tokenizer.load_tokenizer(tmp_path / "tok").decode(d.tokens[1:].tolist()) for d in found]
+    assert sum(map(len, texts)) == 17 * 60 + len("<|endoftext|>")
+
+
+def test_what_a_user_should_know_of_a_template_is_said_once(tmp_path):
+    tokenizer.train_bpe(["some text"], 300, tmp_path / "tok")
+    dated = "{{ strftime_now('%H:%M') }}" + tokenizer.CHATML.replace("<|im_end|>", ".")
+    (tmp_path / "tok" / "chat_template.jinja").write_text(dated)
+    source = write_jsonl(tmp_path / "a.jsonl", talk(), talk("Why?", "So."))
+    _, printed = run(tmp_path, input=(source,), tokenizer=str(tmp_path / "tok"))
+    assert printed.count("warning: the chat template writes the date or time") == 1
+    assert printed.count("warning: no answer ends with a token that ends a turn") == 1
+    _, printed = run(tmp_path, input=(source,), out=str(tmp_path / "other"))
+    assert "warning" not in printed
+
+
+def test_a_pipe_is_read_once_for_tokenizer_and_data(tmp_path):
+    reading, writing = os.pipe()
+    os.write(writing, "".join(json.dumps(talk(f"Q{i}?", f"A{i}.")) + "\n" for i in range(9)).encode())
+    os.close(writing)
+    manifest, _ = run(tmp_path, input=(f"/dev/fd/{reading}",))
+    os.close(reading)
+    assert manifest["documents"] == 9 and 0 < manifest["supervised_share"] < 1
+
+
+def test_gzip_is_read_and_named(tmp_path, capsys):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(talk()).encode()))
+    manifest, _ = run(tmp_path, input=(str(tmp_path / "a.jsonl.gz"),))
+    assert manifest["documents"] == 1 and "a.jsonl.gz is compressed by gzip" in capsys.readouterr().err
 
 
 def test_stdlib_corpus(tmp_path):

@@ -21,7 +21,7 @@ def test_round_trip_and_special_tokens(folder):
     assert tokenizer.tokenize("the mat") == ["the", "Ġmat"]  # learnt from the texts
     assert 260 < len(tokenizer) <= 300
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.mask_token) == ("<|endoftext|>",) * 2 + ("<|mask|>",)
-    assert tokenizers.eos_token_ids(tokenizer) == (0, 2)
+    assert tokenizer.stops == (0, 2)
 
 
 def test_auto_tokenizer_reads_it(folder):
@@ -65,3 +65,43 @@ def test_missing_or_broken_tokenizer(folder, tmp_path):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(SpecaufError, match="cannot be read"):
         tokenizers.load_tokenizer(folder)
+
+
+def test_stops_come_from_the_models_files_too(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folder / "config.json").write_text('{"eos_token_id": 9}')
+    tokenizer = tokenizers.load_tokenizer(folder)
+    assert tokenizer.stops == (0, 2, 7, 9)
+    (folder / "config.json").write_text('{"eos_token_id": null}')
+    assert tokenizers.stop_token_ids(tokenizer, folder) == (0, 2, 7)
+    for wrong in ('"</s>"', "true", "[1.5]"):
+        (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(SpecaufError, match="generation_config.json: eos_token_id is"):
+            tokenizers.stop_token_ids(tokenizer, folder)
+
+
+def test_differing_tokenizers_and_templates(folder, tmp_path):
+    def changed(name, change):
+        tokenizers.copy_tokenizer(folder, tmp_path / name)
+        change(tmp_path / name)
+        return tokenizers.differing(folder, tmp_path / name)
+
+    def reformat(copy):
+        content = json.loads((copy / "tokenizer.json").read_text())
+        merges = [" ".join(merge) for merge in content["model"]["merges"]]  # as older versions write them
+        content["model"]["merges"] = merges
+        content["padding"] = {
+            **{"strategy": "BatchLongest", "direction": "Right", "pad_to_multiple_of": None},
+            **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"},
+        }
+        (copy / "tokenizer.json").write_text(json.dumps(content))
+
+    def template(text):
+        return lambda copy: (copy / "chat_template.jinja").write_text(text)
+
+    assert changed("same", lambda copy: None) is None
+    assert changed("formatted", reformat) is None
+    assert changed("other", lambda copy: tokenizers.train_bpe(TEXTS[:1], 300, copy)) == "tokenizer"
+    assert changed("templates", template("{{ messages }}")) == "chat template"
+    assert changed("marked", template("{% generation %}" + tokenizers.CHATML + "{% endgeneration %}\n")) is None
+    assert changed("bare", lambda copy: (copy / "tokenizer_config.json").unlink()) is None

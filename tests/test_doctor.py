@@ -275,7 +275,7 @@ def test_wrong_mask_token(doctor):
 def test_mask_token_in_the_texts(doctor):
     doctor.copy("dflash")
     prompts = doctor.folder / "masked.jsonl"
-    prompts.write_text(json.dumps({"prompt": "red <|mask|>"}) + "\n")
+    prompts.write_text(json.dumps({"turns": ["red <|mask|>"]}) + "\n")
     code, result = doctor("--no-single-ids", "--prompts", str(prompts))
     assert code == 1
     assert [f["found"] for f in errors(result)] == ["mask_token_id 3 occurs in 1 of the texts"]

@@ -2,9 +2,11 @@
 
 import numpy as np
 
-from specauf_jax.commands.regenerate import _rewrite
+from specauf_jax.commands.regenerate import _assemble, _rewrite
 from specauf_jax.commands.regenerate_settings import Regenerate
+from specauf_jax.data.dataset import MANIFEST_KEYS
 from specauf_jax.data.packing import Document
+from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.generate import Generation
 
 STOP = 99
@@ -48,3 +50,12 @@ def test_a_text_is_continued_after_its_first_tokens_and_a_short_one_is_dropped()
     [found] = rewrite([conversation((6, True)), conversation((3, True))], [[50, 51]])
     assert found.tokens.tolist() == [0, 1, 2, 50, 51]
     assert found.loss_mask.tolist() == [False] * 3 + [True] * 2
+
+
+def test_documents_whose_answer_was_cut_are_counted(tmp_path):
+    train_bpe(["some text"], 300, tmp_path / "data" / "tokenizer")
+    manifest = dict.fromkeys(MANIFEST_KEYS) | {"sequence_length": 16, "prompts": {}, "source": "chats"}
+    found = rewrite([conversation((4, False), (2, True))] * 3, [[50, STOP], [50, 51], [STOP]])
+    config = Regenerate(data=str(tmp_path / "data"), target="T", out=str(tmp_path / "out"))
+    written = _assemble(config, manifest, [found[:2], found[2:]], (STOP, 7))
+    assert (written["documents"], written["truncated_documents"], written["largest_token_id"]) == (3, 1, STOP)

@@ -296,7 +296,10 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
     tokenizer = {"model": {"vocab": {"a": 0, "b": 16}}, "added_tokens": [{"id": 16}]}
     (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
     load_target(tmp_path / "target")
-    tokenizer["added_tokens"] = [{"id": 17}]
+    tokenizer["added_tokens"] = [{"id": 17}]  # a padding token, which no text holds
+    (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    load_target(tmp_path / "target")
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 17}}}
     (tmp_path / "target" / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(SpecaufError, match="ids up to 17, the model 17 embeddings"):
         load_target(tmp_path / "target")

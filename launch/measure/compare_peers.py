@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import specauf_jax as sa
-from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import load_tokenizer
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.evaluation.timing import timed_pass
 from specauf_jax.models.cpu import serving_params
@@ -57,7 +57,7 @@ def compare_generation(arguments) -> dict:
     target_params, target = sa.load_target(arguments.target)
     drafter_params, drafter = sa.load_drafter(arguments.drafter)
     params = serving_params(drafter_params), serving_params(target_params)
-    stops = eos_token_ids(tokenizer)
+    stops = tokenizer.stops
     decoding = sa.Decoding(sa.TargetStep(target, drafter.target_layer_ids), drafter, stop_tokens=stops)
     theirs, model = peers.read_drafter(arguments.drafter), peers.read_target(arguments.target)
     texts: dict[str, list] = {}

@@ -61,7 +61,8 @@ def benchmark(config: Benchmark, console: Console) -> dict:
     for folder in folders.values():
         existing_folder(folder, "a drafter")
     with float32_precision(config.dtype):
-        models = load_models(config.target, None, config.dtype, mesh, console)
+        models = load_models(config.target, None, config.dtype, mesh, console, config.template_args)
+        models.tell_clock(prompts, console)
         requests = [encode_first_turn(models.tokenizer, prompt) for prompt in prompts]
         models.check_room(requests, config.max_new_tokens)
         methods = load_methods(folders, models, config)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import at_least, positive
+from specauf_jax.checks import at_least, positive, template_arguments
 from specauf_jax.config import Dtype, Hosts, Mesh
 from specauf_jax.errors import SpecaufError
 
@@ -20,6 +20,8 @@ class Benchmark:
     """JSONL as for `specauf generate`; of several turns the first."""
     out: str
     """JSON to write: decoding, meta."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE for the chat template, such as enable_thinking=false."""
     drafters: tuple[str, ...] = ()
     """NAME=DIR: drafter folders in z-lab layout."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
@@ -40,5 +42,6 @@ class Benchmark:
     def __post_init__(self):
         positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
         at_least(self, 2, "lookup_block_size")
+        template_arguments(self.template_args)
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):
             raise SpecaufError(f"batch_sizes {self.batch_sizes}", "different counts of rows", "pass 1 4 16 64")

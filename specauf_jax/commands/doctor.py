@@ -9,8 +9,7 @@ from rich.text import Text
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.commands.doctor_settings import Doctor
-from specauf_jax.commands.loading import load_target_with_bar
-from specauf_jax.data.tokenizer import eos_token_ids
+from specauf_jax.commands.loading import check_requests, load_target_with_bar, with_arguments
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level, read_findings, read_folder, repaired_folder
@@ -36,6 +35,8 @@ def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
     out = None if config.out is None else output_file(config.out, config.target, config.drafter, config.prompts)
     folder = read_folder(config.drafter, config.target)
+    if folder.tokenizer is not None:
+        with_arguments(folder.tokenizer, config.template_args, folder.provenance, console)
     findings = read_findings(folder)
     decoded, refusal = _decode(config, folder, _prompts(config, folder), console)
     if refusal is not None:  # an error of its own only if no check has found one
@@ -82,13 +83,7 @@ def _prompts(config: Doctor, folder: Folder) -> list[list[int]]:
     else:
         prompts = read_prompts(config.prompts)[: config.max_prompts]
         requests = [encode_first_turn(folder.tokenizer, prompt) for prompt in prompts]
-    longest, room = max(map(len, requests)), folder.target.max_position_embeddings
-    if longest + config.max_new_tokens > room:
-        raise SpecaufError(
-            f"a prompt of {longest} tokens and {config.max_new_tokens} new ones",
-            f"together at most the target's {room} positions",
-            "shorten the prompt or lower --max-new-tokens",
-        )
+    check_requests(requests, folder.target, config.max_new_tokens)
     return requests
 
 
@@ -117,7 +112,7 @@ def _decode(
                 folder.target,
                 prompts,
                 max_new_tokens=config.max_new_tokens,
-                stop_tokens=eos_token_ids(folder.tokenizer),
+                stop_tokens=folder.tokenizer.stops,
                 batch_size=config.batch_size,
                 begin=lambda name: status.update(f"decoding {len(prompts)} prompts: {name}"),
             )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, unused
+from specauf_jax.checks import not_negative, positive, template_arguments, unused
 from specauf_jax.config import Dtype
 
 
@@ -16,6 +16,8 @@ class Doctor:
     """Drafter folder in z-lab or SpecForge layout."""
     prompts: str | None = None
     """JSONL as for `specauf generate`, best like those of the drafter's use; None takes 16 built-in texts."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""
     max_prompts: int = 32
     """Prompts decoded under every reading of the folder; 0 only reads the files."""
     max_new_tokens: int = 48
@@ -29,6 +31,7 @@ class Doctor:
     def __post_init__(self):
         positive(self, "max_new_tokens", "batch_size")
         not_negative(self, "max_prompts")
+        template_arguments(self.template_args)
         if not self.max_prompts:
-            decoding = ("prompts", "max_new_tokens", "single_ids", "batch_size", "dtype")
+            decoding = ("prompts", "template_args", "max_new_tokens", "single_ids", "batch_size", "dtype")
             unused(self, *decoding, when="with --max-prompts 0, where nothing is decoded")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from specauf_jax.checks import named
 from specauf_jax.commands.evaluate_settings import Evaluate
-from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.commands.loading import Models, check_rows, load_models, read_origin
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
@@ -18,7 +18,7 @@ from specauf_jax.evaluation.exactness import Comparison, compare, said
 from specauf_jax.evaluation.measure import acceptance_measures
 from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
-from specauf_jax.files import existing_folder, output_file, read_json, write_text
+from specauf_jax.files import output_file, write_text
 from specauf_jax.sharding import make_mesh
 
 
@@ -27,11 +27,12 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     files = named("--prompts", config.prompts, "FILE.jsonl")
     out = output_file(config.out, config.target, config.drafter, *files.values())
     sets = {name: read_prompts(file)[: config.max_prompts or None] for name, file in files.items()}
-    origin = _origin(config.drafter)
+    origin = read_origin(config.drafter)
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
+        models.tell_clock([prompt for prompts in sets.values() for prompt in prompts], console)
         measured = {}
         for name, prompts in sets.items():
             with console.status(Text(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes")):
@@ -129,12 +130,6 @@ def _joined(measured: list[Measured]) -> Measured:
     prompts = [(number, prompt) for number, m in enumerate(measured) for prompt in m.prompts]
     comparison = sum((m.comparison for m in measured), Comparison())
     return Measured(repeats("speculative"), repeats("autoregressive"), prompts, comparison)
-
-
-def _origin(drafter: str) -> dict:
-    """What a drafter of ours says of its training; nothing for those of others."""
-    provenance = existing_folder(drafter, "a drafter") / "specauf.json"
-    return read_json(provenance, "a drafter's origin") if provenance.is_file() else {}
 
 
 def _meta(config: Evaluate, models: Models, origin: dict) -> dict:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed
+from specauf_jax.checks import not_negative, positive, seed, template_arguments
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 
 
@@ -16,6 +16,8 @@ class Evaluate:
     """NAME=FILE.jsonl, one or more."""
     out: str
     """JSON to write: overall, sets, meta."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -33,3 +35,4 @@ class Evaluate:
         positive(self, "max_new_tokens", "batch_size", "repeats")
         not_negative(self, "max_prompts")
         seed(self)
+        template_arguments(self.template_args)

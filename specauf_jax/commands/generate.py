@@ -34,7 +34,8 @@ def generate(config: Generate, console: Console) -> int:
     mesh = make_mesh(config.mesh, devices)
     check_rows(config.batch_size if config.out is not None else 1, mesh)
     with float32_precision(config.dtype):
-        models = load_models(config.target, config.drafter, config.dtype, mesh, console)
+        models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
+        models.tell_clock(prompts, console)
         if config.out is None:
             _stream_all(models, prompts, config, console)
             return 0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import positive, seed, unused
+from specauf_jax.checks import positive, seed, template_arguments, unused
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 from specauf_jax.errors import SpecaufError
 
@@ -14,10 +14,13 @@ class Generate:
 
     target: str
     prompts: str
-    """JSONL: {"prompt": str} or {"turns": [...]} (chat template applied, turns answered one after another)."""
+    """JSONL: {"prompt": str}, {"turns": [...]} (chat template applied, turns answered one after another), or
+    conversations, whose user turns are taken; compressed by gzip or not."""
     drafter: str | None = None
     """Drafter folder in z-lab layout, for --method speculative."""
     method: Literal["speculative", "autoregressive"] = "speculative"
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -35,6 +38,7 @@ class Generate:
     def __post_init__(self):
         positive(self, "max_new_tokens", "batch_size")
         seed(self)
+        template_arguments(self.template_args)
         if self.method == "autoregressive":
             unused(self, "drafter", "check", when="with --method autoregressive")
         elif self.drafter is None:

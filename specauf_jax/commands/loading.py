@@ -7,11 +7,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from specauf_jax.architecture import Target
+from specauf_jax.checks import template_arguments
 from specauf_jax.config import Dtype
+from specauf_jax.data.chat import clock_notes
 from specauf_jax.data.dataset import read_manifest
-from specauf_jax.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import Tokenizer, differing, hashes, load_tokenizer, with_template_args
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.prompts import Prompt
+from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
 from specauf_jax.models.target import TargetStep
@@ -19,22 +23,84 @@ from specauf_jax.models.weights import drafter_config, load_drafter, load_target
 from specauf_jax.sharding import batch_shards
 
 
-def read_data(folder, target: Target | None = None) -> dict:
-    """The manifest of a prepared dataset, checked against the target's vocabulary."""
+def read_data(folder, target: Target | None = None, target_folder=None) -> dict:
+    """The manifest of a prepared dataset, checked against the target: its tokenizer, vocabulary and positions."""
     manifest = read_manifest(folder)
-    if target is not None and manifest["vocab_size"] > target.vocab_size:
+    if target is None:
+        return manifest
+    _check_tokenizer(folder, manifest, target_folder)
+    largest = manifest["largest_token_id"]
+    largest = manifest["vocab_size"] - 1 if largest is None else largest
+    if largest >= target.vocab_size:
         raise SpecaufError(
-            f"{folder} has a vocabulary of {manifest['vocab_size']} tokens, the target one of {target.vocab_size}",
+            f"{folder} holds token {largest}, the target has {target.vocab_size} of them",
             "a dataset made with the target's tokenizer",
             "run `specauf prepare --tokenizer` with the target's folder",
         )
-    if target is not None and manifest["sequence_length"] > target.max_position_embeddings:
+    if manifest["sequence_length"] > target.max_position_embeddings:
         raise SpecaufError(
             f"{folder} has rows of {manifest['sequence_length']} tokens",
             f"at most the target's {target.max_position_embeddings} positions",
             "prepare shorter rows with --sequence-length",
         )
     return manifest
+
+
+def _check_tokenizer(folder, manifest: dict, target) -> None:
+    """Refuse data of another tokenizer than the target's; of another chat template, if it holds conversations."""
+    if not (as_path(target) / "tokenizer.json").is_file():
+        return  # nothing to compare with
+    if hashes(target) == (manifest["tokenizer_sha256"], manifest["template_sha256"]):
+        return
+    found = differing(as_path(folder) / "tokenizer", target)
+    if found == "tokenizer" or (found and manifest["supervised_share"] < 1):
+        raise SpecaufError(
+            f"{folder} was made with another {found} than that of {target}",
+            "the target's own, so that drafters see what the target will see",
+            "run `specauf prepare --tokenizer` with the target's folder, after correcting what is wrong in it",
+        )
+
+
+def read_origin(drafter) -> dict:
+    """What a drafter of ours says of its training; nothing for those of others."""
+    provenance = existing_folder(drafter, "a drafter") / "specauf.json"
+    return read_json(provenance, "a drafter's origin") if provenance.is_file() else {}
+
+
+def with_arguments(tokenizer: Tokenizer, given: tuple[str, ...], origin: dict, console: Console) -> Tokenizer:
+    """The tokenizer with the chat template's arguments: those given, else those of the drafter's training."""
+    trained, asked = origin.get("template_args") or {}, template_arguments(given)
+    if given:
+        if origin and asked != trained:
+            warn(console, f"the drafter was trained with template arguments {trained}, not {asked}")
+        return with_template_args(tokenizer, asked)
+    try:
+        return with_template_args(tokenizer, trained)
+    except SpecaufError as error:
+        warn(console, f"the drafter was trained with {error.found}")
+        return tokenizer
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning."""
+    console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+
+
+def check_requests(requests, target: Target, max_new_tokens: int) -> None:
+    """Every request and its continuation must fit the target's positions, and hold only tokens that it embeds."""
+    longest, largest = max(map(len, requests), default=0), max((max(ids, default=0) for ids in requests), default=0)
+    if longest + max_new_tokens > target.max_position_embeddings:
+        raise SpecaufError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones",
+            f"together at most the target's {target.max_position_embeddings} positions",
+            "shorten the prompt or lower --max-new-tokens",
+        )
+    if largest >= target.vocab_size:
+        raise SpecaufError(
+            f"a prompt holds token {largest} of the tokenizer, the target has {target.vocab_size} of them",
+            "tokens that the target embeds",
+            "take the added token out of the prompt",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +114,16 @@ class Models:
     decoding: Decoding
     """With the drafter, if there is one."""
     autoregressive: Decoding
-    max_positions: int
+    target: Target
+
+    def tell_clock(self, prompts: list[Prompt], console: Console) -> None:
+        """Warn if conversations among the prompts are rendered with the date of today."""
+        for note in clock_notes(self.tokenizer) if any(prompt.turns for prompt in prompts) else []:
+            warn(console, note)
 
     def check_room(self, requests, max_new_tokens: int) -> None:
-        """Every request and its continuation must fit the target's positions."""
-        longest = max(map(len, requests), default=0)
-        if longest + max_new_tokens > self.max_positions:
-            raise SpecaufError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones",
-                f"together at most the target's {self.max_positions} positions",
-                "shorten the prompt or lower --max-new-tokens",
-            )
+        """As `check_requests`."""
+        check_requests(requests, self.target, max_new_tokens)
 
 
 def load_target_with_bar(folder, dtype: Dtype, console: Console, mesh=None) -> tuple[dict, Target]:
@@ -81,15 +146,18 @@ def check_rows(batch_size: int, mesh) -> None:
         )
 
 
-def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console) -> Models:
+def load_models(
+    target: str, drafter: str | None, dtype: Dtype, mesh, console: Console, template_args: tuple[str, ...] = ()
+) -> Models:
     """Everything that decoding needs, from folders; what does not fit is refused before the target is read."""
-    tokenizer, config = load_tokenizer(target), target_config(target)
+    origin = {} if drafter is None else read_origin(drafter)
+    tokenizer, config = with_arguments(load_tokenizer(target), template_args, origin, console), target_config(target)
+    if "tokenizer_sha256" in origin and origin["tokenizer_sha256"] != hashes(target)[0]:
+        warn(console, f"{drafter} was trained with another tokenizer file than that of {target}")
     resolved = None if drafter is None else fitted(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
     target_params = serving_params(load_target_with_bar(target, dtype, console, mesh)[0])
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
-    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
+    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=tokenizer.stops)
     decoding = dataclasses.replace(autoregressive, drafter=resolved)
-    return Models(
-        mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config.max_position_embeddings
-    )
+    return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config)

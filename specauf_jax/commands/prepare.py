@@ -10,14 +10,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from specauf_jax.checks import template_arguments
 from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.data import corpus, sources, tfds_source
 from specauf_jax.data import tokenizer as tokenizers
+from specauf_jax.data.chat import template_notes
 from specauf_jax.data.dataset import write_dataset, write_manifest
 from specauf_jax.data.encode import Counts, encode
 from specauf_jax.data.packing import pack
 from specauf_jax.data.preview import print_example, print_summary
-from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.rows import BadRecord, is_pipe
+from specauf_jax.data.sources import BadRecords, Record
 from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import check_absent, fresh_folder
@@ -58,6 +61,8 @@ def prepare(config: Prepare, console: Console) -> dict:
         prompts = _write_prompts(config, tokenizer, source.heldout, folder)
         manifest = _manifest(config, source, tokenizer, folder, rows, bad, counts, prompts)
         write_manifest(folder, manifest)
+    for note in _notes(tokenizer, counts):
+        console.print(f"warning: {note}", style="yellow", markup=False, highlight=False)
     if counts.example is not None:
         print_example(console, tokenizer, counts.example)
     print_summary(console, config.out, manifest, plain_text=not counts.conversations)
@@ -67,7 +72,14 @@ def prepare(config: Prepare, console: Console) -> dict:
 def _open_source(config: Prepare) -> Source:
     if config.input:
         files = sources.input_files(config.input)
-        return Source(f"input: {', '.join(config.input)}", lambda: sources.read_files(files))
+        name = f"input: {', '.join(config.input)}"
+        if zipped := [path for path in files if path.suffix.lower() == ".gz"]:
+            said = f"{zipped[0]}{f' and {len(zipped) - 1} more are' if zipped[1:] else ' is'} compressed by gzip"
+            Console(stderr=True, soft_wrap=True).print(f"{said}: read as what it holds", markup=False, highlight=False)
+        if any(map(is_pipe, files)):  # which give what they hold only once
+            found = list(sources.read_files(files))
+            return Source(name, lambda: found)
+        return Source(name, lambda: sources.read_files(files))
     if config.tfds:
         name, split = config.tfds, config.tfds_split
         read = functools.partial(tfds_source.read_tfds, name, config.tfds_fields, split=split, data_dir=config.tfds_dir)
@@ -87,11 +99,11 @@ def _tokenizer(config: Prepare, source: Source, folder: Path, progress: Progress
     if config.tokenizer is not None:
         tokenizer = tokenizers.load_tokenizer(config.tokenizer)
         tokenizers.copy_tokenizer(config.tokenizer, folder)
-        return tokenizer
+        return tokenizers.with_template_args(tokenizer, template_arguments(config.template_args))
     good = (record for record in source.read() if isinstance(record, Record))
     texts = itertools.chain.from_iterable(_texts(record) for record in good)
     tokenizers.train_bpe(progress.track(texts, description="training the tokenizer"), config.vocab_size, folder)
-    return tokenizers.load_tokenizer(folder)
+    return tokenizers.with_template_args(tokenizers.load_tokenizer(folder), template_arguments(config.template_args))
 
 
 def _texts(record: Record) -> list[str]:
@@ -110,6 +122,14 @@ def _check_mask(config: Prepare, counts: Counts) -> None:
         raise SpecaufError(f"{share} supervised in all {counts.conversations} conversations",
                            "the assistant's tokens supervised, the others not",
                            "correct the template's {% generation %} marks, or pass --allow-uniform-mask")  # fmt: skip
+
+
+def _notes(tokenizer: Tokenizer, counts: Counts) -> list[str]:
+    if not counts.conversations:
+        return []
+    unended = "no answer ends with a token that ends a turn, so that a drafter does not learn where answers end; "
+    unended += f"known are {list(tokenizer.stops)} and what generation_config.json beside the tokenizer names"
+    return template_notes(tokenizer) + ([] if counts.ended or not counts.supervised else [unended])
 
 
 def _write_prompts(
@@ -144,4 +164,6 @@ def _manifest(config: Prepare, source: Source, tokenizer: Tokenizer, folder: Pat
         "eos_token_id": tokenizer.eos_token_id,
         "source": source.name,
         "prompts": prompts,
+        "template_args": template_arguments(config.template_args),
+        "largest_token_id": counts.largest,
     }

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import at_least, not_negative, positive, unused
+from specauf_jax.checks import at_least, not_negative, positive, template_arguments, unused
 from specauf_jax.errors import SpecaufError
 
 
@@ -17,7 +17,8 @@ class Prepare:
     out: str
     """Folder to write: dataset/, tokenizer/, manifest.json and, for --corpus, prompts/NAME.jsonl."""
     input: tuple[str, ...] = ()
-    """JSONL (ShareGPT `conversations` or OpenAI `messages`), text files, or folders of text."""
+    """JSONL or Parquet of conversations (`conversations` or `messages`), text files, folders of these, or pipes; all
+    but Parquet may be compressed by gzip."""
     tfds: str | None = None
     """Name of a TFDS dataset, such as 'my_dataset/config:1.0.0'."""
     tfds_split: str = "train"
@@ -34,6 +35,8 @@ class Prepare:
     """Most bytes of the embedded corpus to use."""
     tokenizer: str | None = None
     """Folder with a Hugging Face tokenizer.json; None trains a byte-level BPE on the source."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE for the chat template, such as enable_thinking=false; stored with the data."""
     vocab_size: int = 2048
     """Vocabulary of the BPE that is trained, at least 300: 256 bytes, four markers and a few merges."""
     sequence_length: int = 2048
@@ -66,7 +69,8 @@ class Prepare:
         else:
             unused(self, "max_bad_records", when="with --corpus, which has no bad records")
         if self.corpus is not None or self.tfds_text_field is not None:
-            unused(self, "allow_uniform_mask", when="without conversations")
+            unused(self, "allow_uniform_mask", "template_args", when="without conversations")
+        template_arguments(self.template_args)
         pair = self.tfds_prompt_field, self.tfds_response_field
         if self.tfds and (any(pair) if self.tfds_text_field else not all(pair)):
             raise SpecaufError("the fields of the TFDS dataset are not named, or both ways at once",

@@ -63,7 +63,8 @@ def run_record(config, manifest: dict, **resolved) -> dict:
     """What a checkpoint must agree with: the command's config, what was resolved from it, the dataset."""
     record = json.loads(json.dumps(dataclasses.asdict(config) | resolved))
     return record | {
-        name: manifest[name] for name in ("sequence_length", "tokenizer_sha256", "template_sha256", "rows")
+        name: manifest[name]
+        for name in ("sequence_length", "tokenizer_sha256", "template_sha256", "template_args", "rows")
     }
 
 

@@ -10,12 +10,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from specauf_jax.checks import template_arguments
 from specauf_jax.commands.loading import check_rows, load_target_with_bar, read_data
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
-from specauf_jax.data.tokenizer import copy_tokenizer, eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import copy_tokenizer, load_tokenizer, stop_token_ids
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import from_primary, is_primary
@@ -52,18 +53,24 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     data, out = as_path(config.data), absolute(config.out)
     parts = out.with_name(f"{out.name}.parts")
     target = target_config(config.target)
-    manifest = read_data(data, target)
+    manifest = read_data(data, target, config.target)
     if config.max_new_tokens > manifest["sequence_length"]:
         raise SpecaufError(
             f"max_new_tokens {config.max_new_tokens} for rows of {manifest['sequence_length']} tokens",
             "answers that a row can hold",
             "lower --max-new-tokens",
         )
+    if config.template_args and template_arguments(config.template_args) != manifest["template_args"]:
+        raise SpecaufError(
+            f"{config.data} was prepared with template arguments {manifest['template_args']}",
+            f"those given: {' '.join(config.template_args)}",
+            "run `specauf prepare` with these --template-args",
+        )
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     announce(config.out, mesh, console)
     params = serving_params(load_target_with_bar(config.target, config.dtype, console, mesh)[0])
-    stops = eos_token_ids(load_tokenizer(data / "tokenizer"))
+    stops = stop_token_ids(load_tokenizer(data / "tokenizer"), config.target)
     decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
 
     def respond(prompts, seed):
@@ -100,11 +107,12 @@ def regenerate(config: Regenerate, console: Console) -> dict:
                     _save(parts / f"{number}.npz", answered)
     if not is_primary():
         return {}
-    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))])
+    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))], stops)
     remove_folder(parts)
     dropped = len(documents) - written["documents"]
     console.print(
         f"{written['documents']} documents ({dropped} more had nothing to answer, or no room), "
+        f"{written['truncated_documents']} of them cut before their answer ended, "
         f"{written['supervised_tokens']} supervised tokens of the target's own written to {config.out}",
         highlight=False,
     )
@@ -209,7 +217,7 @@ def _load(path: AnyPath) -> list[Document]:
     return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if len(t)]
 
 
-def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]]) -> dict:
+def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], stops: tuple[int, ...]) -> dict:
     documents = [document for part in parts for document in part]
     with fresh_folder(config.out) as folder:
         tokens = sum(len(d.tokens) for d in documents)
@@ -225,7 +233,8 @@ def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]]) -
             "tokens": tokens,
             "supervised_tokens": supervised,
             "supervised_share": supervised / tokens,
-            "truncated_documents": 0,
+            "truncated_documents": sum(int(d.tokens[-1]) not in stops for d in documents),
+            "largest_token_id": max(int(d.tokens.max()) for d in documents),
             "source": f"answers of {config.target} to {manifest['source']}",
         }
         write_manifest(folder, manifest)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed
+from specauf_jax.checks import not_negative, positive, seed, template_arguments
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
 
 
@@ -20,6 +20,8 @@ class Regenerate:
     """Documents to regenerate, spread evenly over the dataset; 0 for all."""
     prompt_length: int = 64
     """Tokens kept at the start of a document without any unsupervised prefix."""
+    template_args: tuple[str, ...] = ()
+    """NAME=VALUE that the data's chat template should have been rendered with; its prompts stay as they are."""
     max_new_tokens: int = 96
     batch_size: int = 64
     sampling: SamplingFlags = Sampling()
@@ -33,3 +35,4 @@ class Regenerate:
         positive(self, "prompt_length", "max_new_tokens", "batch_size")
         not_negative(self, "documents")
         seed(self)
+        template_arguments(self.template_args)

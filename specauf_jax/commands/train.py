@@ -9,12 +9,12 @@ from rich.console import Console
 
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.checks import unused
-from specauf_jax.commands.loading import load_target_with_bar, read_data
+from specauf_jax.commands.loading import check_requests, load_target_with_bar, read_data, warn
 from specauf_jax.commands.record import announce, check_room, run_folder, run_record
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.loader import make_loader
-from specauf_jax.data.tokenizer import eos_token_ids, load_tokenizer
+from specauf_jax.data.tokenizer import load_tokenizer, stop_token_ids, with_template_args
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import float32_precision
@@ -54,11 +54,11 @@ def train(config: Train, console: Console) -> None:
 def _train(config: Train, out: AnyPath, console: Console) -> None:
     data = as_path(config.data)
     target = target_config(config.target)
-    manifest = read_data(data, target)
+    manifest = read_data(data, target, config.target)
     drafter = _drafter(config, target, manifest)
     _check_branches(config, drafter)
     loss = loss_config(drafter, config.objective, config.base_objective, config.train, manifest["sequence_length"])
-    _check_rows(config, loss, manifest)
+    _check_rows(config, loss, manifest, console)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
     with float32_precision(config.train.dtype):
@@ -153,7 +153,7 @@ def _asked(drafter: Drafter, found: ResolvedDrafter) -> dict:
     return asked | {name: settings[name] for name in named}
 
 
-def _check_rows(config: Train, loss: LossConfig, manifest: dict) -> None:
+def _check_rows(config: Train, loss: LossConfig, manifest: dict, console: Console) -> None:
     S = manifest["sequence_length"]
     if loss.drafter.block_size > S:
         raise SpecaufError(
@@ -176,6 +176,19 @@ def _check_rows(config: Train, loss: LossConfig, manifest: dict) -> None:
             "rows with two supervised tokens in succession",
             "check the dataset's loss mask",
         )
+    _check_mask(config, loss.drafter.mask_token_id, manifest, looked_at, console)
+
+
+def _check_mask(config: Train, mask: int, manifest: dict, rows: list[dict], console: Console) -> None:
+    """Warn of a mask token that texts hold or may hold: in a block it stands for what is to be predicted."""
+    held = sum(bool(np.any(row["tokens"][row["document_ids"] > 0] == mask)) for row in rows)
+    if held:
+        warn(console, f"mask token {mask} stands in {held} of the {len(rows)} rows looked at; choose one of no text")
+    elif mask != manifest["mask_token_id"] and mask < manifest["vocab_size"]:
+        tokenizer = load_tokenizer(as_path(config.data) / "tokenizer")
+        if mask in tokenizer.stops or mask not in tokenizer.added_tokens_decoder:
+            name = tokenizer.convert_ids_to_tokens(mask)
+            warn(console, f"mask token {mask} is {name!r}, which texts may hold; choose one of no text")
 
 
 def _decode_measure(config: Train, drafter: ResolvedDrafter, target: Target, target_params, manifest: dict, mesh):
@@ -189,11 +202,12 @@ def _decode_measure(config: Train, drafter: ResolvedDrafter, target: Target, tar
             "prompts to decode",
             "pass --train.decode-files FILE.jsonl, or set --train.decode-every 0",
         )
-    tokenizer = load_tokenizer(as_path(config.data) / "tokenizer")
+    tokenizer = with_template_args(load_tokenizer(as_path(config.data) / "tokenizer"), manifest["template_args"])
     share = -(-config.train.decode_prompts // len(files))
     prompts = [encode_first_turn(tokenizer, prompt) for file in files for prompt in read_prompts(file)[:share]]
-    step = TargetStep(target, drafter.target_layer_ids)
-    decoding = Decoding(target_step=step, drafter=drafter, stop_tokens=eos_token_ids(tokenizer))
+    check_requests(prompts, target, config.train.decode_tokens)
+    step, stops = TargetStep(target, drafter.target_layer_ids), stop_token_ids(tokenizer, config.target)
+    decoding = Decoding(target_step=step, drafter=drafter, stop_tokens=stops)
 
     def measure(state) -> dict:
         params = jax.tree.map(lambda x: x.astype(config.train.dtype), state.params)

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from specauf_jax.files import as_path, fresh_folder, local_copy, read_bytes
 NAME = "specauf"
 MANIFEST_KEYS = ("sequence_length", "rows", "documents", "tokens", "supervised_tokens", "supervised_share",
                  "truncated_documents", "bad_records", "tokenizer_sha256", "template_sha256", "vocab_size",
-                 "mask_token_id", "eos_token_id", "source", "prompts")  # fmt: skip
+                 "mask_token_id", "eos_token_id", "source", "prompts", "template_args", "largest_token_id")  # fmt: skip
+_ADDED: dict[str, Any] = {"template_args": {}, "largest_token_id": None}
+"""Keys that manifests of earlier versions lack, and what they are taken for; None is unknown."""
 REPREPARE = "delete the folder and run `specauf prepare` again"
 
 
@@ -156,7 +159,7 @@ def write_manifest(folder, manifest: dict) -> None:
 
 
 def read_manifest(folder) -> dict:
-    """The manifest of a prepared folder (keys: MANIFEST_KEYS).
+    """The manifest of a prepared folder (keys: MANIFEST_KEYS; what earlier versions did not write is added).
 
     Raises:
       SpecaufError: missing or not a manifest.
@@ -169,6 +172,8 @@ def read_manifest(folder) -> dict:
                            "check the path, or run `specauf prepare --out` with it") from error  # fmt: skip
     except (OSError, ValueError) as error:
         raise SpecaufError(f"{path} cannot be read: {error}", "the JSON of `specauf prepare`", REPREPARE) from error
+    if isinstance(manifest, dict):
+        manifest |= {key: value for key, value in _ADDED.items() if key not in manifest}
     missing = [key for key in MANIFEST_KEYS if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise SpecaufError(f"{path} lacks {', '.join(missing)}", "the manifest of this version", REPREPARE)

@@ -8,7 +8,8 @@ import numpy as np
 
 from specauf_jax.data import chat
 from specauf_jax.data.packing import Document
-from specauf_jax.data.sources import BadRecord, BadRecords, Record
+from specauf_jax.data.rows import BadRecord
+from specauf_jax.data.sources import BadRecords, Record
 from specauf_jax.data.tokenizer import Tokenizer
 
 ENCODE_TOGETHER = 64
@@ -24,6 +25,10 @@ class Counts:
     supervised: int = 0
     truncated: int = 0
     conversations: int = 0
+    ended: bool = False
+    """Whether any answer ends with a token that ends a turn."""
+    largest: int = 0
+    """Token id."""
     example: Document | None = None
 
     def add(self, document: Document) -> None:
@@ -31,6 +36,7 @@ class Counts:
         self.documents += 1
         self.tokens += len(document.tokens)
         self.supervised += int(document.loss_mask.sum())
+        self.largest = max(self.largest, int(document.tokens.max()))
         self.example = self.example or document
 
 
@@ -38,31 +44,33 @@ def encode(
     tokenizer: Tokenizer, records: Iterable[Record], length: int, bad: BadRecords, counts: Counts
 ) -> Iterator[Document]:
     """Documents of at most `length` tokens; conversations are cut, texts go on in the next document."""
-    records = iter(records)
+    records, front = iter(records), chat.front_ids(tokenizer)
     while batch := list(itertools.islice(records, ENCODE_TOGETHER)):
         texts = [record.content for record in batch if isinstance(record.content, str)]
         encoded = iter(chat.encode_texts(tokenizer, texts))
         for record in batch:
             if isinstance(record.content, str):
-                documents = _windows(next(encoded), length)
+                documents = _windows(next(encoded), length, front)
             else:
-                documents = _conversation(tokenizer, record.content, record.where, length, bad, counts)
+                documents = _conversation(tokenizer, record, length, bad, counts)
             for document in documents:
                 counts.add(document)
                 yield document
 
 
-def _windows(document: Document, length: int) -> list[Document]:
-    spans = [slice(start, start + length) for start in range(0, len(document.tokens), length)]
-    return [Document(document.tokens[span], document.loss_mask[span]) for span in spans]
+def _windows(document: Document, length: int, front: list[int]) -> list[Document]:
+    """Pieces of a text, each as a text of its own begins."""
+    room, start = length - len(front), np.array(front, np.int32)
+    pieces = [document.tokens[i : i + room] for i in range(0, len(document.tokens), room)]
+    tokens = [np.concatenate([start, piece]) for piece in pieces]
+    return [Document(piece, np.ones(len(piece), bool)) for piece in tokens]
 
 
-def _conversation(
-    tokenizer: Tokenizer, messages: list[dict], where: str, length: int, bad: BadRecords, counts: Counts
-) -> list[Document]:
+def _conversation(tokenizer: Tokenizer, record: Record, length: int, bad: BadRecords, counts: Counts) -> list[Document]:
     """Its documents: one, or one for each answer (`chat.conversation_documents`); none when it is unusable."""
+    where = record.where
     try:
-        documents = chat.conversation_documents(tokenizer, messages, where)
+        documents = chat.conversation_documents(tokenizer, record)
     except chat.RefusedConversation as error:
         bad.add(BadRecord(where, f"{error.found.removeprefix(f'{where}: ')} (to do: {error.remedy})"))
         return []
@@ -81,4 +89,5 @@ def _conversation(
         return []
     counts.truncated += sum(len(document.tokens) > length for document in documents)
     counts.conversations += 1
+    counts.ended |= any(np.isin(document.tokens[document.loss_mask], tokenizer.stops).any() for document in documents)
     return supervised or cut

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from specauf_jax.data.sources import BadRecord, Record
+from specauf_jax.data.rows import BadRecord
+from specauf_jax.data.sources import Record
 from specauf_jax.errors import SpecaufError
 
 

@@ -1,62 +1,80 @@
-"""Prompt files: one JSON object a line, {"prompt": str} or {"turns": [str, ...]}."""
+"""Prompt files: JSON lines of {"prompt": str}, {"turns": [str, ...]} or conversations, whose user turns are asked."""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from specauf_jax.data.chat import encode_prompt
+from specauf_jax.data.chat import encode_prompt, encode_start
+from specauf_jax.data.rows import CONVERSATION_KEYS, BadRecord, Row, is_pipe, read_rows
+from specauf_jax.data.sources import Unusable, checked_text, read_questions
 from specauf_jax.data.tokenizer import Tokenizer
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import as_path, read_bytes
+from specauf_jax.files import local_copy
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text to continue as it is, or the user's turns of a conversation."""
+    """Text to continue as it is, or the user's turns of a conversation and the system message before them."""
 
     text: str | None
     turns: tuple[str, ...]
+    system: str | None = None
+
+    @property
+    def opening(self) -> list[dict]:
+        """The messages before the user's turns."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
 
 def read_prompts(path) -> list[Prompt]:
-    """All prompts of a JSONL file.
+    """All prompts of a file, as `read_rows` takes it.
 
     Raises:
       SpecaufError: naming the file and line that cannot be used.
     """
-    path = as_path(path)
-    if not path.is_file():
+    file = local_copy(path)
+    if not (file.is_file() or is_pipe(file)):
         raise SpecaufError(f"{path} does not exist", "a JSONL file of prompts", "check the path")
-    try:
-        lines = read_bytes(path).decode("utf-8").split("\n")  # JSON strings may hold other line ends
-    except UnicodeDecodeError as error:
-        raise SpecaufError(f"{path} is not UTF-8: {error}", "a JSONL file of prompts", "convert it") from error
-    prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_parse(row) for row in read_rows(file, lines=True)]
     if not prompts:
         raise SpecaufError(f"{path} holds no prompt", "at least one line", "check the file")
     return prompts
 
 
-def _parse(line: str, where: str) -> Prompt:
-    expected = '{"prompt": "text"} or {"turns": ["text", ...]}'
+def _parse(row: Row | BadRecord) -> Prompt:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SpecaufError(f"{where} is not JSON: {error}", expected, "correct the line") from error
-    if isinstance(row, dict):
-        prompt, turns = row.get("prompt"), row.get("turns")
-        if isinstance(prompt, str) and prompt and turns is None:
-            return Prompt(text=prompt, turns=())
-        if prompt is None and isinstance(turns, list) and turns and all(isinstance(t, str) and t for t in turns):
-            return Prompt(text=None, turns=tuple(turns))
-    raise SpecaufError(f"{where} is {line[:80]}", expected, "correct the line")
+        if isinstance(row, BadRecord):
+            raise Unusable(row.reason)
+        shown = json.dumps(row.value, default=str)[:80]
+        try:
+            return _prompt(row.value if isinstance(row.value, dict) else {})
+        except Unusable as reason:
+            raise Unusable(f"{reason}: {shown}") from None
+    except (Unusable, RecursionError) as reason:
+        raise SpecaufError(f"{row.where}: {reason}", '{"prompt": "text"}, {"turns": ["text", ...]} or a conversation',
+                           "correct the line") from reason  # fmt: skip
+
+
+def _prompt(fields: dict) -> Prompt:
+    kinds = [key for key in ("prompt", "turns", *CONVERSATION_KEYS) if fields.get(key)]
+    match kinds, fields:
+        case ["prompt"], {"prompt": str(text)} if not (fields.get("system") or fields.get("tools")):
+            return Prompt(text=checked_text(text), turns=())
+        case ["prompt"], {"prompt": list(messages)}:
+            fields = fields | {"messages": messages}
+        case ["turns"], {"turns": list(turns)} if all(isinstance(turn, str) and turn for turn in turns):
+            fields = fields | {"messages": [{"role": "user", "content": turn} for turn in turns]}
+        case _ if not kinds or not set(kinds) <= set(CONVERSATION_KEYS):
+            raise Unusable("no prompt, or more than one")
+    system, questions = read_questions(fields)
+    return Prompt(text=None, turns=questions, system=system)
 
 
 def encode_first_turn(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a plain prompt, or of a conversation up to its first answer."""
     if prompt.text is not None:
-        return tokenizer.encode(prompt.text, add_special_tokens=False)
-    return encode_prompt(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        return encode_start(tokenizer, prompt.text)
+    return encode_prompt(tokenizer, [*prompt.opening, {"role": "user", "content": prompt.turns[0]}])
 
 
 def answer(
@@ -73,7 +91,7 @@ def answer(
       For each prompt, its turns' Generations.
     """
     answers: list[list] = [[] for _ in prompts]
-    messages: list[list[dict]] = [[] for _ in prompts]
+    messages: list[list[dict]] = [prompt.opening for prompt in prompts]
     for turn in range(max(len(prompt.turns) or 1 for prompt in prompts)):
         open_ = [i for i, prompt in enumerate(prompts) if turn < (len(prompt.turns) or 1)]
         for i in open_:

@@ -180,17 +180,21 @@ def _read_config(folder, what: str) -> tuple[dict, str]:
 
 
 def _check_tokenizer(folder: Path, config: Target) -> None:
-    """Every id of the tokenizer that lies beside must have an embedding; more embeddings are padding."""
+    """Every id of the tokenizer that lies beside must have an embedding, but for added tokens, which texts may lack.
+
+    More embeddings are padding.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return
     values = read_json(path, "a tokenizer")
-    model, added = values.get("model"), values.get("added_tokens") or []
+    model, added = values.get("model"), values.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+    if not isinstance(vocabulary, dict | list):
         return  # what it is worth is for the tokenizer's own reader to say
     known = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-    ids = [i for i in known if isinstance(i, int)] + [token["id"] for token in added if isinstance(token, dict)]
+    extra = {token.get("id") for token in added if isinstance(token, dict)} if isinstance(added, list) else set()
+    ids = [i for i in known if isinstance(i, int) and i not in extra]
     if max(ids, default=0) >= config.vocab_size:
         raise SpecaufError(
             f"{path} has ids up to {max(ids)}, the model {config.vocab_size} embeddings",

@@ -19,6 +19,7 @@ def drafter_origin(record: dict, drafter: ResolvedDrafter, step: int) -> dict:
         "data": record["data"],
         "tokenizer_sha256": record["tokenizer_sha256"],
         "template_sha256": record["template_sha256"],
+        "template_args": record.get("template_args", {}),
         "labels": labels,
         "target_layer_ids": "0-based; id i is the residual output of layer i",
     }
