@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 import tyro
@@ -26,7 +27,7 @@ from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.errors import SpecaufError, Stopped
+from specauf_jax.errors import SpecaufError, SpecaufWarning, Stopped
 from specauf_jax.recipes import read_recipe
 
 COMMANDS = {
@@ -51,7 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     1 is a command's own no: `doctor` found an error, `compile` found no room, another host was lost.
     """
-    return _reported(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.showwarning = lambda message, category, *where: (
+            _tell(f"warning: {message}", "yellow") if category is SpecaufWarning else show(message, category, *where)
+        )
+        return _reported(lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
 
 def _main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What ends a command early: bad input (what was found, what was expected, what to do), or a request to stop."""
+"""What ends a command early: bad input (found, expected, what to do), or a request to stop; and what only warns."""
 
 
 class SpecaufError(Exception):
@@ -10,6 +10,10 @@ class SpecaufError(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         super().__init__(f"{found}\n  expected: {expected}\n  to do:    {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
+
+
+class SpecaufWarning(UserWarning):
+    """What a user should know of the input; the command line prints it in yellow."""
 
 
 class Stopped(Exception):

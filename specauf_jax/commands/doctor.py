@@ -82,7 +82,7 @@ def _prompts(config: Doctor, folder: Folder) -> list[list[int]]:
     else:
         prompts = read_prompts(config.prompts)[: config.max_prompts]
         requests = [encode_first_turn(folder.tokenizer, prompt) for prompt in prompts]
-    longest, room = max(map(len, requests)), folder.target.max_position_embeddings
+    longest, room = max(map(len, requests)), folder.target.context_length
     if longest + config.max_new_tokens > room:
         raise SpecaufError(
             f"a prompt of {longest} tokens and {config.max_new_tokens} new ones",

@@ -28,10 +28,10 @@ def read_data(folder, target: Target | None = None) -> dict:
             "a dataset made with the target's tokenizer",
             "run `specauf prepare --tokenizer` with the target's folder",
         )
-    if target is not None and manifest["sequence_length"] > target.max_position_embeddings:
+    if target is not None and manifest["sequence_length"] > target.context_length:
         raise SpecaufError(
             f"{folder} has rows of {manifest['sequence_length']} tokens",
-            f"at most the target's {target.max_position_embeddings} positions",
+            f"at most the target's {target.context_length} positions",
             "prepare shorter rows with --sequence-length",
         )
     return manifest
@@ -90,6 +90,4 @@ def load_models(target: str, drafter: str | None, dtype: Dtype, mesh, console: C
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
     autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=eos_token_ids(tokenizer))
     decoding = dataclasses.replace(autoregressive, drafter=resolved)
-    return Models(
-        mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config.max_position_embeddings
-    )
+    return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config.context_length)

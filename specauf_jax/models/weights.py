@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
 from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.config import Dtype
@@ -20,6 +21,8 @@ from specauf_jax.models.tensors import Progress, flatten, read_tree, tensor_file
 from specauf_jax.sharding import parameter_sharding
 
 Layout = Literal["zlab", "specforge", "speculators"]
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 8192  # of two tensors that are compared at one time
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -40,8 +43,10 @@ def load_target(
     config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
     shapes = target_shapes(config)
-    # Files of tied models may hold the head a second time.
-    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    ignored = ()
+    if config.tie_word_embeddings:  # its files may hold the head a second time
+        _check_tied_head(folder)
+        ignored = (_HEAD,)
     params = read_tree(
         folder,
         shapes,
@@ -161,6 +166,26 @@ def _target_name(name: str) -> str:
 def _read_config(folder, what: str) -> tuple[dict, str]:
     path = existing_folder(folder, what) / "config.json"
     return read_json(path, "a model's configuration"), str(path)
+
+
+def _check_tied_head(folder: Path) -> None:
+    """A head beside an embedding that config.json ties to it must be the embedding; else one of the two is wrong."""
+    files = tensor_files(folder)
+    if not {_HEAD, _EMBEDDING} <= files.keys():
+        return
+    with safe_open(files[_HEAD], framework="numpy") as one, safe_open(files[_EMBEDDING], framework="numpy") as other:
+        head, embedding = one.get_slice(_HEAD), other.get_slice(_EMBEDDING)
+        shape = head.get_shape()
+        same = len(shape) == 2 and embedding.get_shape() == shape
+        for start in range(0, shape[0] if same else 0, _ROWS):
+            rows = slice(start, min(start + _ROWS, shape[0]))
+            same = same and np.array_equal(head[rows], embedding[rows])
+    if not same:
+        raise SpecaufError(
+            f"{folder}: config.json says tie_word_embeddings, but {_HEAD} is not {_EMBEDDING}",
+            "the same numbers in both, or tie_word_embeddings false",
+            f"write false if the model was trained with this head, else remove {_HEAD}",
+        )
 
 
 def _check_tokenizer(folder: Path, config: Target) -> None:
