@@ -13,6 +13,7 @@ import tiny
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
 
+pytestmark = pytest.mark.filterwarnings("ignore::specauf_jax.errors.SpecaufWarning")  # garbled keys
 CASES = 60  # of each kind of damage and model
 TARGET = tiny.target_config(model_type="qwen2", num_hidden_layers=2)
 DOMINO = tiny.domino_config(gru_hidden_dim=5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from specauf_jax.commands.doctor_settings import Doctor
 from specauf_jax.commands.loading import load_target_with_bar
 from specauf_jax.data.tokenizer import eos_token_ids
 from specauf_jax.environment import describe_environment, float32_precision
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level, read_findings, read_folder, repaired_folder
 from specauf_jax.evaluation.doctor.engines import SERVERS, Engine, Verdict, engine_table
 from specauf_jax.evaluation.doctor.variants import (
@@ -34,6 +35,7 @@ _STYLES: dict[Verdict, str] = {"yes": "green", "converted": "green", "differentl
 
 def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
+    warnings.simplefilter("ignore", SpecaufWarning)  # they are among the findings
     out = None if config.out is None else as_path(config.out)
     folder = read_folder(config.drafter, config.target)
     findings = read_findings(folder)

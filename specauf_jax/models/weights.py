@@ -43,10 +43,8 @@ def load_target(
     config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
     shapes = target_shapes(config)
-    ignored = ()
-    if config.tie_word_embeddings:  # its files may hold the head a second time
+    if config.tie_word_embeddings:
         _check_tied_head(folder)
-        ignored = (_HEAD,)
     params = read_tree(
         folder,
         shapes,
@@ -54,7 +52,7 @@ def load_target(
         _NUMPY[np.dtype(dtype).name],
         shardings=None if mesh is None else parameter_sharding(shapes, mesh),
         progress=progress,
-        ignored=ignored,
+        ignored=(_HEAD,) if config.tie_word_embeddings else (),
     )
     return params, config
 
