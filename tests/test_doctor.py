@@ -480,10 +480,10 @@ TPU, JAX = "tpu-inference", "sglang-jax"
 
 @pytest.mark.parametrize(("engine", "changes", "target_changes", "serves", "why"), [
     (TPU, {}, {}, "yes", """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
-    (TPU, {"head_dim": 64}, {}, "no", "cannot run head_dim 64 and hidden_size / num_attention_heads 128: train with "),
-    (TPU, {"head_dim": 32}, {}, "no", "head_dim 32 and hidden_size / num_attention_heads 128"),
-    (TPU, {"head_dim": 256}, {}, "no", "head_dim 256 and hidden_size / num_attention_heads 128"),
-    (TPU, {"hidden_size": 1024}, {}, "no", "head_dim 128 and hidden_size / num_attention_heads 64"),  # Qwen3-0.6B
+    (TPU, {"head_dim": 64}, {}, "no", "cannot run head_dim 64 with hidden_size / num_attention_heads 128: train with "),
+    (TPU, {"head_dim": 32}, {}, "no", "a drafter of any heads for a target whose head_dim is 32"),
+    (TPU, {"head_dim": 256}, {}, "no", "head_dim 256 with hidden_size / num_attention_heads 128"),
+    (TPU, {"hidden_size": 1024}, {}, "no", "head_dim 128 with hidden_size / num_attention_heads 64"),  # Qwen3-0.6B
     (TPU, {"hidden_size": 1024, "num_attention_heads": 8}, {}, "yes", ""),
     (TPU, {"hidden_size": 2560, "num_attention_heads": 32}, {}, "yes", ""),  # Qwen3-4B: 80, padded to 128
     (TPU, {"rope_theta": 5e5}, {}, "differently", "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
@@ -518,28 +518,36 @@ def test_tpu_engines(tmp_path, engine, changes, target_changes, serves, why):
     assert row.serves == serves and why in "; ".join(row.why)
 
 
-def with_heads(D: int, H: int, G: int, E: int) -> a.ResolvedDrafter:
-    return dataclasses.replace(DFLASH, hidden_size=D, num_attention_heads=H, num_key_value_heads=G, head_dim=E)
+def unserved(shape: tuple[int, int, int, int], target_size: int | None = None) -> str:
+    """Of a drafter with hidden_size, heads, key/value heads and head_dim `shape`; its target has the same head_dim."""
+    D, H, G, E = shape
+    drafter = dataclasses.replace(DFLASH, hidden_size=D, num_attention_heads=H, num_key_value_heads=G, head_dim=E)
+    return unserved_heads(drafter, dataclasses.replace(TARGET, head_dim=target_size or E))
 
 
 @pytest.mark.parametrize(("shape", "flags", "served"), [
-    ((1024, 16, 8, 128), "--drafter.num-attention-heads 8 --drafter.num-key-value-heads 8", (1024, 8, 8, 128)),
+    ((1024, 16, 8, 128), "--drafter.num-attention-heads 8 --drafter.num-key-value-heads 8",  # Qwen3-0.6B
+     (1024, 8, 8, 128)),
     ((2048, 32, 8, 64), "--drafter.num-attention-heads 16 --drafter.num-key-value-heads 8 --drafter.head-dim 128",
-     (2048, 16, 8, 128)),
+     (2048, 16, 8, 128)),  # Llama-3.2-1B
     ((1280, 20, 4, 64), "--drafter.num-attention-heads 10 --drafter.num-key-value-heads 2 --drafter.head-dim 128",
      (1280, 10, 2, 128)),
-    ((128, 4, 2, 32), "--drafter.num-attention-heads 1 --drafter.num-key-value-heads 1 --drafter.head-dim 128",
-     (128, 1, 1, 128)),
+    ((576, 9, 3, 64), "--drafter.num-attention-heads 6 --drafter.num-key-value-heads 3 --drafter.head-dim 128",
+     (576, 6, 3, 128)),  # SmolLM2-135M
+    ((960, 15, 5, 64), "--drafter.num-attention-heads 8 --drafter.num-key-value-heads 4 --drafter.head-dim 128",
+     (960, 8, 4, 128)),  # SmolLM2-360M
+    ((64, 1, 1, 64), "--drafter.num-attention-heads 2 --drafter.num-key-value-heads 1 --drafter.head-dim 128",
+     (64, 2, 1, 128)),
 ])  # fmt: skip
 def test_heads_that_tpu_inference_runs(shape, flags, served):
-    assert unserved_heads(with_heads(*shape)).endswith(f": train with {flags}")
-    assert unserved_heads(with_heads(*served)) == ""
+    assert unserved(shape).endswith(f": train with {flags}")
+    assert unserved(served, target_size=shape[-1]) == ""
 
 
-@pytest.mark.parametrize("shape", [(576, 9, 3, 64), (960, 15, 5, 64)], ids=["SmolLM2-135M", "SmolLM2-360M"])
-def test_widths_without_such_heads(shape):
-    found = unserved_heads(with_heads(*shape))
-    assert f"no heads of 128 make up hidden_size {shape[0]}" in found and "train" not in found
+@pytest.mark.parametrize("size", [8, 32, 80, 96])
+def test_targets_whose_drafters_tpu_inference_never_runs(size):
+    found = "a drafter of any heads for a target whose head_dim is"
+    assert unserved((1024, 8, 8, 128), target_size=size) == f"{found} {size}"
 
 
 def test_heads_name_known_engines():

@@ -42,7 +42,8 @@ _NEUTRAL = (
     # scores, values, residuals and logits
     | _each("final_logit_softcapping attn_logit_softcapping logit_softcapping logits_soft_cap clip_qkv", 0)
     | _each("output_multiplier logits_scaling logit_scale lm_head_multiplier embedding_multiplier scale_emb", 1)
-    | _each("embedding_scale residual_multiplier attention_value_scale key_multiplier mup_scale width_multiplier", 1)
+    | _each("embedding_scale input_embedding_scale residual_multiplier attention_value_scale key_multiplier", 1)
+    | _each("mup_scale width_multiplier", 1)
     | _each("attention_multiplier query_pre_attn_scalar attention_scale softmax_scale scale_depth dim_model_base")
     | _each("attention_sink_bias add_full_attention_sink_bias add_swa_attention_sink_bias attention_sinks", False)
     | _each("scale_embedding normalize_embedding use_parallel_residual parallel_attn norm_after", False)
@@ -51,6 +52,7 @@ _NEUTRAL = (
     | _each("rope_interleave rope_interleaved rotary_interleaved use_mrope", False)
     | _each("partial_rotary_factor rotary_pct rotary_percentage rope_pct", 1)
     | _each("no_rope_layer_interval no_rope_layers rope_local_base_freq swa_rope_theta", 0, [])
+    | _each("position_scheme", "incremental")
     | _each("hidden_activation", "silu")
 )
 """Keys under which a model computes something else: all values that leave it as it is, null besides."""

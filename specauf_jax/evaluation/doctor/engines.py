@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
-from specauf_jax.architecture import ResolvedDrafter, RopeScaling
+from specauf_jax.architecture import ResolvedDrafter, RopeScaling, Target
 from specauf_jax.evaluation.doctor.checks import Folder, agree
 from specauf_jax.evaluation.doctor.variants import Kind
 from specauf_jax.models.heads import head_settings
@@ -79,27 +79,30 @@ def _trained_name(folder: Folder) -> str:
     return name if folder.architecture in DRAFTER_ARCHITECTURES and folder.architecture != name else ""
 
 
-def unserved_heads(drafter: ResolvedDrafter) -> str:
+def unserved_heads(drafter: ResolvedDrafter, target: Target) -> str:
     """What tpu-inference (0.32) cannot run of a drafter's heads, and what to train instead; empty where it can.
 
     Its cache pads hidden_size / num_attention_heads to 64 or a multiple of 128, which must be head_dim, and has no
-    bidirectional attention at 64.
+    bidirectional attention at 64. What it adds to the target's head_dim it adds to the drafter's projections too.
     """
     D, E, cached = drafter.hidden_size, drafter.head_dim, drafter.hidden_size // drafter.num_attention_heads
-    padded = 64 if cached == 64 else -(-cached // 128) * 128
-    if E % 128 == 0 and padded == E:
+    if target.head_dim != _padded(target.head_dim):
+        return f"a drafter of any heads for a target whose head_dim is {target.head_dim}"
+    if E % 128 == 0 and _padded(cached) == E:
         return ""
-    found = f"head_dim {E} and hidden_size / num_attention_heads {cached}"
-    if D % 128:
-        return f"{found}, and no heads of 128 make up hidden_size {D}: none that it is known to run"
-    H = D // 128
-    G = max(g for g in range(1, min(drafter.num_key_value_heads, H) + 1) if H % g == 0)
+    H = next(H for H in range(-(-D // 128), D + 1) if D % H == 0 and D // H != 64)
+    G = max(G for G in range(1, min(drafter.num_key_value_heads, H) + 1) if H % G == 0)
     flags = f"--drafter.num-attention-heads {H} --drafter.num-key-value-heads {G}"
-    return f"{found}: train with {flags}{'' if E == 128 else ' --drafter.head-dim 128'}"
+    flags += "" if E == 128 else " --drafter.head-dim 128"
+    return f"head_dim {E} with hidden_size / num_attention_heads {cached}: train with {flags}"
+
+
+def _padded(size: int) -> int:
+    return 64 if size == 64 else -(-size // 128) * 128
 
 
 def _unserved_heads(folder: Folder) -> str:
-    return unserved_heads(folder.drafter) if isinstance(folder.drafter, ResolvedDrafter) else ""
+    return unserved_heads(folder.drafter, folder.target) if isinstance(folder.drafter, ResolvedDrafter) else ""
 
 
 def _shifted_plain(folder: Folder) -> bool:
