@@ -80,6 +80,19 @@ def test_texts_may_be_as_long_as_yarn_stretches_a_target(world, capsys):
     assert cli.main(f"{room} 62".split()) == 2 and "at most the target's 64 positions" in capsys.readouterr().err
 
 
+def test_an_unknown_key_is_told_once(world, capsys):
+    for folder, name in (("plain/drafter", "odd_drafter"), ("pre/target", "odd_target")):
+        shutil.copytree(folder, name)
+        config = json.loads(Path(f"{name}/config.json").read_text()) | {f"{name}_scale": 3}
+        Path(f"{name}/config.json").write_text(json.dumps(config))
+    line = "generate --target odd_target --drafter odd_drafter --prompts prompts.jsonl --out odd --max-new-tokens 4"
+    for _ in range(2):  # of one process
+        specauf(line)
+        told = capsys.readouterr().err
+        assert told.count("odd_target_scale") == told.count("odd_drafter_scale") == 1
+        assert told.count("specauf: warning: ") == 2
+
+
 def test_what_a_drafter_says_of_its_origin(world):
     plain, domino = facts("plain/drafter"), facts("domino/drafter")
     manifest = json.loads(Path("data/manifest.json").read_text())

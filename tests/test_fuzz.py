@@ -22,7 +22,7 @@ JUNK = [None, -1, 0, 1, 3, 10**30, 2**31, 0.5, -0.0, 1e308, float("nan"), float(
 
 
 OTHER_FILES = ["../target/model.safetensors", "/etc/passwd", "config.json", "model-2.safetensors", "", "."]
-DERIVED = {"layer_types", "sliding_window", "rope_scaling", "pure_draft_prefix_len", "head_dim"}
+DERIVED = {"layer_types", "sliding_window", "rope_scaling", "head_dim"}
 """Fields that may differ from the saved ones without standing in the file as they are."""
 
 

@@ -146,7 +146,7 @@ def save_drafter(
 
 
 def _check_kind(params: dict, config: ResolvedDrafter) -> None:
-    """A body never leaves without its head: its labels may be shifted, which no plain drafter's are."""
+    """A body never leaves without its head, which its config describes."""
     found, expected = set(params), set(drafter_shapes(config))
     if found != expected:
         raise SpecaufError(
