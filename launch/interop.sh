@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compares with transformers, specforge and speculators, in an environment of their own, .venv-interop.
+# Compares with transformers, specforge, speculators, z-lab's dflash and tpu-inference's JAX drafter, in an environment
+# of their own, .venv-interop.
 # Arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -13,8 +14,10 @@ set_up_interop() {
     python -m venv --clear .venv-interop
     $pip -r requirements.txt
     $pip --editable ".[interop]"
-    # Without their dependencies, which are other versions of torch and kernels for GPUs.
-    $pip --no-deps specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0
+    # Without their dependencies, which are other versions of torch and JAX, vLLM, and kernels for GPUs and TPUs.
+    # z-lab's generation calls what caches of transformers before 5.15 lack.
+    $pip --no-deps specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0 dflash==0.1.0 transformers==5.15.0 \
+      tpu-inference==0.32.0
     echo "$wanted" > .venv-interop/installed
   fi
 }

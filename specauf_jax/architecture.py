@@ -97,6 +97,15 @@ class Target:
         """Biases of q_proj, k_proj and v_proj."""
         return self.model_type == "qwen2"
 
+    @property
+    def context_length(self) -> int:
+        """Positions that texts may take: max_position_embeddings, or what the scaling stretches pretraining's to."""
+        scaling, most = self.rope_scaling, self.max_position_embeddings
+        trained = scaling.original_max_position_embeddings or most
+        if scaling.rope_type == "llama3" and trained < most:  # whose files tell the stretched length
+            return most
+        return max(most, int(trained * scaling.factor))
+
 
 @dataclass(frozen=True)
 class Drafter:
@@ -128,8 +137,8 @@ class Drafter:
     """What makes drafts of the body's hidden states: dflash (the target's LM head alone), or domino (a recurrent
     correction of its logits, slot by slot). One file each in specauf_jax/models/heads."""
     head: tuple[str, ...] = ()
-    """NAME=VALUE of that file's settings, where not the defaults. domino: emb_dim=256 gru_hidden_dim=1024
-    shift_label=true pure_draft_prefix_len=1."""
+    """NAME=VALUE of that file's settings, where not the defaults. dflash: shift_label=false. domino: emb_dim=256
+    gru_hidden_dim=1024 shift_label=true pure_draft_prefix_len=1."""
 
     def __post_init__(self):
         check_drafter(self)
@@ -147,6 +156,8 @@ class Head(abc.ABC):
 
     projector_type: ClassVar[str]
     """Its name in config.json and on the command line."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names of it in config.json."""
     title: ClassVar[str]
     """Its name for people."""
     architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
@@ -156,8 +167,8 @@ class Head(abc.ABC):
     tensors: ClassVar[dict[str, str]] = {}
     """Names of its tensors in files, by our names, where the general rule (`models/tensors.py`) does not give them."""
     top_level: ClassVar[tuple[str, ...]] = ()
-    """Settings that config.json has at its top level, beside those in dflash_config."""
-    absent: ClassVar[dict[str, int]] = {}
+    """Settings that are written at the top level of config.json too, beside dflash_config."""
+    absent: ClassVar[dict[str, bool]] = {}
     """What it means where config.json leaves out a setting; others must be there."""
     early_prefix: ClassVar[str | None] = None
     """What stood before its tensors' names in early files."""

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 import tyro
@@ -29,7 +30,7 @@ from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.errors import Outcome, SpecaufError, Stopped, io_error
+from specauf_jax.errors import Outcome, SpecaufError, SpecaufWarning, Stopped, io_error
 from specauf_jax.machine import check_platform, choose_platform
 from specauf_jax.recipes import read_recipe
 from specauf_jax.signals import INTERRUPTED
@@ -61,17 +62,25 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    try:
-        outcome = _outcome(lambda: _main(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again, and complains
-        return 141
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+        warnings.showwarning = lambda message, category, *where: (
+            _tell(f"warning: {message}", "yellow") if category is SpecaufWarning else show(message, category, *where)
+        )
+        try:
+            outcome = _outcome(lambda: _main(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again, and complains
+            return 141
     if outcome.said:
-        style = "red" if outcome.failed else "yellow"
-        console = Console(stderr=True)
-        console.print(f"specauf: {outcome.said}", style=style, highlight=False, markup=False, soft_wrap=True)
+        _tell(outcome.said, "red" if outcome.failed else "yellow")
     return outcome.code
+
+
+def _tell(text: str, style: str) -> None:
+    console = Console(stderr=True)
+    console.print(f"specauf: {text}", style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _main(arguments: list[str]) -> object:

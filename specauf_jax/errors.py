@@ -1,4 +1,4 @@
-"""What ends a command early: bad input (what was found, what was expected, what to do), or a request to stop."""
+"""What ends a command early: bad input (found, expected, what to do), or a request to stop; and what only warns."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +40,10 @@ def at_work() -> Iterator[None]:
     except OSError as error:
         raise IOFailed(str(error), "files that can be read and written, and free space",
                        "look at the disk, then run again: it goes on from what was saved") from error  # fmt: skip
+
+
+class SpecaufWarning(UserWarning):
+    """What a user should know of the input; the command line prints it in yellow."""
 
 
 class Stopped(Exception):

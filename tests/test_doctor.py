@@ -20,11 +20,11 @@ from specauf_jax.data.tokenizer import hashes, load_tokenizer, train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.evaluation.doctor.checks import Folder, read_findings, read_folder
-from specauf_jax.evaluation.doctor.engines import LINES, engine_table
+from specauf_jax.evaluation.doctor.engines import LINES, engine_table, unserved_heads
 from specauf_jax.evaluation.doctor.variants import Decoded, Gain, Variant, decode_variants, gain, layer_id_variants
 from specauf_jax.models.drafter import drafter_shapes, init_drafter
 from specauf_jax.models.heads import head_types
-from specauf_jax.models.heads.dflash import ShiftedDFlash
+from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.heads.domino import Domino
 from specauf_jax.models.hf_config import write_drafter, write_target
 from specauf_jax.models.resolve import resolve_drafter
@@ -84,7 +84,7 @@ def world(tmp_path_factory) -> Path:
     for name, drafter in {
         "dflash": DFLASH,
         "domino": DOMINO,
-        "shifted": dataclasses.replace(DFLASH, head=ShiftedDFlash()),
+        "shifted": dataclasses.replace(DFLASH, head=DFlash(shift_label=True)),
     }.items():
         params = learn_by_heart(drafter, target, own)
         config = DOMINO if name == "domino" else DFLASH
@@ -255,8 +255,17 @@ def test_a_plain_drafter_trained_with_shifted_labels(doctor):
     doctor.copy("shifted")
     code, result = doctor("--no-single-ids")
     [finding] = errors(result)
-    assert code == 1 and finding["topic"] == "labels" and "trained with shifted labels" in finding["found"]
-    assert next(m["tau"] for m in result["measured"] if m["kind"] == "labels") > 3
+    assert code == 1 and finding["topic"] == "labels" and finding["remedy"] == "write shift_label true"
+    tau = next(m["tau"] for m in result["measured"] if m["kind"] == "labels")
+    assert tau > 3
+    doctor.edit(dflash__shift_label=True)
+    code, result = doctor("--no-single-ids")
+    assert code == 0 and errors(result) == [] and result["summary"]["tau"] == tau
+    unshifted = next(m["tau"] for m in result["measured"] if m["kind"] == "labels")
+    said = f"is not known to read shifted labels of a plain drafter (tau {unshifted:.2f} instead of {tau:.2f})"
+    for engine in result["engines"]:
+        assert engine["serves"] != "yes" and (said in engine["why"] or engine["serves"] in ("no", "converted"))
+    assert doctor.said.out.rstrip().endswith("as it is for no engine")
 
 
 def test_wrong_mask_token(doctor):
@@ -343,7 +352,9 @@ ROPE = {"rope_type": "default", "rope_theta": 1e4}
 WINDOW = {"layer_types": ["sliding_attention"], "use_sliding_window": True, "sliding_window": 16}
 FAULTS = {
     "ids missing": ("dflash", {"dflash__target_layer_ids": ...}, "layer ids", "error"),
-    "ids at the top": ("dflash", {"dflash__target_layer_ids": ..., "target_layer_ids": [1, 3]}, "layer ids", "error"),
+    "ids at the top": ("dflash", {"dflash__target_layer_ids": ..., "target_layer_ids": [1, 3]}, "layer ids", "warning"),
+    "mask at the top": ("dflash", {"dflash__mask_token_id": ..., "mask_token_id": MASK}, "mask token", "warning"),
+    "two masks": ("dflash", {"mask_token_id": 5}, "decoding", "error"),
     "ids descending": ("dflash", {"dflash__target_layer_ids": [3, 1]}, "layer ids", "error"),
     "ids twice": ("dflash", {"dflash__target_layer_ids": [1, 1]}, "layer ids", "error"),
     "ids too high": ("dflash", {"dflash__target_layer_ids": [1, 6]}, "layer ids", "error"),
@@ -377,15 +388,23 @@ FAULTS = {
     "no depth": ("dflash", {"num_target_layers": ...}, "sizes", "warning"),
     "depth of taps": ("dflash", {"num_target_layers": 2}, "sizes", "error"),
     "tied": ("dflash", {"tie_word_embeddings": True}, "architecture", "warning"),
-    "shifted": ("dflash", {"dflash__shift_label": True}, "head", "error"),
+    "shifted": ("dflash", {"dflash__shift_label": True}, "head", ""),
+    "shifted, in other words": ("dflash", {"sample_from_anchor": True}, "head", ""),
+    "two conventions": ("domino", {"dflash__sample_from_anchor": False}, "decoding", "error"),
     "shift missing": ("domino", {"dflash__shift_label": ...}, "head", "error"),
     "shift no flag": ("domino", {"dflash__shift_label": 1}, "head", "error"),
+    "no prefix length": ("domino", {"dflash__pure_draft_prefix_len": ...}, "head", "error"),
     "no GRU width": ("domino", {"dflash__gru_hidden_dim": ...}, "head", "error"),
     "no emb_dim outside": ("domino", {"emb_dim": ...}, "head", "note"),
     "no projector": ("domino", {"dflash__projector_type": ...}, "tensors", "error"),
     "settings of another head": ("domino", {"dflash__projector_type": ...}, "head", "error"),
     "known by the architecture": ("domino", {"architectures": ["DominoDraftModel"], "dflash__projector_type": ...},
                                   "head", "warning"),
+    "older name of the projector": ("domino", {"dflash__projector_type": "causal_v5"}, "architecture", "warning"),
+    "unknown outside": ("dflash", {"foo_scale": 3}, "keys", "warning"),
+    "unknown, but off": ("dflash", {"foo_scale": None, "use_foo": False}, "keys", ""),
+    "unknown inside": ("dflash", {"dflash__foo_scale": 3}, "decoding", "error"),
+    "slots see less": ("dflash", {"dflash__causal": True}, "decoding", "error"),
     "other projector": ("domino", {"dflash__projector_type": "eagle"}, "architecture", "error"),
     "architecture": ("dflash", {"architectures": ["Qwen3ForCausalLM"]}, "architecture", "error"),
     "model type": ("dflash", {"model_type": "llama"}, "architecture", "warning"),
@@ -419,10 +438,14 @@ def test_faults_that_reading_shows(doctor, fault):
     ("dflash", {"dflash__mask_token_id": ...}, "sglang-jax", "no", "needs mask_token_id"),
     ("dflash", {"dflash__mask_token_id": ...}, "SGLang", "no", "needs mask_token_id"),
     ("dflash", {"dflash__mask_token_id": ..., "mask_token_id": MASK}, "SGLang", "yes", ""),
+    ("dflash", {"dflash__target_layer_ids": ..., "target_layer_ids": [1, 3]}, "sglang-jax", "no",
+     "needs dflash_config.target_layer_ids"),
+    ("dflash", {"dflash__target_layer_ids": ..., "target_layer_ids": [1, 3]}, "SGLang", "yes", ""),
+    ("dflash", {"query_zero_predicts_next": True}, "SGLang", "differently", "not known to read shifted labels"),
     ("dflash", {"rope_parameters": ...}, "vLLM", "no", "needs rope_parameters"),
     ("dflash", {"rope_theta": ...}, "sglang-jax", "no", "needs rope_theta at the top level"),
     ("dflash", {"rope_parameters": ...}, "sglang-jax", "no", "and in rope_parameters"),
-    ("dflash", {"dflash__target_layer_ids": ...}, "sglang-jax", "no", "needs target_layer_ids"),
+    ("dflash", {"dflash__target_layer_ids": ...}, "sglang-jax", "no", "needs dflash_config.target_layer_ids"),
     ("dflash", {"dflash__target_layer_ids": ...}, "tpu-inference", "no", "needs dflash_config.target_layer_ids"),
     ("dflash", {"dflash__target_layer_ids": [1, 2, 3]}, "SGLang", "no", "shape of fc.weight"),
     ("dflash", {"dflash__target_layer_ids": [1, 5]}, "speculators", "differently", "drops layer id 5"),
@@ -432,7 +455,7 @@ def test_faults_that_reading_shows(doctor, fault):
     ("dflash", WINDOW, "sglang-jax", "differently", "ignores layer_types"),
     ("dflash", WINDOW, "SpecForge", "differently", "decodes without"),
     ("dflash", WINDOW, "z-lab", "yes", "reads windows as this project does"),
-    ("dflash", WINDOW, "vLLM", "yes", "adds 1 to target_layer_ids itself"),
+    ("dflash", WINDOW, "vLLM", "yes", "reads windows as this project does; adds 1 to target_layer_ids itself"),
     ("domino", {}, "z-lab", "differently", "plain DFlash"),
     ("domino", {}, "sglang-jax", "differently", "one slot late"),
     ("domino", {"architectures": ["DominoDraftModel"]}, "SGLang", "no", "serves architecture DFlashDraftModel"),
@@ -457,11 +480,10 @@ TPU, JAX = "tpu-inference", "sglang-jax"
 
 @pytest.mark.parametrize(("engine", "changes", "target_changes", "serves", "why"), [
     (TPU, {}, {}, "yes", """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
-    (TPU, {"head_dim": 64}, {}, "no", "head_dim and hidden_size / num_attention_heads of 64 and 128: train with "
-     "--drafter.head-dim 128 and --drafter.num-attention-heads"),
-    (TPU, {"head_dim": 32}, {}, "no", "of 32 and 128"),
-    (TPU, {"head_dim": 256}, {}, "no", "of 256 and 128"),
-    (TPU, {"hidden_size": 1024}, {}, "no", "of 128 and 64"),  # Qwen3-0.6B
+    (TPU, {"head_dim": 64}, {}, "no", "cannot run head_dim 64 with hidden_size / num_attention_heads 128: train with "),
+    (TPU, {"head_dim": 32}, {}, "no", "a drafter of any heads for a target whose head_dim is 32"),
+    (TPU, {"head_dim": 256}, {}, "no", "head_dim 256 with hidden_size / num_attention_heads 128"),
+    (TPU, {"hidden_size": 1024}, {}, "no", "head_dim 128 with hidden_size / num_attention_heads 64"),  # Qwen3-0.6B
     (TPU, {"hidden_size": 1024, "num_attention_heads": 8}, {}, "yes", ""),
     (TPU, {"hidden_size": 2560, "num_attention_heads": 32}, {}, "yes", ""),  # Qwen3-4B: 80, padded to 128
     (TPU, {"rope_theta": 5e5}, {}, "differently", "takes theta 1e6 and Llama 3 scaling (with transformers 5): "
@@ -494,6 +516,38 @@ def test_tpu_engines(tmp_path, engine, changes, target_changes, serves, why):
     folder = Folder(tmp_path, tmp_path, config, target_config, target, None, {}, tensors, unreadable=None)
     [row] = [row for row in engine_table(folder, {}) if row.name == engine]
     assert row.serves == serves and why in "; ".join(row.why)
+
+
+def unserved(shape: tuple[int, int, int, int], target_size: int | None = None) -> str:
+    """Of a drafter with hidden_size, heads, key/value heads and head_dim `shape`; its target has the same head_dim."""
+    D, H, G, E = shape
+    drafter = dataclasses.replace(DFLASH, hidden_size=D, num_attention_heads=H, num_key_value_heads=G, head_dim=E)
+    return unserved_heads(drafter, dataclasses.replace(TARGET, head_dim=target_size or E))
+
+
+@pytest.mark.parametrize(("shape", "flags", "served"), [
+    ((1024, 16, 8, 128), "--drafter.num-attention-heads 8 --drafter.num-key-value-heads 8",  # Qwen3-0.6B
+     (1024, 8, 8, 128)),
+    ((2048, 32, 8, 64), "--drafter.num-attention-heads 16 --drafter.num-key-value-heads 8 --drafter.head-dim 128",
+     (2048, 16, 8, 128)),  # Llama-3.2-1B
+    ((1280, 20, 4, 64), "--drafter.num-attention-heads 10 --drafter.num-key-value-heads 2 --drafter.head-dim 128",
+     (1280, 10, 2, 128)),
+    ((576, 9, 3, 64), "--drafter.num-attention-heads 6 --drafter.num-key-value-heads 3 --drafter.head-dim 128",
+     (576, 6, 3, 128)),  # SmolLM2-135M
+    ((960, 15, 5, 64), "--drafter.num-attention-heads 8 --drafter.num-key-value-heads 4 --drafter.head-dim 128",
+     (960, 8, 4, 128)),  # SmolLM2-360M
+    ((64, 1, 1, 64), "--drafter.num-attention-heads 2 --drafter.num-key-value-heads 1 --drafter.head-dim 128",
+     (64, 2, 1, 128)),
+])  # fmt: skip
+def test_heads_that_tpu_inference_runs(shape, flags, served):
+    assert unserved(shape).endswith(f": train with {flags}")
+    assert unserved(served, target_size=shape[-1]) == ""
+
+
+@pytest.mark.parametrize("size", [8, 32, 80, 96])
+def test_targets_whose_drafters_tpu_inference_never_runs(size):
+    found = "a drafter of any heads for a target whose head_dim is"
+    assert unserved((1024, 8, 8, 128), target_size=size) == f"{found} {size}"
 
 
 def test_heads_name_known_engines():

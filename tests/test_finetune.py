@@ -1,6 +1,7 @@
 """Drafters from folders: fine-tuned, exported in other layouts, and their conventions checked on the way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,45 @@ def test_training_starts_from_the_folders_weights(world, kind):
     assert all(np.abs(before[name] - after[name]).max() > 0 for name in before)
     assert max(np.abs(before[name] - after[name]).max() for name in before) < 0.01  # two small steps from there
     assert facts(f"{kind}_tuned/drafter")["init_from"] == f"{kind}/drafter"
+
+
+def test_a_plain_drafter_with_shifted_labels(world, capsys):
+    specauf(f"{TRAIN} 2 --out shifted {SHAPE} --drafter.head shift_label=true")
+    assert "tpu-inference cannot run a drafter of any heads for a target whose head_dim is 8" in capsys.readouterr().out
+    specauf("export --drafter shifted/drafter --out shifted_again")
+    specauf(f"{TRAIN} 2 --out shifted_tuned --init-from shifted/drafter")
+    for folder in ("shifted/drafter", "shifted_again", "shifted_tuned/drafter"):
+        assert load_drafter(folder)[1].head.shift_label
+        assert "every slot is trained" in facts(folder)["labels"]
+    command = f"{TRAIN} 2 --out refused --init-from shifted/drafter --drafter.head shift_label=false"
+    assert cli.main(command.split()) == 2
+    assert "asks for shift_label False, but shifted/drafter was trained with True" in capsys.readouterr().err
+
+
+def test_texts_may_be_as_long_as_yarn_stretches_a_target(world, capsys):
+    shutil.copytree("pre/target", "yarn")
+    config = json.loads(Path("yarn/config.json").read_text())
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    config |= {"max_position_embeddings": 16, "rope_scaling": rope,
+               "rope_parameters": rope | {"rope_theta": config["rope_theta"]}}  # fmt: skip
+    Path("yarn/config.json").write_text(json.dumps(config))
+    specauf(f"{TRAIN} 1 --out yarned {SHAPE}".replace("pre/target", "yarn"))  # rows of 64
+    room = "generate --target yarn --drafter yarned/drafter --prompts prompts.jsonl --out room --max-new-tokens"
+    specauf(f"{room} 50")
+    assert cli.main(f"{room} 62".split()) == 2 and "at most the target's 64 positions" in capsys.readouterr().err
+
+
+def test_an_unknown_key_is_told_once(world, capsys):
+    for folder, name in (("plain/drafter", "odd_drafter"), ("pre/target", "odd_target")):
+        shutil.copytree(folder, name)
+        config = json.loads(Path(f"{name}/config.json").read_text()) | {f"{name}_scale": 3}
+        Path(f"{name}/config.json").write_text(json.dumps(config))
+    line = "generate --target odd_target --drafter odd_drafter --prompts prompts.jsonl --out odd --max-new-tokens 4"
+    for _ in range(2):  # of one process
+        specauf(line)
+        told = capsys.readouterr().err
+        assert told.count("odd_target_scale") == told.count("odd_drafter_scale") == 1
+        assert told.count("specauf: warning: ") == 2
 
 
 def test_what_a_drafter_says_of_its_origin(world):

@@ -13,8 +13,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from specauf_jax.architecture import RopeScaling
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.models.heads import make_head
+from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.layers import cast
 from specauf_jax.models.weights import (
     drafter_config,
@@ -71,6 +72,18 @@ def test_a_tied_head_written_twice_is_one_head(tmp_path):
     tensors = load_file(tmp_path / "target" / "model.safetensors")
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "target/model.safetensors")
     assert tiny.same_bits(load_target(tmp_path / "target")[0], tiny.target_params(config))
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1e-3, lambda x: np.concatenate([x, x])], ids=["values", "shape"])
+def test_a_head_of_its_own_under_a_tied_config_is_refused(tmp_path, change, monkeypatch):
+    monkeypatch.setattr("specauf_jax.models.weights._ROWS", 5)
+    config = tiny.target_config(tie_word_embeddings=True)
+    save_target(tiny.target_params(config), config, tmp_path / "target")
+    tensors = load_file(tmp_path / "target" / "model.safetensors")
+    other = {"lm_head.weight": change(tensors["model.embed_tokens.weight"])}
+    save_file(tensors | other, tmp_path / "target/model.safetensors")
+    with pytest.raises(SpecaufError, match="says tie_word_embeddings, but lm_head.weight is not"):
+        load_target(tmp_path / "target")
 
 
 def test_target_names(tmp_path):
@@ -147,7 +160,7 @@ def test_block_size_of_older_files(drafter):
     assert drafter_config(drafter).block_size == 4
     del values["block_size"]
     (drafter / "config.json").write_text(json.dumps(values))
-    with pytest.raises(SpecaufError, match="block_size is missing"):
+    with pytest.raises(SpecaufError, match="has no block_size"):
         drafter_config(drafter)
 
 
@@ -373,16 +386,168 @@ def test_domino_never_becomes_a_plain_drafter(tmp_path):
     body = {name: x for name, x in params.items() if name in tiny.drafter_params()}
     with pytest.raises(SpecaufError, match="(?s)those of a Domino drafter.*prefix_gru"):
         save_drafter(body, DOMINO, tmp_path / "plain")
-    with pytest.raises(SpecaufError, match="unknown field 'shift_label' of DFlash"):
-        make_head("dflash", ("shift_label=true",))
+    with pytest.raises(SpecaufError, match="unknown field 'emb_dim' of DFlash"):
+        make_head("dflash", ("emb_dim=6",))
     with pytest.raises(SpecaufError, match="a Domino drafter for the layout of speculators"):
         save_drafter(params, DOMINO, tmp_path / "plain", layout="speculators", verifier="target")
     assert not (tmp_path / "plain").exists()
     save_drafter(params, DOMINO, tmp_path / "domino")
     values = json.loads((tmp_path / "domino" / "config.json").read_text())
-    del values["dflash_config"]["projector_type"]  # what is left reads as plain DFlash: the head gives it away
+    # What is left reads as plain DFlash: the head gives it away.
+    values["dflash_config"] = {key: values["dflash_config"][key] for key in ("mask_token_id", "target_layer_ids")}
     with pytest.raises(SpecaufError, match="4 unknown, first embed_proj.0.weight"):
         load_drafter(rewritten(tmp_path / "domino", **values))
+
+
+# ---------------------------------------------------------------------------------------------
+# Keys of config.json
+
+
+def edited(folder, changes: dict, inside: dict | None = None):
+    """config.json of `folder` with other values, and others in dflash_config; `...` deletes a key."""
+    values = json.loads((folder / "config.json").read_text())
+    for place, new in ((values, changes), (values.get("dflash_config") or {}, inside or {})):
+        place |= new
+        for key in [key for key, value in place.items() if value is ...]:
+            del place[key]
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+WINDOWS = {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "inside", "said"),
+    [
+        ({}, {"causal": True}, "dflash_config: causal is True"),
+        ({"causal": True}, {}, "config.json: causal is True"),
+        ({}, {"use_swa": True, "swa_window_size": 8}, "use_swa is True"),
+        ({"is_causal": True}, {}, "is_causal is True"),
+        (WINDOWS | {"is_causal": False}, {}, "is_causal is False"),
+        (WINDOWS, {"is_causal": False}, "dflash_config: is_causal is False"),
+        (WINDOWS | {"sliding_window_non_causal": True}, {}, "sliding_window_non_causal is True"),
+        ({"final_logit_softcapping": 30.0}, {}, "final_logit_softcapping is 30.0"),
+        ({"attn_logit_softcapping": 50.0}, {}, "attn_logit_softcapping is 50.0"),
+        ({"output_multiplier": 2.0}, {}, "output_multiplier is 2.0"),
+        ({}, {"output_multiplier": 2.0}, "dflash_config: output_multiplier is 2.0"),
+        ({"is_neox_style": False}, {}, "is_neox_style is False"),
+        ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor is 0.5"),
+        ({"attention_sink_bias": True}, {}, "attention_sink_bias is True"),
+        ({"draft_vocab_size": 9}, {}, "draft_vocab_size is 9"),
+        ({"target_hidden_size": 32}, {}, "target_hidden_size is 32"),
+        ({}, {"shift_labels": True}, "dflash_config: unknown key 'shift_labels' (did you mean 'shift_label'?)"),
+        ({}, {"emb_dim": 6}, "dflash_config: unknown key 'emb_dim'"),
+        ({"mask_token_id": 5}, {}, "mask_token_id is 16 in dflash_config, and mask_token_id 5 at the top level"),
+        ({"target_layer_ids": [0, 2]}, {}, "target_layer_ids is [0, 1] in dflash_config"),
+        ({"block_size": 8}, {}, "block_size is 4 in dflash_config, and block_size 8 at the top level"),
+        ({}, {"num_target_layers": 4}, "num_target_layers is 4 in dflash_config"),
+        ({"shift_label": False}, {"sample_from_anchor": True}, "sample_from_anchor is True in dflash_config"),
+        ({}, {"shift_label": True, "query_zero_predicts_next": False}, "query_zero_predicts_next is False"),
+        ({}, {"shift_label": 1}, "shift_label is 1"),
+        ({}, {"projector_type": "dspark"}, "projector_type 'dspark'"),
+    ],
+)
+def test_keys_that_ask_for_something_else_are_refused_by_name(drafter, changes, inside, said):
+    with pytest.raises(SpecaufError) as refused:
+        drafter_config(edited(drafter, changes, inside))
+    assert said in refused.value.found and str(drafter) in refused.value.found
+
+
+NEUTRAL = {
+    "causal": False, "is_causal": False, "final_logit_softcapping": None, "output_multiplier": 1.0,
+    "is_neox_style": True, "attention_sink_bias": False, "draft_vocab_size": 17, "target_hidden_size": 16,
+    "torch_dtype": "bfloat16", "transformers_version": "5.8.1", "use_cache": True, "initializer_range": 0.02,
+    "_name_or_path": "x", "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "pad_token_id": 1, "foo": None,
+    "use_foo": False, "foo_factor": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+def test_keys_that_ask_for_nothing_are_read_over(drafter, tmp_path):
+    inside = {"use_swa": False, "swa_window_size": 4096, "causal": False, "mask_token": "<|mask|>", "foo": False}
+    assert drafter_config(edited(drafter, NEUTRAL, inside)) == DRAFTER
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    assert target_config(edited(tmp_path / "target", NEUTRAL | {"causal": None, "is_causal": True})) == TARGET
+    rewritten(drafter, **WINDOWS, is_causal=True)
+    assert drafter_config(drafter).windows == (8, 8)
+
+
+def test_unknown_keys_are_named_once(drafter):
+    with pytest.warns(SpecaufWarning) as warned:
+        assert load_drafter(edited(drafter, {"foo_scale": 3, "hiden_size": 16}))[1] == DRAFTER
+    [one] = warned
+    assert str(one.message) == (f"{drafter}/config.json has keys that nothing here reads: "
+                                "foo_scale, hiden_size (did you mean 'hidden_size'?)")  # fmt: skip
+
+
+def test_targets_too(tmp_path):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    with pytest.warns(SpecaufWarning, match="foo_scale"):
+        target_config(edited(tmp_path / "target", {"foo_scale": 3}))
+    edited(tmp_path / "target", {"foo_scale": ...})
+    for key, value in {"logits_scaling": 8.0, "is_causal": False, "embedding_multiplier": 12.0}.items():
+        with pytest.raises(SpecaufError, match=f"{key} is {value}"):
+            target_config(edited(tmp_path / "target", {key: value}))
+        edited(tmp_path / "target", {key: ...})
+
+
+def test_settings_at_the_top_level(drafter):
+    inside = json.loads((drafter / "config.json").read_text())["dflash_config"]
+    edited(drafter, inside, dict.fromkeys(inside, ...))
+    assert drafter_config(drafter) == DRAFTER
+    edited(drafter, {"dflash_config": None})
+    assert drafter_config(drafter) == DRAFTER
+    with pytest.raises(SpecaufError, match="dflash_config has no mask_token_id"):
+        drafter_config(edited(drafter, {"mask_token_id": None}))
+
+
+def test_settings_of_domino_at_the_top_level_and_its_older_name(tmp_path):
+    save_drafter(tiny.drafter_params(DOMINO), DOMINO, tmp_path / "domino")
+    edited(tmp_path / "domino", {}, {"projector_type": "causal_v5"})
+    assert drafter_config(tmp_path / "domino") == DOMINO
+    names = ("projector_type", "emb_dim", "gru_hidden_dim", "pure_draft_prefix_len", "shift_label")
+    inside = json.loads((tmp_path / "domino" / "config.json").read_text())["dflash_config"]
+    edited(tmp_path / "domino", {name: inside[name] for name in names}, dict.fromkeys(names, ...))
+    assert tiny.same_bits(load_drafter(tmp_path / "domino")[0], tiny.drafter_params(DOMINO))
+    with pytest.raises(SpecaufError, match="has no pure_draft_prefix_len"):
+        drafter_config(edited(tmp_path / "domino", {"pure_draft_prefix_len": ...}))
+
+
+@pytest.mark.parametrize("name", ["shift_label", "sample_from_anchor", "query_zero_predicts_next"])
+@pytest.mark.parametrize("top", [False, True])
+def test_shifted_labels_under_any_name(drafter, name, top):
+    expected = dataclasses.replace(DRAFTER, head=DFlash(shift_label=True))
+    assert drafter_config(edited(drafter, *(({name: True}, {}) if top else ({}, {name: True})))) == expected
+    assert expected.first_slot == 0 and expected.num_labels == 4
+    assert drafter_config(edited(drafter, {name: False} if top else {}, {} if top else {name: False})) == DRAFTER
+
+
+def test_a_shifted_plain_drafter_round_trips(tmp_path):
+    config = dataclasses.replace(DRAFTER, head=make_head("dflash", ("shift_label=true",)))
+    save_drafter(tiny.drafter_params(), config, tmp_path / "drafter")
+    assert json.loads((tmp_path / "drafter" / "config.json").read_text())["dflash_config"]["shift_label"] is True
+    params, found = load_drafter(tmp_path / "drafter")
+    assert found == config and tiny.same_bits(params, tiny.drafter_params())
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    save_drafter(params, config, tmp_path / "out", layout="speculators", verifier=str(tmp_path / "target"))
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    [proposal] = values["speculators_config"]["proposal_methods"]
+    assert values["sample_from_anchor"] is True and proposal["speculative_tokens"] == 4
+
+
+@pytest.mark.parametrize(("scaling", "most", "length"), [
+    (RopeScaling("yarn", 4.0, 64), 64, 256),
+    (RopeScaling("yarn", 4.0), 64, 256),
+    (RopeScaling("yarn", 4.0, 32_768), 40_960, 131_072),  # Qwen3's own advice
+    (RopeScaling("yarn", 4.0, 64), 256, 256),
+    (RopeScaling("linear", 2.5), 64, 160),
+    (RopeScaling("llama3", 32.0, 8192), 131_072, 131_072),
+    (RopeScaling("llama3", 8.0, 64), 64, 512),
+    (RopeScaling(), 64, 64),
+])  # fmt: skip
+def test_how_long_texts_may_be(scaling, most, length):
+    assert tiny.target_config(rope_scaling=scaling, max_position_embeddings=most).context_length == length
 
 
 def test_sliding_windows_of_a_file(drafter):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.commands.doctor_settings import Doctor
 from specauf_jax.commands.loading import check_requests, load_target_with_bar, with_arguments
 from specauf_jax.environment import describe_environment, float32_precision
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.evaluation.doctor.checks import Finding, Folder, Level, read_findings, read_folder, repaired_folder
 from specauf_jax.evaluation.doctor.engines import SERVERS, Engine, Verdict, engine_table
 from specauf_jax.evaluation.doctor.variants import (
@@ -33,6 +34,7 @@ _STYLES: dict[Verdict, str] = {"yes": "green", "converted": "green", "differentl
 
 def doctor(config: Doctor, console: Console) -> int:
     """Print all findings and engines, write `config.out`; returns the exit code: 1 if there is an error."""
+    warnings.simplefilter("ignore", SpecaufWarning)  # they are among the findings
     out = None if config.out is None else output_file(config.out, config.target, config.drafter, config.prompts)
     folder = read_folder(config.drafter, config.target)
     if folder.tokenizer is not None:

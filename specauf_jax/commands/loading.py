@@ -37,10 +37,10 @@ def read_data(folder, target: Target | None = None, target_folder=None) -> dict:
             "a dataset made with the target's tokenizer",
             "run `specauf prepare --tokenizer` with the target's folder",
         )
-    if manifest["sequence_length"] > target.max_position_embeddings:
+    if manifest["sequence_length"] > target.context_length:
         raise SpecaufError(
             f"{folder} has rows of {manifest['sequence_length']} tokens",
-            f"at most the target's {target.max_position_embeddings} positions",
+            f"at most the target's {target.context_length} positions",
             "prepare shorter rows with --sequence-length",
         )
     return manifest
@@ -89,10 +89,10 @@ def warn(console: Console, text: str) -> None:
 def check_requests(requests, target: Target, max_new_tokens: int) -> None:
     """Every request and its continuation must fit the target's positions, and hold only tokens that it embeds."""
     longest, largest = max(map(len, requests), default=0), max((max(ids, default=0) for ids in requests), default=0)
-    if longest + max_new_tokens > target.max_position_embeddings:
+    if longest + max_new_tokens > target.context_length:
         raise SpecaufError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones",
-            f"together at most the target's {target.max_position_embeddings} positions",
+            f"together at most the target's {target.context_length} positions",
             "shorten the prompt or lower --max-new-tokens",
         )
     if largest >= target.vocab_size:

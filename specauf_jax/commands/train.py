@@ -19,6 +19,7 @@ from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.doctor.engines import unserved_heads
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import AnyPath, as_path
@@ -57,6 +58,7 @@ def _train(config: Train, out: AnyPath, console: Console) -> None:
     manifest = read_data(data, target, config.target)
     drafter = _drafter(config, target, manifest)
     _check_branches(config, drafter)
+    _warn_of_heads(drafter, target, console)
     loss = loss_config(drafter, config.objective, config.base_objective, config.train, manifest["sequence_length"])
     _check_rows(config, loss, manifest, console)
     mesh = make_mesh(config.mesh)
@@ -132,6 +134,12 @@ def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
             f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
         )
     return found
+
+
+def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -> None:
+    """Heads that a TPU engine which taps such a target will not run: better known before training than after."""
+    if target.model_type != "qwen2" and (found := unserved_heads(drafter, target)):
+        console.print(f"tpu-inference cannot run {found}", style="yellow", highlight=False)
 
 
 def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:

@@ -1,6 +1,6 @@
 """config.json ↔ architectures: Hugging Face targets, z-lab, SpecForge and speculators drafters.
 
-Nothing is guessed: a size, the mask token and the RoPE base must be written in the file, and what
+Nothing is guessed: a size, the mask token, the RoPE base and a head's settings must be written in the file, and what
 this project would compute differently (another activation, biases, a quantised file) is refused.
 """
 
@@ -11,6 +11,7 @@ import typing
 from specauf_jax.architecture import Head, ResolvedDrafter, RopeScaling, RopeType, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.heads import head_settings, head_types
+from specauf_jax.models.hf_keys import check_keys
 
 TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 DRAFTER_ARCHITECTURES = tuple(dict.fromkeys(name for head in head_types().values() for name in head.architectures))
@@ -28,6 +29,21 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+TARGET_KEYS = (
+    *(*_SIZES, "rms_norm_eps", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("original_max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window"),
+    *("attention_bias", "mlp_bias", "quantization_config", "tie_word_embeddings", "is_causal"),
+)
+"""Keys of a target's config.json that are read here."""
+_LABELS = ("shift_label", "sample_from_anchor", "query_zero_predicts_next")
+"""Names of one flag: in SpecForge, in speculators and vLLM, in DeepSpec."""
+_DFLASH_KEYS = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", *_LABELS)
+"""Keys that stand in dflash_config, or at the top level; with them the settings of the head."""
+DRAFTER_KEYS = (
+    *(*TARGET_KEYS, *_DFLASH_KEYS, "dflash_config"),
+    *(field.name for head in head_types().values() for field in dataclasses.fields(head)),
+)
+"""Keys of a drafter's config.json that are read here."""
 
 
 def read_target(values: dict, where: str) -> Target:
@@ -55,6 +71,9 @@ def read_target(values: dict, where: str) -> Target:
     biases = () if model_type == "qwen2" else ("attention_bias",)
     _refuse(values, where, *biases, "mlp_bias", "use_sliding_window", "quantization_config")
     _check_full_attention(values, where)
+    check_keys(values, where, TARGET_KEYS)
+    if values.get("is_causal") not in (None, True):
+        raise SpecaufError(f"{where}: is_causal is {values['is_causal']!r}", "true", "use a causal language model")
     values = dict(values)
     if model_type != "qwen3" and values.get("head_dim") is None:
         values["head_dim"] = _number(values, where, "hidden_size") // _number(values, where, "num_attention_heads")
@@ -92,27 +111,35 @@ def read_drafter(values: dict, where: str) -> ResolvedDrafter:
             " or ".join(DRAFTER_ARCHITECTURES),
             "pass the folder of a DFlash or Domino drafter",
         )
-    _refuse(values, where, "attention_bias", "quantization_config")
-    dflash = _object(values, where, "dflash_config")
+    _refuse(values, where, "attention_bias", "mlp_bias", "quantization_config")
+    check_keys(values, where, DRAFTER_KEYS)
     kinds = {kind: head for kind, head in head_types().items() if architecture in head.architectures}
-    projector = dflash.get("projector_type") or (_UNNAMED if _UNNAMED in kinds else next(iter(kinds)))
-    if not isinstance(projector, str) or projector not in kinds:
+    dflash = dflash_settings(values, where)
+    projector = dflash.get("projector_type", _UNNAMED if _UNNAMED in kinds else next(iter(kinds)))
+    if projector not in list(kinds):
         raise SpecaufError(
             f"{where}: projector_type {projector!r} under {architecture}",
             " or ".join(sorted(kinds)),
             f"use a drafter of {' or '.join(head.title for head in kinds.values())}",
         )
-    return _build(
+    head, inside = kinds[projector], f"{where}: dflash_config"
+    own = [field.name for field in dataclasses.fields(head)]
+    section = _object(values, where, "dflash_config")
+    check_keys(section, inside, {*_DFLASH_KEYS, *own, "is_causal"}, strict=True)
+    found = _build(
         ResolvedDrafter,
         where,
         **_shared(values, where),
         **_layer_types(values, where),
-        block_size=_block_size(values, dflash, where),
-        mask_token_id=_number(dflash, f"{where}: dflash_config", "mask_token_id", least=0),
-        target_layer_ids=tuple(_list(dflash, f"{where}: dflash_config", "target_layer_ids", int)),
-        num_target_layers=_number(values, where, "num_target_layers") if "num_target_layers" in values else None,
-        head=_read_head(kinds[projector], values, dflash, where),
+        block_size=_number(dflash, inside, "block_size"),
+        mask_token_id=_number(dflash, inside, "mask_token_id", least=0),
+        target_layer_ids=tuple(_list(dflash, inside, "target_layer_ids", int)),
+        num_target_layers=_number(dflash, where, "num_target_layers") if "num_target_layers" in dflash else None,
+        head=_read_head(head, dflash, where),
     )
+    for place, name in ((values, where), (section, inside)):
+        _check_causal(place, found, name)
+    return found
 
 
 def write_drafter(config: ResolvedDrafter, architecture: str = "DFlashDraftModel") -> dict:
@@ -129,10 +156,11 @@ def write_drafter(config: ResolvedDrafter, architecture: str = "DFlashDraftModel
         "num_target_layers": config.num_target_layers,
         "tie_word_embeddings": False,
     }
-    if config.head.projector_type != _UNNAMED:
-        dflash |= {"projector_type": config.head.projector_type} | head_settings(config.head)
-        values |= {name: getattr(config.head, name) for name in config.head.top_level}
-    return values
+    head = config.head
+    if head.projector_type != _UNNAMED:
+        dflash["projector_type"] = head.projector_type
+    dflash |= {name: x for name, x in head_settings(head).items() if (name, x) not in head.absent.items()}
+    return values | {name: getattr(head, name) for name in head.top_level}
 
 
 def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architecture: str) -> dict:
@@ -150,14 +178,14 @@ def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architect
         "block_size": config.block_size,
         "draft_vocab_size": config.vocab_size,
         "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": False,
+        "sample_from_anchor": config.first_slot == 0,
         "sliding_window_non_causal": False,
         "tie_word_embeddings": False,
         "transformer_layer_config": _shared_json(config, "qwen3") | {"tie_word_embeddings": False},
         "speculators_config": {
             "algorithm": "dflash",
             "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.num_labels}],
             "verifier": {"name_or_path": verifier, "architectures": [verifier_architecture]},
         },
     }
@@ -167,11 +195,38 @@ def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architect
 # Parts of a drafter's file
 
 
-def _read_head(kind: type[Head], values: dict, dflash: dict, where: str) -> Head:
-    """Every setting of the head, from dflash_config or, where that may be, from the top level."""
-    inside = f"{where}: dflash_config"
-    dflash = dict(kind.absent) | {name: values[name] for name in kind.top_level if name in values} | dflash
-    found = {}
+def dflash_settings(values: dict, where: str) -> dict:
+    """Settings of dflash_config, with those that stand at the top level, each under one name.
+
+    Raises:
+      SpecaufError: two places, or two names of the label convention, hold different values.
+    """
+    inside, heads = _object(values, where, "dflash_config"), head_types().values()
+    names = {*_DFLASH_KEYS, *(field.name for head in heads for field in dataclasses.fields(head))}
+    found: dict = {}
+    said: dict[str, str] = {}
+    for place, section in (("in dflash_config", inside), ("at the top level", values)):
+        for key in sorted(names & section.keys()):
+            name, value = "shift_label" if key in _LABELS else key, section[key]
+            if value is None:
+                continue
+            if key in _LABELS:
+                value = _flag(section, where, key)
+            if name in found and found[name] != value:
+                raise SpecaufError(
+                    f"{where}: {said[name]}, and {key} {value!r} {place}", "one value", "correct the file"
+                )
+            found[name], said[name] = value, f"{key} is {value!r} {place}"
+    aliases = {alias: head.projector_type for head in heads for alias in head.aliases}
+    if isinstance(found.get("projector_type"), str):
+        found["projector_type"] = aliases.get(found["projector_type"], found["projector_type"])
+    return found
+
+
+def _read_head(kind: type[Head], dflash: dict, where: str) -> Head:
+    """Every setting of the head."""
+    inside, found = f"{where}: dflash_config", {}
+    dflash = kind.absent | dflash
     for field in dataclasses.fields(kind):
         if field.name not in dflash:
             raise SpecaufError(f"{inside} has no {field.name}", f"every setting of {kind.title}'s head",
@@ -183,15 +238,15 @@ def _read_head(kind: type[Head], values: dict, dflash: dict, where: str) -> Head
     return _build(kind, where, **found)
 
 
-def _block_size(values: dict, dflash: dict, where: str) -> int:
-    found = {_number(place, where, "block_size") for place in (values, dflash) if "block_size" in place}
-    if len(found) != 1:
+def _check_causal(values: dict, drafter: ResolvedDrafter, where: str) -> None:
+    """is_causal, of all layers, must say what is computed: only layers with a window see no later slot."""
+    causal = values.get("is_causal")
+    if causal is not None and any(causal is not (window is not None) for window in drafter.windows):
         raise SpecaufError(
-            f"{where}: block_size is {' and '.join(map(str, sorted(found))) or 'missing'}",
-            "one value, at the top level and in dflash_config",
-            "correct the file",
+            f"{where}: is_causal is {causal!r}",
+            "slots that see the whole block, but in layers with a window none behind them",
+            "use a drafter that was trained so",
         )
-    return found.pop()
 
 
 def _layer_types(values: dict, where: str) -> dict:

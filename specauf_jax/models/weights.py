@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import ml_dtypes
 import numpy as np
+from safetensors import safe_open
 
 from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.config import Dtype
@@ -23,6 +24,8 @@ from specauf_jax.sharding import parameter_sharding
 
 Layout = Literal["zlab", "specforge", "speculators"]
 _TAIL_BYTES = 2**20
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 8192  # of two tensors that are compared at one time
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -43,8 +46,8 @@ def load_target(
     config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
     shapes = target_shapes(config)
-    # Files of tied models may hold the head a second time.
-    ignored = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    if config.tie_word_embeddings:
+        _check_tied_head(folder)
     params = read_tree(
         folder,
         shapes,
@@ -52,7 +55,7 @@ def load_target(
         _NUMPY[np.dtype(dtype).name],
         shardings=None if mesh is None else parameter_sharding(shapes, mesh),
         progress=progress,
-        ignored=ignored,
+        ignored=(_HEAD,) if config.tie_word_embeddings else (),
     )
     return params, config
 
@@ -159,7 +162,7 @@ def save_drafter(
 
 
 def _check_kind(params: dict, config: ResolvedDrafter) -> None:
-    """A body never leaves without its head: its labels may be shifted, which no plain drafter's are."""
+    """A body never leaves without its head, which its config describes."""
     found, expected = set(params), set(drafter_shapes(config))
     if found != expected:
         raise SpecaufError(
@@ -177,6 +180,26 @@ def _target_name(name: str) -> str:
 def _read_config(folder, what: str) -> tuple[dict, str]:
     path = existing_folder(folder, what) / "config.json"
     return read_json(path, "a model's configuration"), str(path)
+
+
+def _check_tied_head(folder: Path) -> None:
+    """A head beside an embedding that config.json ties to it must be the embedding; else one of the two is wrong."""
+    files = tensor_files(folder)
+    if not {_HEAD, _EMBEDDING} <= files.keys():
+        return
+    with safe_open(files[_HEAD], framework="numpy") as one, safe_open(files[_EMBEDDING], framework="numpy") as other:
+        head, embedding = one.get_slice(_HEAD), other.get_slice(_EMBEDDING)
+        shape = head.get_shape()
+        same = len(shape) == 2 and embedding.get_shape() == shape
+        for start in range(0, shape[0] if same else 0, _ROWS):
+            rows = slice(start, min(start + _ROWS, shape[0]))
+            same = same and np.array_equal(head[rows], embedding[rows])
+    if not same:
+        raise SpecaufError(
+            f"{folder}: config.json says tie_word_embeddings, but {_HEAD} is not {_EMBEDDING}",
+            "the same numbers in both, or tie_word_embeddings false",
+            f"write false if the model was trained with this head, else remove {_HEAD}",
+        )
 
 
 def _check_tokenizer(folder: Path, config: Target) -> None:

@@ -19,7 +19,14 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, local_copy, read_json
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.heads import head_settings, head_types, make_head
-from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES, read_drafter
+from specauf_jax.models.hf_config import (
+    DRAFTER_ARCHITECTURES,
+    DRAFTER_KEYS,
+    TARGET_KEYS,
+    dflash_settings,
+    read_drafter,
+)
+from specauf_jax.models.hf_keys import unknown_keys
 from specauf_jax.models.resolve import default_target_layer_ids, resolve_drafter
 from specauf_jax.models.tensors import file_names, tensor_files
 from specauf_jax.models.weights import target_config
@@ -81,6 +88,14 @@ class Folder:
         return self.section("dflash_config")
 
     @property
+    def settings(self) -> dict:
+        """dflash_config and what stands at the top level instead; dflash_config alone where they cannot be read."""
+        try:
+            return dflash_settings(self.config, "")
+        except SpecaufError:
+            return self.dflash
+
+    @property
     def architecture(self) -> object:
         """The architecture that config.json names."""
         found = self.config.get("architectures")
@@ -89,7 +104,7 @@ class Folder:
     @property
     def head(self) -> Head:
         """The head that config.json names by projector_type or, without a known one, by the architecture."""
-        known, named = head_types(), self.dflash.get("projector_type")
+        known, named = head_types(), self.settings.get("projector_type")
         if not isinstance(named, str) or named not in known:
             fits = [kind for kind, head in known.items() if self.architecture in head.architectures]
             named = fits[0] if fits and Drafter.projector_type not in fits else Drafter.projector_type
@@ -97,8 +112,8 @@ class Folder:
 
     @property
     def layer_ids(self) -> list[int] | None:
-        """dflash_config.target_layer_ids if it is a list of numbers."""
-        found = self.dflash.get("target_layer_ids")
+        """target_layer_ids if it is a list of numbers."""
+        found = self.settings.get("target_layer_ids")
         return found if isinstance(found, list) and found and all(type(i) is int for i in found) else None
 
     @property
@@ -170,11 +185,11 @@ class Folder:
         if self.architecture not in DRAFTER_ARCHITECTURES:
             name = self.head.architectures[0]
             assume(config, f"architecture {name}", architectures=[name])
-        if not isinstance(dflash.get("projector_type"), str | None):
+        if not isinstance(self.settings.get("projector_type"), str | None):
             assume(dflash, f"projector_type {self.head.projector_type}", projector_type=self.head.projector_type)
         if not agree(self.block_sizes.values()):
             assume(config, f"block_size {dflash['block_size']} of dflash_config", block_size=dflash["block_size"])
-        if dflash.get("mask_token_id") is None and self.mask_token is not None:
+        if self.settings.get("mask_token_id") is None and self.mask_token is not None:
             assume(dflash, f"the tokenizer's mask token {self.mask_token}", mask_token_id=self.mask_token)
         if not self.thetas or not agree(self.thetas.values()):
             theirs = {key: self.target_config.get(key) for key in ("rope_theta", "rope_scaling", "rope_parameters")}
@@ -186,7 +201,7 @@ class Folder:
             ids = list(default_target_layer_ids(target.num_hidden_layers, count)) if count else []
             assume(dflash, f"DFlash's default layer ids {ids}", target_layer_ids=ids)
         for name, default in head_settings(self.head).items():
-            if isinstance(default, bool) and not isinstance(dflash.get(name), bool):
+            if isinstance(default, bool) and not isinstance((self.head.absent | self.settings).get(name), bool):
                 assume(dflash, f"{name} {str(default).lower()}", **{name: default})
         if type(config.get("num_target_layers")) is not int:
             config.pop("num_target_layers", None)
@@ -295,20 +310,21 @@ def _architecture(folder: Folder) -> Rows:
             yield "warning", f"auto_map names {code!r}, but there is no {file}", f"{file}, or no auto_map"
     if folder.config.get("tie_word_embeddings"):
         yield "warning", "tie_word_embeddings is true", "false: a drafter has neither embedding nor LM head"
-    kind = folder.dflash.get("projector_type")
-    if kind not in (None, *head_types()):
+    kind, read = (place.get("projector_type") for place in (folder.dflash, folder.settings))
+    if read not in (None, *head_types()):
         known = " or ".join(head_types())
-        yield "error", f"projector_type is {kind!r}", f"{known}; none for a plain drafter"
+        yield "error", f"projector_type is {read!r}", f"{known}; none for a plain drafter"
+    elif kind not in (None, read):
+        yield "warning", f"projector_type is {kind!r}, another name of {read!r}", f"{read!r}, for SGLang"
 
 
 def _layer_ids(folder: Folder) -> Rows:
     depth, ids, write = folder.target.num_hidden_layers, folder.layer_ids, "write the 0-based ids of training"
     if ids is None:
-        place = folder.config if "target_layer_ids" in folder.config.keys() - folder.dflash.keys() else folder.dflash
-        where = " (at the top level)" if place is folder.config else ""
-        found = f"target_layer_ids is {place.get('target_layer_ids')!r}{where}"
+        found = f"target_layer_ids is {folder.settings.get('target_layer_ids')!r}"
         yield "error", found, "a list of ids, written out in dflash_config", write
         return
+    yield from _misplaced(folder, "target_layer_ids")
     if ids != sorted(set(ids)):
         yield "error", f"target_layer_ids is {ids}", "ascending, distinct ids", write
     if min(ids) < 0 or max(ids) >= depth:
@@ -328,14 +344,18 @@ def _layer_ids(folder: Folder) -> Rows:
         yield "error", f"{len(ids)} ids, but fc.weight is {list(shape)}", f"{width} columns for each id", write
 
 
+def _misplaced(folder: Folder, key: str) -> Rows:
+    if folder.dflash.get(key) is None:
+        yield "warning", f"{key} stands at the top level only", "it in dflash_config, for most engines", "write both"
+
+
 def _mask_token(folder: Folder) -> Rows:
-    mask, size, tokenizer = folder.dflash.get("mask_token_id"), folder.target.vocab_size, folder.tokenizer
+    mask, size, tokenizer = folder.settings.get("mask_token_id"), folder.target.vocab_size, folder.tokenizer
     expected, remedy = "a token that never occurs in text", "write the mask token of training"
     if type(mask) is not int:
-        where = " (it stands at the top level)" if "mask_token_id" in folder.config else ""
-        found = f"dflash_config.mask_token_id is {mask!r}{where}"
-        yield "error", found, "an id: some engines take 0 without one", remedy
+        yield "error", f"mask_token_id is {mask!r}", "an id: some engines take 0 without one", remedy
         return
+    yield from _misplaced(folder, "mask_token_id")
     if not 0 <= mask < size:
         yield "error", f"mask_token_id is {mask}", f"an id below the vocabulary's {size}", remedy
         return
@@ -406,7 +426,7 @@ def _sizes(folder: Folder) -> Rows:
         if config.get(name) != getattr(target, name):
             expected = f"the target's {getattr(target, name)}: embedding and LM head are shared"
             yield "error", f"{name} is {config.get(name)!r}", expected, remedy
-    depth = config.get("num_target_layers")
+    depth = folder.settings.get("num_target_layers")
     if depth != target.num_hidden_layers:
         tapped = " (here it counts the tapped layers)" if folder.layer_ids and depth == len(folder.layer_ids) else ""
         yield ("warning" if depth is None else "error", f"num_target_layers is {depth!r}{tapped}",
@@ -422,22 +442,30 @@ def _sizes(folder: Folder) -> Rows:
 
 
 def _head(folder: Folder) -> Rows:
-    head, dflash, own = folder.head, folder.dflash, head_settings(folder.head)
+    head, found, own = folder.head, folder.settings, head_settings(folder.head)
     known = {name for kind in head_types() for name in head_settings(make_head(kind))}
-    others, trained = [name for name in dflash if name in known - own.keys() and dflash[name]], "write that of training"
+    others, trained = [name for name in known - own.keys() if found.get(name)], "write that of training"
     if others:
-        yield ("error", f"dflash_config has {', '.join(others)}, the head is {head.title}'s", "settings of one head",
+        yield ("error", f"dflash_config has {', '.join(sorted(others))}, the head is {head.title}'s",
+               "settings of one head",
                "write the projector_type of training; if there was none, train again without them")  # fmt: skip
     for name, default in own.items():
-        if name not in dflash:
+        if name not in head.absent | found:
             yield "error", f"dflash_config has no {name}", f"every setting of {head.title}'s head", trained
-        elif isinstance(default, bool) and not isinstance(dflash[name], bool):
-            yield "error", f"{name} is {dflash[name]!r}", "true or false", trained
-    if own and dflash.get("projector_type") != head.projector_type:
+        elif isinstance(default, bool) and not isinstance((head.absent | found)[name], bool):
+            yield "error", f"{name} is {found[name]!r}", "true or false", trained
+    if head.projector_type != Drafter.projector_type and found.get("projector_type") != head.projector_type:
         yield "warning", "no projector_type in dflash_config", f"{head.projector_type!r}, for SGLang"
     for name in head.top_level:
         if name not in folder.config:
             yield "note", f"{name} is in dflash_config only", "it at the top level too"
+
+
+def _keys(folder: Folder) -> Rows:
+    for name, values, read in (("", folder.config, DRAFTER_KEYS), ("the target's ", folder.target_config, TARGET_KEYS)):
+        for key in unknown_keys(values, read):
+            found, expected = f"{name}{key} is {values[key]!r}", "keys that change nothing, or are read"
+            yield "warning", found, expected, "find out what it means to the engine that is to serve it"
 
 
 def _windows(folder: Folder) -> Rows:
@@ -511,6 +539,7 @@ _CHECKS: dict[str, Callable[[Folder], Rows]] = {
     "block size": _block_size,
     "sizes": _sizes,
     "head": _head,
+    "keys": _keys,
     "sliding windows": _windows,
     "tensors": _tensors,
     "chat template": _template,

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
-from specauf_jax.architecture import ResolvedDrafter, RopeScaling
+from specauf_jax.architecture import ResolvedDrafter, RopeScaling, Target
 from specauf_jax.evaluation.doctor.checks import Folder, agree
 from specauf_jax.evaluation.doctor.variants import Kind
 from specauf_jax.models.heads import head_settings
+from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
 
 Verdict = Literal["yes", "converted", "differently", "no"]
@@ -78,14 +79,34 @@ def _trained_name(folder: Folder) -> str:
     return name if folder.architecture in DRAFTER_ARCHITECTURES and folder.architecture != name else ""
 
 
-def _unfit_heads(folder: Folder) -> str:
-    """head_dim and hidden_size / num_attention_heads, where tpu-inference fails: its cache pads the latter."""
-    drafter = folder.drafter
-    if not isinstance(drafter, ResolvedDrafter):
+def unserved_heads(drafter: ResolvedDrafter, target: Target) -> str:
+    """What tpu-inference (0.32) cannot run of a drafter's heads, and what to train instead; empty where it can.
+
+    Its cache pads hidden_size / num_attention_heads to 64 or a multiple of 128, which must be head_dim, and has no
+    bidirectional attention at 64. What it adds to the target's head_dim it adds to the drafter's projections too.
+    """
+    D, E, cached = drafter.hidden_size, drafter.head_dim, drafter.hidden_size // drafter.num_attention_heads
+    if target.head_dim != _padded(target.head_dim):
+        return f"a drafter of any heads for a target whose head_dim is {target.head_dim}"
+    if E % 128 == 0 and _padded(cached) == E:
         return ""
-    E, cached = drafter.head_dim, drafter.hidden_size // drafter.num_attention_heads
-    padded = 64 if cached == 64 else -(-cached // 128) * 128
-    return f"{E} and {cached}" if E % 128 or padded != E else ""
+    H = next(H for H in range(-(-D // 128), D + 1) if D % H == 0 and D // H != 64)
+    G = max(G for G in range(1, min(drafter.num_key_value_heads, H) + 1) if H % G == 0)
+    flags = f"--drafter.num-attention-heads {H} --drafter.num-key-value-heads {G}"
+    flags += "" if E == 128 else " --drafter.head-dim 128"
+    return f"head_dim {E} with hidden_size / num_attention_heads {cached}: train with {flags}"
+
+
+def _padded(size: int) -> int:
+    return 64 if size == 64 else -(-size // 128) * 128
+
+
+def _unserved_heads(folder: Folder) -> str:
+    return unserved_heads(folder.drafter, folder.target) if isinstance(folder.drafter, ResolvedDrafter) else ""
+
+
+def _shifted_plain(folder: Folder) -> bool:
+    return isinstance(folder.head, DFlash) and folder.settings.get("shift_label") is True
 
 
 def _rope(case: Literal["Qwen3", "Llama 3.1", "yarn", "other"]) -> Callable[[Folder], str]:
@@ -126,19 +147,19 @@ LINES = (
     Line(_SGLANG, "no", lambda f: all(place.get("mask_token_id") is None for place in (f.dflash, f.config)),
          "needs mask_token_id"),
     Line(_SGLANG, "no", _unfit_fc, "checks the shape of fc.weight, which does not fit target_layer_ids"),
-    Line(_SGLANG, "no", lambda f: ", ".join(name for name in head_settings(f.head) if name not in f.dflash | f.config),
+    Line(_SGLANG, "no", lambda f: ", ".join(name for name in head_settings(f.head)
+                                         if name not in f.dflash | f.config | f.head.absent),
          "needs {} of the head"),
     Line(_SGLANG, "differently", lambda f: len(_extra_names(f)), "drops {} tensors that it does not know, silently"),
     Line(_SGLANG, "yes", lambda f: not agree(f.block_sizes.values()) and f.block_sizes["in dflash_config"],
          "takes block_size {} of dflash_config"),
     Line(_VLLM, "no", lambda f: f.architecture != "DFlashDraftModel", "needs architecture DFlashDraftModel"),
     Line(_VLLM, "no", lambda f: "in rope_parameters" not in f.thetas, "needs rope_parameters"),
+    Line(_VLLM, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_VLLM, "yes", lambda f: f.layer_ids, "adds 1 to target_layer_ids itself"),
     Line(_TPU, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
-    Line(_TPU, "no", _unfit_heads,
-         "cannot run head_dim and hidden_size / num_attention_heads of {}: train with "
-         "--drafter.head-dim 128 and --drafter.num-attention-heads (hidden_size / 128)"),
-    Line(_TPU, "no", lambda f: f.layer_ids is None, "needs dflash_config.target_layer_ids"),
+    Line(_TPU, "no", _unserved_heads, "cannot run {}"),
+    Line(_TPU, "no", lambda f: f.dflash.get("target_layer_ids") is None, "needs dflash_config.target_layer_ids"),
     Line(_TPU, "no", lambda f: len({*_extra_names(f), *f.names.early, *f.names.missing}),
          "fails on unknown and missing tensors: {}"),
     Line(_TPU, "no", _rope("yarn"), "has no YaRN: takes Llama 3 scaling"),
@@ -159,7 +180,8 @@ LINES = (
     Line(_SGLANG_JAX, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
     Line(_SGLANG_JAX, "no", lambda f: f.target.tie_word_embeddings, "fails on a target whose LM head is its embedding"),
     Line(_SGLANG_JAX, "no", _last_layer, "never taps layer {}, the target's last"),
-    Line(_SGLANG_JAX, "no", lambda f: f.layer_ids is None, "needs target_layer_ids written out"),
+    Line(_SGLANG_JAX, "no", lambda f: f.dflash.get("target_layer_ids") is None,
+         "needs dflash_config.target_layer_ids"),
     Line(_SGLANG_JAX, "no", lambda f: f.dflash.get("mask_token_id") is None,
          "needs mask_token_id, unless the tokenizer has <|MASK|>"),
     Line(_SGLANG_JAX, "no", lambda f: not {"at the top level", "in rope_parameters"} <= f.thetas.keys(),
@@ -182,6 +204,8 @@ LINES = (
     Line(_SPECFORGE, "converted", _trained_name, "trains this head under {}: specauf export --layout specforge"),
     Line(_ZLAB, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_AUTO_MODEL, "no", lambda f: True, "takes it for a plain Qwen3 with random embeddings, without an error"),
+    *(Line(source, "differently", _shifted_plain, "is not known to read shifted labels of a plain drafter", "labels")
+      for source in (_SGLANG, _VLLM, _TPU, _SGLANG_JAX, _SPECFORGE, _ZLAB)),
 )  # fmt: skip
 
 

@@ -8,16 +8,20 @@ from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
 
 @dataclass(frozen=True)
 class DFlash(Head):
-    """All drafts at one time; slot k predicts the token k after the anchor."""
+    """All drafts at one time."""
+
+    shift_label: bool = False
+    """Slot k predicts the token k + 1 after the anchor, else (as in z-lab's drafters) the token k after it."""
 
     projector_type = "dflash"
     title = "DFlash"
     layouts = ("zlab", "specforge", "speculators")
+    absent = {"shift_label": False}
     skips_slots = True
 
     @property
     def first_slot(self) -> int:
-        return 1
+        return 0 if self.shift_label else 1
 
     def modules(self, drafter, rngs):
         return {}
@@ -29,16 +33,7 @@ class DFlash(Head):
         return choose(logits, None), logits
 
     def variants(self):
-        return [("labels", "the other label convention", ShiftedDFlash())]
-
-
-@dataclass(frozen=True)
-class ShiftedDFlash(DFlash):
-    """A plain drafter read as if slot k predicted the token k + 1 after the anchor: no engine serves such a one."""
-
-    @property
-    def first_slot(self) -> int:
-        return 0
+        return [("labels", "the other label convention", DFlash(shift_label=not self.shift_label))]
 
 
 HEAD = DFlash

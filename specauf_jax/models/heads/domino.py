@@ -34,6 +34,7 @@ class Domino(Head):
     """Slot k predicts the token k + 1 after the anchor (the public drafters' way), else the token k after it."""
 
     projector_type = "domino"
+    aliases = ("causal_v5",)
     title = "Domino"
     architectures = ("DFlashDraftModel", "DominoDraftModel")
     tensors = {
@@ -43,7 +44,6 @@ class Domino(Head):
         "embed_proj.up.weight": "embed_proj.2.weight",
     }
     top_level = ("emb_dim",)
-    absent = {"pure_draft_prefix_len": 0}
     early_prefix = "logit_head."
     branches = ("final", "base")
     num_anchors = 256
