@@ -30,9 +30,14 @@ case "${1:-}" in
 esac
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export JAX_PLATFORMS=cpu
-# The TPU compiler that belongs to this jax, which only tests and specauf compile need.
-python -c 'import libtpu' 2> /dev/null ||
-  python -m pip install --quiet --disable-pip-version-check "$(sed -n 's/^jax==/jax[tpu]==/p' requirements.txt)"
+# The TPU compiler that belongs to this jax, which only tests and specauf compile need: beside .venv, whose users have none.
+libtpu=$(python -c 'from importlib.metadata import requires
+print(next(name.split(";")[0] for name in requires("jax") if name.startswith("libtpu")))')
+if [ "$(cat .libtpu/installed 2> /dev/null)" != "$libtpu" ]; then
+  python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .libtpu "$libtpu"
+  echo "$libtpu" > .libtpu/installed
+fi
+export PYTHONPATH="$PWD/.libtpu${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${#files[@]}" -gt 0 ]; then echo "test: the quick form, which leaves out most of the tests"; fi
 ruff check .
 ruff format --check .

@@ -136,15 +136,15 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def refused(capsys, line: list[str]) -> str:
-    """What the command says on its way out with exit code 2."""
+def refused(capsys, line: list[str], expected: int = 2) -> str:
+    """What the command says on its way out with its exit code."""
     capsys.readouterr()
     try:
         code = cli.main(line)
     except SystemExit as exit_:  # from the parser of arguments
         code = exit_.code
     said = capsys.readouterr().err
-    assert code == 2, said
+    assert code == expected, said
     assert "Traceback" not in said
     return said
 
@@ -731,9 +731,26 @@ def room_for(size: int):
 def test_disk_full(here, capsys, command, changes):
     before = contents(here)
     with room_for(2000):
-        said = refused(capsys, arguments(command, **changes))
+        said = refused(capsys, arguments(command, **changes), 74)
     assert "space" in said and "to do" in said
     assert contents(here) == before
+
+
+def test_disk_full_at_a_checkpoint(here, capsys):
+    """What was saved before is whole, and the same command goes on from it."""
+    remove("run/checkpoints/2")()
+    before = contents(here / "run/checkpoints/1")
+    with room_for(3000):
+        said = refused(capsys, arguments("train", out="run"), 74)
+    assert "no checkpoint could be written" in said and "space" in said
+    assert contents(here / "run/checkpoints/1") == before
+    assert cli.main(arguments("train", out="run")) == 0
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_at_once(here, capsys, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    said = refused(capsys, arguments("train"))
+    assert "1.0 MiB free" in said and not Path("new/checkpoints").exists()
 
 
 def test_disk_full_at_the_end_of_a_write(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from rich.console import Console
 from specauf_jax import config as c
 from specauf_jax.errors import SpecaufError
 from specauf_jax.sharding import batch_sharding, make_mesh, parameter_sharding, placed
-from specauf_jax.training.checkpoint import Checkpoints, Damaged
-from specauf_jax.training.loop import Run, train_loop
+from specauf_jax.training.checkpoint import Checkpoints, Damaged, _check_config
+from specauf_jax.training.loop import Run, _cut, train_loop
 from specauf_jax.training.step import TrainState
 
 CONFIG = {"sequence_length": 4, "train": {"seed": 0}}
@@ -215,6 +215,29 @@ def test_what_may_change_between_a_run_and_its_continuation(whole, tmp_path):
     free = {"mesh": {"fsdp": 4}, "hosts": {"count": 2}, "out": "there", "train": {"seed": 0, "remat": "layers"}}
     shutil.copytree(whole[0], tmp_path / "run")
     train_loop(make_run(tmp_path / "run", config=CONFIG | free), Console(quiet=True))
+
+
+def test_a_path_may_be_spelled_in_another_way(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, other = {"data": "data", "target": "there/target"}, {"data": "./data/", "target": f"{tmp_path}/there/target"}
+    _check_config("run", one, other)
+    with pytest.raises(SpecaufError, match="data = .*elsewhere"):
+        _check_config("run", one, other | {"data": "elsewhere"})
+
+
+def test_somebodys_copy_of_a_checkpoint_is_passed_over(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.copytree(tmp_path / "run/checkpoints/6", tmp_path / "run/checkpoints/6.backup")
+    (tmp_path / "run/checkpoints/6.backup/metrics/metrics").write_text("x")
+    train_loop(make_run(tmp_path / "run"), Console(quiet=True))
+    assert (tmp_path / "run/checkpoints/6.backup").is_dir() and not (tmp_path / "run/damaged_checkpoints").exists()
+
+
+def test_lines_that_others_wrote_into_the_metrics_stay(tmp_path):
+    lines = ['{"step": 1}', '{"note": "by hand"}', '{"step": 3}', "[1]", '{"step": 2, "los']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    _cut(tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"note": "by hand"}', "[1]"]
 
 
 def read_onto_eight_devices(folder: str) -> None:

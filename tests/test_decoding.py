@@ -264,6 +264,15 @@ def test_distribution_by_hand():
     np.testing.assert_allclose(of(1.0, 0, 0.5), [0, 4 / 7, 3 / 7, 0], rtol=1e-6)  # 0.4 alone falls short of 0.5
     np.testing.assert_allclose(of(1.0, 0, 0.01), [0, 1, 0, 0])
     np.testing.assert_allclose(of(0.5, 0, 1.0), np.square([1, 4, 3, 2]) / 30, rtol=1e-5)
+    np.testing.assert_allclose(
+        distribution(1e4 * logits, jnp.array([2e-38]), jnp.array([0]), jnp.ones(1))[0, 0], [0, 1, 0, 0]
+    )
+
+
+def test_a_top_k_beyond_any_vocabulary_keeps_all(models):
+    found = [generate(*models, prompts(2), config=decoding(), max_new_tokens=4, sampling=c.Sampling(1.0, top_k=top_k))
+             for top_k in (0, 3_000_000_000)]  # fmt: skip
+    assert found[0] == found[1]
 
 
 def test_greedy_and_sampled_rows_share_a_batch(models):

@@ -154,7 +154,7 @@ def test_a_folder_is_fetched_once_and_anew_when_it_changed(storage):
     assert one.name == "weights" and one.read_text() == "model/sub/WEIGHTS"
 
 
-def test_a_folder_that_changes_under_the_reading_is_read_again(storage):
+def test_a_folder_that_changes_under_the_reading_is_read_again(storage, tmp_path):
     storage.write("model/a", b"old")
     storage.write("model/b", b"old")
 
@@ -166,6 +166,7 @@ def test_a_folder_that_changes_under_the_reading_is_read_again(storage):
 
     storage.before = change
     assert content(files.local_copy("gs://bucket/model")) == {"a": "new", "b": "new"}
+    assert not list((tmp_path / "cache/specauf").glob(".*.part"))
 
 
 def test_processes_that_want_the_same_copy_fetch_it_once(storage):

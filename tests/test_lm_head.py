@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import tiny
 
 from specauf_jax.config import Mesh, Objective
 from specauf_jax.kernels import lm_head as kernel
-from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
+from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy, project
 from specauf_jax.objectives import accept_until_fail_mask, label_scores, objective_sums
 from specauf_jax.sharding import batch_sharding, make_mesh, replicated
 
@@ -54,6 +55,19 @@ def test_slots_up_to_the_first_failure_give_the_dense_loss_and_gradient(name, st
         weighed = np.asarray(sums.weights) > 0
         np.testing.assert_array_equal(np.asarray(seen[1])[weighed], np.asarray(its_seen[1])[weighed])
         assert not np.asarray(grads)[~weighed].any() and np.asarray(grads)[weighed].any(-1).all()
+
+
+@pytest.mark.parametrize("chunk,slots", [(8, 8), (16, 16), (3, 8), (10**6, 8 * A * N)])
+def test_a_chunk_is_of_the_device_not_of_every_row(chunk, slots):
+    """The largest array of logits, of all 8 rows together; a row needs one slot at least."""
+    hidden, lm_head, labels, valid = blocks(0.7)
+    for score in (
+        lambda x: frozen_head_cross_entropy(x, lm_head, labels, valid, chunk=chunk)[0].sum(),
+        lambda x: chunked_scores(lambda x: project(x, lm_head), (x,), labels, chunk=chunk).cross_entropy.sum(),
+    ):
+        text = str(jax.make_jaxpr(jax.grad(score))(hidden))
+        sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+),24\]", text)]
+        assert max(size for size in sizes if size != D) == slots
 
 
 @pytest.mark.parametrize("name,chunk", [("full", 1), ("decay", 4), ("dpace", 1000)])

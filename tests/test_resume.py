@@ -1,8 +1,10 @@
 """Killed and interrupted work goes on to the same result, bit for bit."""
 
+import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,7 +26,7 @@ from specauf_jax.commands.train import train
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.tokenizer import copy_tokenizer
-from specauf_jax.errors import Stopped
+from specauf_jax.errors import SpecaufError, Stopped
 from specauf_jax.models.weights import save_target
 from specauf_jax.training.checkpoint import Checkpoints
 from specauf_jax.training.loop import MetricsLog
@@ -120,6 +122,38 @@ def test_a_run_compiles_its_step_once_and_traces_warm_steps(world, tmp_path, mon
     last = metrics[-1]
     assert last["tokens_per_s"] == 2 * 64 / last["step_s"] and 0 < last["goodput"] < 1 and 0 < last["data_wait"] < 1
     assert last["tflop_per_s_target"] > 0 and last["tflop_per_s_drafter"] > 0
+
+
+def test_an_interrupted_regeneration_does_not_go_on_with_other_data(world, tmp_path, monkeypatch):
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(world / "target", tmp_path / "target")
+    config = Regenerate(data=str(tmp_path / "data"), target=str(tmp_path / "target"), out=str(tmp_path / "out"),
+                        prompt_length=8, max_new_tokens=2, batch_size=4, documents=8)  # fmt: skip
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(regenerate_module, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            regenerate(config, QUIET)
+    shutil.rmtree(tmp_path / "data")
+    prepare(Prepare(input=(str(world / "text.txt"),), out=str(tmp_path / "data"), sequence_length=60,
+                    tokenizer=str(world / "data/tokenizer")), QUIET)  # fmt: skip
+    with pytest.raises(SpecaufError, match="made with another data"):
+        regenerate(config, QUIET)
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(world / "data", tmp_path / "data")
+    save_target(tiny.target_params(tiny.target_config(vocab_size=300), seed=1), tiny.target_config(vocab_size=300),
+                tmp_path / "target")  # fmt: skip
+    with pytest.raises(SpecaufError, match="made with another target"):
+        regenerate(config, QUIET)
+    (tmp_path / "new.parts").mkdir()
+    (tmp_path / "new.parts/notes").write_text("mine")
+    with pytest.raises(SpecaufError, match="new.parts holds something else"):
+        regenerate(dataclasses.replace(config, out=str(tmp_path / "new")), QUIET)
+    with pytest.raises(SpecaufError, match="max_new_tokens 65 for rows of 64 tokens"):
+        regenerate(dataclasses.replace(config, out=str(tmp_path / "more"), max_new_tokens=65), QUIET)
 
 
 def test_an_interrupted_regeneration_goes_on_where_it_stopped(world, tmp_path, monkeypatch):

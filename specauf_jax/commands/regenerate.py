@@ -1,5 +1,6 @@
 """`specauf regenerate`: a dataset whose supervised tokens are the target's own."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -32,6 +33,7 @@ from specauf_jax.files import (
     read_bytes,
     read_json,
     remove_folder,
+    sole_user,
     write_bytes,
     write_text,
 )
@@ -93,22 +95,12 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
             "lower --prompt-length",
         )
-    if is_primary():
-        _begin(parts, config, documents)
-    size = config.batch_size * _BATCHES_PER_PART
-    chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
-    there = {path.name for path in parts.iterdir()} if is_primary() else set()
-    finished = from_primary(np.asarray([f"{number}.npz" in there for number in range(len(chunks))]))
-    with float32_precision(config.dtype):
-        for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
-            if not finished[number]:
-                answered = _rewrite(chunk, respond, stops, config, manifest["sequence_length"], number)
-                if is_primary():
-                    _save(parts / f"{number}.npz", answered)
-    if not is_primary():
-        return {}
-    written = _assemble(config, manifest, [_load(parts / f"{n}.npz") for n in range(len(chunks))], stops)
-    remove_folder(parts)
+    with sole_user(parts) if is_primary() else contextlib.nullcontext(), float32_precision(config.dtype):
+        answered = _answer_all(documents, respond, stops, config, parts, manifest["sequence_length"], console)
+        if not is_primary():
+            return {}
+        written = _assemble(config, manifest, answered, stops)
+        remove_folder(parts)
     dropped = len(documents) - written["documents"]
     console.print(
         f"{written['documents']} documents ({dropped} more had nothing to answer, or no room), "
@@ -117,6 +109,24 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         highlight=False,
     )
     return written
+
+
+def _answer_all(
+    documents: list[Document], respond, stops, config: Regenerate, parts: AnyPath, length: int, console: Console
+) -> list[list[Document]]:
+    """Answered documents, part by part; each part is saved when it is done, and those of a killed run are read."""
+    if is_primary():
+        _begin(parts, config, documents)
+    size = config.batch_size * _BATCHES_PER_PART
+    chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
+    there = {path.name for path in parts.iterdir()} if is_primary() else set()
+    finished = from_primary(np.asarray([f"{number}.npz" in there for number in range(len(chunks))]))
+    for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
+        if not finished[number]:
+            answered = _rewrite(chunk, respond, stops, config, length, number)
+            if is_primary():
+                _save(parts / f"{number}.npz", answered)
+    return [_load(parts / f"{n}.npz") for n in range(len(chunks))] if is_primary() else []
 
 
 def _chosen(data: AnyPath, count: int) -> list[Document]:

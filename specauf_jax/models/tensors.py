@@ -56,9 +56,12 @@ def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
 
 
 def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """One safetensors file."""
+    """One safetensors file, as readable as the umask lets it be: safetensors would keep it from all others."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:  # how safetensors tells of a full disk
         raise OSError(str(error)) from error
 
