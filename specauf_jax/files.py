@@ -212,7 +212,9 @@ def check_writable(path, room: int = 0) -> None:
 
 @contextlib.contextmanager
 def sole_user(folder) -> Iterator[None]:
-    """This process alone works in a local folder (made if needed) until the end; a killed one leaves no lock behind.
+    """This process alone works in a local folder until the end; a killed one leaves no lock behind.
+
+    The folder is made if needed, and deleted at the end if nothing was put there.
 
     Raises:
       SpecaufError: another one does.
@@ -221,6 +223,7 @@ def sole_user(folder) -> Iterator[None]:
         yield
         return
     folder = absolute(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -233,6 +236,9 @@ def sole_user(folder) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -272,7 +272,7 @@ CASES = {
     "prepare: input": ("prepare", {"input": "nowhere"}, None, "input nowhere does not exist"),
     "prepare: record": ("prepare", {"input": "turns.jsonl"}, None, "turns.jsonl:1: neither 'conversations'"),
     "prepare: out exists": ("prepare", {"out": "data"}, None, "data already holds a prepared dataset; another --out"),
-    "prepare: out in a file": ("prepare", {"out": "prompts.jsonl/new"}, None, "cannot be written; choose another path"),
+    "prepare: out in a file": ("prepare", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl is no folder"),
     "prepare: two sources": ("prepare", {"corpus": "stdlib"}, None, "2 sources given; exactly one"),
     # pretrain
     "data missing": ("pretrain", {"data": "nowhere"}, None, "nowhere/manifest.json does not exist; specauf prepare"),
@@ -463,7 +463,7 @@ CASES = {
         "a prompt holds token 300 of the tokenizer, the target has 300",
     ),
     "decode every": ("train", {"train__decode_every": -1}, None, "decode_every is -1"),
-    "train: out in a file": ("train", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new"),
+    "train: out in a file": ("train", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl is no folder"),
     # train: checkpoints
     "other learning rate": (
         "train",
@@ -588,7 +588,7 @@ CASES = {
     "export over the run": ("export", {"out": "run"}, None, "run already holds; another --out"),
     "export over the target": ("export", {"out": "target"}, None, "target already holds; another --out"),
     "export over a file": ("export", {"out": "prompts.jsonl"}, None, "prompts.jsonl already holds; another --out"),
-    "export into a file": ("export", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new cannot be written"),
+    "export into a file": ("export", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl is no folder"),
     "export here": ("export", {"out": "."}, None, "already holds; another --out"),
     "run's config": (
         "export",
@@ -599,8 +599,8 @@ CASES = {
     # report
     "report: missing": ("report", {"": "run nowhere"}, None, "nowhere does not exist"),
     "report: nothing in it": ("report", {"": "text"}, None, "text holds no metrics and no results"),
-    "report: out is a folder": ("report", {"out": "run"}, None, "run cannot be written"),
-    "report: out in a file": ("report", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl/new cannot be written"),
+    "report: out is a folder": ("report", {"out": "run"}, None, "run is a folder"),
+    "report: out in a file": ("report", {"out": "prompts.jsonl/new"}, None, "prompts.jsonl is no folder"),
 }
 
 
