@@ -17,9 +17,11 @@ _heard: dict[int, Callable[[], None]] = {}
 def hearing(number: signal.Signals, heard: Callable[[], None]) -> Iterator[None]:
     """Call `heard`, in a thread, whenever the signal comes; nothing of it outside the main thread, as Python has it.
 
-    SIGTERM then does nothing else. SIGINT raises KeyboardInterrupt as ever, when the main thread is at Python again.
+    SIGTERM then does nothing else. SIGINT raises KeyboardInterrupt as ever, when the main thread is at Python again; a
+    job that a shell put into the background, where it is ignored, goes on ignoring it.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = number == signal.SIGINT and signal.getsignal(number) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     ears, mouth = socket.socketpair()

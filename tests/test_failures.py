@@ -2,6 +2,7 @@
 
 import errno
 import fnmatch
+import functools
 import json
 import os
 import signal
@@ -76,9 +77,11 @@ def test_what_one_process_finds_ends_all_of_them_with_its_code(count, culprit, k
 # One process
 
 
-def start(code: str, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+def start(code: str, *arguments: str, sigint=signal.default_int_handler) -> subprocess.Popen:
+    """In the foreground, whatever these tests run in; with SIG_IGN as a shell starts a job in the background."""
+    line, pipe = [sys.executable, "-c", code, *arguments], subprocess.PIPE
+    prepare = functools.partial(signal.signal, signal.SIGINT, sigint)
+    return subprocess.Popen(line, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True, preexec_fn=prepare)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,13 @@ def test_ctrl_c_ends_even_what_swallows_it(times):
     process.communicate(timeout=10)
     assert process.returncode == 130
     assert (time.monotonic() - begin < 2) == (times == 2)
+
+
+def test_a_background_job_is_left_alone():
+    process = start(SWALLOWS.replace("sleep(60)", "sleep(4); break"), sigint=signal.SIG_IGN)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10)[0] == "" and process.returncode == 0
 
 
 def test_ctrl_c_while_starting():

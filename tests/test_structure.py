@@ -12,7 +12,20 @@ import specauf_jax
 
 ROOT = Path(specauf_jax.__file__).parent
 LAYERS = (
-    *("errors", "checks", "pytrees", "config", "recipes", "storage", "files", "environment", "sharding", "distributed"),
+    *(
+        "errors",
+        "signals",
+        "machine",
+        "checks",
+        "pytrees",
+        "config",
+        "recipes",
+        "storage",
+        "files",
+        "environment",
+        "sharding",
+        "distributed",
+    ),
     *(
         "objectives",
         "architecture",
