@@ -4,6 +4,7 @@ Only the settings are imported before arguments are read, so that help comes at 
 body, and JAX with it, is imported when it runs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -78,14 +79,20 @@ def main(arguments: list[str] | None = None) -> int:
     return outcome.code
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # as everybody else's BrokenPipeError; rich would exit with 1
+
+
 def _tell(text: str, style: str) -> None:
-    console = Console(stderr=True)
-    console.print(f"specauf: {text}", style=style, highlight=False, markup=False, soft_wrap=True)
+    console = _Console(stderr=True, emoji=False)
+    with contextlib.suppress(OSError):  # nobody reads it: the exit code still tells
+        console.print(f"specauf: {text}", style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _main(arguments: list[str]) -> object:
     # A log has no width of its own: 80 columns, as if it were a terminal's, would cut the widest tables.
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120, markup=False)
+    console = _Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every step, and of errors that it raises too
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(_overview(), highlight=False, soft_wrap=True)

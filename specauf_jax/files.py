@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 
@@ -80,11 +80,23 @@ def read_bytes(path) -> bytes:
         return storage.storage().cat_file(str(path))
 
 
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+      ValueError: it is none, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_json(path, what: str) -> dict:
     """A JSON object from a file; the error says that it should hold `what`."""
     path = as_path(path)
     try:
-        values = json.loads(read_bytes(path))
+        values = parse_json(read_bytes(path))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise SpecaufError(f"{path} does not exist", f"a file with {what}", "check the path") from error
     except OSError as error:
@@ -124,8 +136,8 @@ def local_copy(path) -> Path:
 
 
 def write_text(path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
+    """As `write_bytes`, in UTF-8; a path's bytes that are none become question marks."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_bytes(path, data: bytes) -> None:

@@ -68,5 +68,7 @@ def interruptible() -> Iterator[None]:
 
 def leave(reason: str, code: int) -> None:
     """End this process from any thread of it, whatever the others are doing."""
-    print(f"specauf: {reason}", file=sys.stderr, flush=True)
-    os._exit(code)
+    try:
+        print(f"specauf: {reason}", file=sys.stderr, flush=True)
+    finally:  # also where nobody reads it
+        os._exit(code)

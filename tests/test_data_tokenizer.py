@@ -67,6 +67,13 @@ def test_missing_or_broken_tokenizer(folder, tmp_path):
         tokenizers.load_tokenizer(folder)
 
 
+def test_chat_templates_that_are_none_are_refused(folder):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": 5}))
+    with pytest.raises(SpecaufError, match="chat_template is 5"):
+        tokenizers.load_tokenizer(folder)
+
+
 def test_stops_come_from_the_models_files_too(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (folder / "config.json").write_text('{"eos_token_id": 9}')
@@ -74,7 +81,7 @@ def test_stops_come_from_the_models_files_too(folder):
     assert tokenizer.stops == (0, 2, 7, 9)
     (folder / "config.json").write_text('{"eos_token_id": null}')
     assert tokenizers.stop_token_ids(tokenizer, folder) == (0, 2, 7)
-    for wrong in ('"</s>"', "true", "[1.5]"):
+    for wrong in ('"</s>"', "true", "[1.5]", "[0, 4294967296]"):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
         with pytest.raises(SpecaufError, match="generation_config.json: eos_token_id is"):
             tokenizers.stop_token_ids(tokenizer, folder)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from specauf_jax import environment, files, machine
+from specauf_jax import cli, environment, files, machine
 from specauf_jax.cli import _outcome
 from specauf_jax.commands.record import run_folder
 from specauf_jax.errors import IOFailed, SpecaufError, Stopped, at_work
@@ -168,11 +168,43 @@ def test_a_closed_pipe_and_an_odd_encoding_are_no_faults():
     for arguments in (["--help"], ["train", "--help"]):
         done = subprocess.run([sys.executable, "-m", "specauf_jax", *arguments], env=ENVIRONMENT, stdout=write,
                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-        assert not done.stderr, done.stderr
+        assert not done.stderr and done.returncode == 141, done.stderr
+    line = [sys.executable, "-m", "specauf_jax", "trian"]
+    assert subprocess.run(line, env=ENVIRONMENT, stdout=write, stderr=write).returncode == 2
     os.close(write)
     done = subprocess.run([sys.executable, "-m", "specauf_jax", "doctor", "--target", "…", "--drafter", "λ"],
                           env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_not_open_is_no_fault(closed):
+    line = f"{sys.executable} -m specauf_jax --help {closed}"
+    done = subprocess.run(line, shell=True, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_the_last_word_of_a_process_needs_no_reader():
+    read, write = os.pipe()
+    os.close(read)
+    code = "import time; from specauf_jax.signals import leave; import threading; " \
+           "threading.Thread(target=leave, args=('interrupted', 130)).start(); time.sleep(9)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stderr=write)
+    os.close(write)
+    assert done.returncode == 130
+
+
+def test_names_are_shown_as_they_are(tmp_path, capsys):
+    run = tmp_path / "r:cat:[red]"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "tau": 2.0}\n')
+    assert cli.main(["report", str(run), "--out", str(tmp_path / ":cat:.html")]) == 0
+    assert ":cat:.html" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_name_that_is_not_utf_8_is_written_with_question_marks(tmp_path):
+    files.write_text(tmp_path / "page.html", os.fsdecode(b"r\xff"))
+    assert (tmp_path / "page.html").read_text() == "r?"
 
 
 def test_a_platform_that_is_not_there():

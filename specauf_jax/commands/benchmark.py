@@ -53,11 +53,12 @@ class Method:
 
 def benchmark(config: Benchmark, console: Console) -> dict:
     """Measure, print a table, write `config.out`; returns what was written."""
-    out = output_file(config.out, config.target, config.prompts)
+    folders = named("--drafters", config.drafters, "DIR", taken=(ALONE, LOOKUP))
+    out = output_file(config.out, config.target, config.prompts, *folders.values())
     mesh = make_mesh(config.mesh)
     for size in config.batch_sizes:
         check_rows(size, mesh)
-    prompts, folders = read_prompts(config.prompts), named("--drafters", config.drafters, "DIR", taken=(ALONE, LOOKUP))
+    prompts = read_prompts(config.prompts)
     for folder in folders.values():
         existing_folder(folder, "a drafter")
     with float32_precision(config.dtype):

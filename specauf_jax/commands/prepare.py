@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def _open_source(config: Prepare) -> Source:
         name = f"input: {', '.join(config.input)}"
         if zipped := [path for path in files if path.suffix.lower() == ".gz"]:
             said = f"{zipped[0]}{f' and {len(zipped) - 1} more are' if zipped[1:] else ' is'} compressed by gzip"
-            Console(stderr=True, soft_wrap=True).print(f"{said}: read as what it holds", markup=False, highlight=False)
+            print(f"{said}: read as what it holds", file=sys.stderr)
         if any(map(is_pipe, files)):  # which give what they hold only once
             found = list(sources.read_files(files))
             return Source(name, lambda: found)

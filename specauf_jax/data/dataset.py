@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import as_path, fresh_folder, local_copy, read_bytes
+from specauf_jax.files import as_path, fresh_folder, local_copy, parse_json, read_bytes
 
 NAME = "specauf"
 MANIFEST_KEYS = ("sequence_length", "rows", "documents", "tokens", "supervised_tokens", "supervised_share",
@@ -166,7 +166,7 @@ def read_manifest(folder) -> dict:
     """
     path = as_path(folder) / "manifest.json"
     try:
-        manifest = json.loads(read_bytes(path))
+        manifest = parse_json(read_bytes(path))
     except FileNotFoundError as error:
         raise SpecaufError(f"{path} does not exist", "a folder written by `specauf prepare`",
                            "check the path, or run `specauf prepare --out` with it") from error  # fmt: skip

@@ -74,6 +74,9 @@ def load_tokenizer(folder) -> Tokenizer:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # tokenizers' parser raises bare Exception
         raise _unreadable(path, error) from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise SpecaufError(f"{folder}: chat_template is {tokenizer.chat_template!r}", "a text, or texts by name",
+                           "correct tokenizer_config.json")  # fmt: skip
     tokenizer.template_args, tokenizer.stops = {}, stop_token_ids(tokenizer, folder)
     return tokenizer
 
@@ -144,7 +147,7 @@ def hashes(folder) -> tuple[str, str | None]:
 def read_template(folder: Path) -> str | None:
     """The chat template of a local folder; of several, their JSON."""
     template = None
-    if (folder / "chat_template.jinja").exists():
+    if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "tokenizer_config.json").exists():
         template = read_json(folder / "tokenizer_config.json", "a tokenizer's settings").get("chat_template")
@@ -203,7 +206,7 @@ def stop_token_ids(tokenizer: Tokenizer, model) -> tuple[int, ...]:
     for path in (as_path(model) / name for name in STOP_FILES):
         named = read_json(path, "a model's configuration").get("eos_token_id") if path.is_file() else None
         found = named if isinstance(named, list) else [named] if named is not None else []
-        if not all(type(id_) is int for id_ in found):
+        if not all(type(id_) is int and abs(id_) < 2**31 for id_ in found):
             raise SpecaufError(f"{path}: eos_token_id is {named!r}", "a token's id, or a list of ids", "correct it")
         ids.update(found)
     return tuple(sorted(ids))

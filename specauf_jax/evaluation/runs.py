@@ -1,13 +1,12 @@
 """What runs left on disk, read and checked: metrics.jsonl, config.json, results of `specauf evaluate`."""
 
-import json
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 
 from specauf_jax.errors import SpecaufError
-from specauf_jax.files import AnyPath, absolute, as_path, read_bytes
+from specauf_jax.files import AnyPath, absolute, as_path, parse_json, read_bytes
 
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 PART_KINDS = {
@@ -57,7 +56,7 @@ class Run:
 
 def _read_object(path: AnyPath) -> dict:
     try:
-        value = json.loads(read_bytes(path))
+        value = parse_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise SpecaufError(f"{path} cannot be read ({error})", "a JSON object", "write the file again") from error
     if not isinstance(value, dict):
@@ -73,7 +72,7 @@ def read_metrics(path: AnyPath) -> dict[int, dict]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             if number == len(lines):  # no newline follows: a kill interrupted the write
                 break

@@ -389,7 +389,7 @@ def _number(values: dict, where: str, name: str, least=1, most=_MOST, kind=int):
     if name not in values:
         raise SpecaufError(f"{where} has no {name}", "every number of the architecture", f"add {name}")
     value = values[name]
-    right = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+    right = isinstance(value, int | kind) and not isinstance(value, bool) and abs(value) < math.inf
     if not right or value > most or value < (least if kind is int else 0):
         wanted = f"a whole number from {least} to {most}" if kind is int else "a finite number of at least 0"
         raise SpecaufError(f"{where}: {name} is {value!r}", wanted, "correct the value")

@@ -18,7 +18,7 @@ from specauf_jax.config import Hosts, Optimisation
 from specauf_jax.data.loader import Loader
 from specauf_jax.distributed import Watch, is_primary
 from specauf_jax.errors import SpecaufError, Stopped, at_work
-from specauf_jax.files import AnyPath, GrowingFolder, read_bytes, write_text
+from specauf_jax.files import AnyPath, GrowingFolder, parse_json, read_bytes, write_text
 from specauf_jax.flops import PEAK_FLOPS
 from specauf_jax.sharding import put_rows
 from specauf_jax.training.blocks import Batch
@@ -260,7 +260,7 @@ def _cut(log: AnyPath, path: Path, step: int) -> None:
     kept = []
     for line in read_bytes(log).decode(errors="replace").splitlines(keepends=True):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:  # the kill cut the line itself
             continue
         number = row.get("step") if isinstance(row, dict) else None
