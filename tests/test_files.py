@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from specauf_jax import files
-from specauf_jax.errors import SpecaufError
+from specauf_jax.errors import IOFailed, SpecaufError, Stopped
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +275,19 @@ def test_a_growing_folder_copies_what_grew(storage):
         (growing.path / "log").write_text("1\n2\n3\n")
         raise ValueError  # what was logged before an error is kept
     assert storage.read("run/log") == b"1\n2\n3\n" and not growing.path.exists()
+
+
+def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_worth_another_try(storage):
+    def refuse(what, name):
+        if what == "write":
+            raise gcs.Failed(400)
+
+    with pytest.raises(IOFailed) as found, files.GrowingFolder("gs://bucket/run") as growing:
+        (growing.path / "log").write_text("1\n")
+        storage.before = refuse
+        raise Stopped("saved", 75)
+    assert found.value.code == 74
+    storage.before = lambda what, name: None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specauf_jax.models.layers import gated, product
+from specauf_jax.models.layers import float_dtype, gated, product
 
 
 def arrays(*shapes, dtype=jnp.float32):
@@ -62,3 +62,8 @@ def test_the_gate_keeps_its_two_arguments_and_nothing_else():
         return sum(math.prod(x.shape) for x in jax.tree.leaves(pull))
 
     assert kept(gated) == 2 * 24 < kept(plain_gate)
+
+
+def test_the_compute_precision_is_that_of_the_first_real_numbers():
+    """A caller's own parameters may begin with whole ones."""
+    assert float_dtype({"a_table": jnp.zeros(3, jnp.int32), "w": jnp.zeros(2, jnp.bfloat16)}) == jnp.bfloat16
