@@ -187,8 +187,10 @@ def test_a_stream_that_is_not_open_is_no_fault(closed):
 def test_the_last_word_of_a_process_needs_no_reader():
     read, write = os.pipe()
     os.close(read)
-    code = "import time; from specauf_jax.signals import leave; import threading; " \
-           "threading.Thread(target=leave, args=('interrupted', 130)).start(); time.sleep(9)"
+    code = (
+        "import time; from specauf_jax.signals import leave; import threading; "
+        "threading.Thread(target=leave, args=('interrupted', 130)).start(); time.sleep(9)"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, stderr=write)
     os.close(write)
     assert done.returncode == 130
