@@ -1,5 +1,6 @@
 """The benchmark: what it reports, that it measures what is decoded, what it refuses; parameters in serving form."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -92,6 +93,14 @@ def test_refusals(world):
     for arguments in (("drafter",), (f"a={folder}", f"a={folder}"), (f"autoregressive={folder}",), ("a=nowhere",)):
         with pytest.raises(SpecaufError, match="--drafters|does not exist"):
             benchmark(settings(world, drafters=arguments), Console(quiet=True))
+    for read in ("drafter/config.json", "target/config.json", "prompts.jsonl"):
+        before = (world / read).read_bytes()
+        with pytest.raises(SpecaufError, match="would be written over"):
+            benchmark(
+                dataclasses.replace(settings(world, drafters=(f"a={folder}",)), out=str(world / read)),
+                Console(quiet=True),
+            )
+        assert (world / read).read_bytes() == before
     for changes in ({"batch_sizes": (1, 1)}, {"batch_sizes": ()}, {"lookup_block_size": 1}, {"repeats": 0}):
         with pytest.raises(SpecaufError):
             settings(world, **changes)
