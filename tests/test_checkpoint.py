@@ -234,10 +234,10 @@ def test_somebodys_copy_of_a_checkpoint_is_passed_over(whole, tmp_path):
 
 
 def test_lines_that_others_wrote_into_the_metrics_stay(tmp_path):
-    lines = ['{"step": 1}', '{"note": "by hand"}', '{"step": 3}', "[1]", '{"step": 2, "los']
+    lines = ['{"step": 1}', '{"note": "by hand"}', '{"step": 3}', "plainly", "[1]", '{"step": 2, "los']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     _cut(tmp_path / "metrics.jsonl", tmp_path / "metrics.jsonl", 2)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"note": "by hand"}', "[1]"]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*lines[:2], *lines[3:5]]
 
 
 def read_onto_eight_devices(folder: str) -> None:

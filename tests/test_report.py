@@ -176,7 +176,7 @@ def test_metrics_later_lines_win_and_a_truncated_last_line_is_dropped(tmp_path):
     lines = (
         '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 9.0}\n{"step": 1, "decode_tau": 1.5}\n'
     )
-    path = write(tmp_path / "metrics.jsonl", lines + '{"step": 3, "lo')
+    path = write(tmp_path / "metrics.jsonl", lines + '{"note": "by hand"}\n{"step": 3, "lo')
     assert runs_.read_metrics(path) == {
         1: {"step": 1, "loss": 9.0, "decode_tau": 1.5},
         2: {"step": 2, "loss": 2.0},

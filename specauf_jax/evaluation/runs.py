@@ -78,6 +78,8 @@ def read_metrics(path: AnyPath) -> dict[int, dict]:
                 break
             found = f"line {number} of {path} is not JSON ({error})"
             raise SpecaufError(found, "one JSON object a line", "repair or delete that line") from error
+        if isinstance(row, dict) and not row.keys() & {"step", *CURVES}:  # somebody's note
+            continue
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise SpecaufError(f"line {number} of {path} has no step", '{"step": INT, ...}', "delete that line")
         for key in CURVES:

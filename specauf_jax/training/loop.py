@@ -261,8 +261,10 @@ def _cut(log: AnyPath, path: Path, step: int) -> None:
     for line in read_bytes(log).decode(errors="replace").splitlines(keepends=True):
         try:
             row = parse_json(line)
-        except ValueError:  # the kill cut the line itself
-            continue
+        except ValueError:
+            if not line.endswith("\n"):  # the kill cut the line itself
+                continue
+            row = None
         number = row.get("step") if isinstance(row, dict) else None
         if not isinstance(number, int) or number <= step:  # what somebody else wrote stays
             kept.append(line)
