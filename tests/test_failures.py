@@ -120,9 +120,9 @@ SWALLOWS = """
 import time
 from specauf_jax.signals import interruptible
 with interruptible():
-    print("ready", flush=True)
     while True:
         try:
+            print("ready", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
             print("swallowed", flush=True)
