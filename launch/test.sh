@@ -6,12 +6,12 @@ usage() {
   cat <<EOF
 usage: bash launch/test.sh [--quick] [PYTEST ARGUMENTS]
 
-Checks style with ruff and types with mypy, then runs all tests of specauf_jax: 23 minutes of processor time, about half
+Checks style with ruff and types with mypy, then runs all tests of specauf_jax: 24 minutes of processor time, about half
 of that on 2 idle cores. Installs into .venv what is missing there. The arguments go to pytest, and the exit code is
 pytest's: 0 where everything passed.
 
-  --quick   style, types and the tests of single modules only: 100 s of processor time. It leaves out the commands, the laws of
-            decoding, meshes, several hosts and the launchers: run all tests before you merge.
+  --quick   style, types and the tests of single modules only: 100 s of processor time. It leaves out the commands, the
+            laws of decoding, meshes, several hosts and the launchers: run all tests before you merge.
 EOF
 }
 

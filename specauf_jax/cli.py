@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done. 1: a command's own no (`doctor` found an error, `compile` no room, `generate --check` a difference), or
     another host was lost. 2: input refused before the work. 74: a disk or a network failed at work. 130: interrupted.
-    141: nobody reads the output any more. Launchers start again what ends with another code than 0 and 2.
+    141: nobody reads the output any more. Launchers start 74 again.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets "?"
         if isinstance(stream, io.TextIOWrapper):

@@ -84,12 +84,15 @@ def parse_json(text: bytes | str) -> Any:
     """The value of a JSON text.
 
     Raises:
-      ValueError: it is none, or nested too deep.
+      ValueError: it is none, or more than Python reads.
     """
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        raise ValueError("nested too deep" if deep else "with a number of too many digits") from error
 
 
 def read_json(path, what: str) -> dict:

@@ -12,7 +12,7 @@ _GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd")
 
 def on_tpu() -> bool:
     """A machine with TPU chips, and JAX free to use them."""
-    allowed = os.environ.get("JAX_PLATFORMS", "tpu").split(",")
+    allowed = (os.environ.get("JAX_PLATFORMS") or "tpu").split(",")
     return "tpu" in allowed and _has_libtpu() and any(map(glob.glob, _TPU_CHIPS))
 
 
@@ -22,7 +22,7 @@ def choose_platform() -> None:
     Numbers of 64 bits, which the method has no use for, stay off.
     """
     os.environ["JAX_ENABLE_X64"] = "0"
-    if "JAX_PLATFORMS" not in os.environ and _has_libtpu() and not any(map(glob.glob, _TPU_CHIPS + _GPUS)):
+    if not os.environ.get("JAX_PLATFORMS") and _has_libtpu() and not any(map(glob.glob, _TPU_CHIPS + _GPUS)):
         os.environ["JAX_PLATFORMS"] = "cpu"
 
 

@@ -33,6 +33,14 @@ def read_recipe(settings: type, path: str):
     return recipe
 
 
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def from_dict(cls, values: dict, where: str):
     """The inverse of `dataclasses.asdict`; unknown keys and wrong types are refused by name.
 

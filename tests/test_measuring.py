@@ -356,6 +356,16 @@ def test_golden_without_a_case(tmp_path):
 # A machine with a GPU
 
 
+def test_round(tmp_path, capsys):
+    out = tmp_path / "round.json"
+    small = ["--width", 128, "--target-layers", 2, "--drafter-layers", 1, "--vocabulary", 64, "--block-size", 4]
+    assert run("bench_round.py", *small, "--batch-sizes", 2, "--prompt-length", 5, "--new-tokens", 4, "--repeats", 1,
+               "--out", out) == 0  # fmt: skip
+    found = json.loads(out.read_text())["batch_sizes"]["2"]
+    assert found["exact"] is True and found["compared"] == 2 and found["drafter"]["ms_per_round"] > 0
+    assert "batch   2: a step" in capsys.readouterr().out
+
+
 def test_device(tmp_path):
     """All four parts, on a CPU."""
     device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "900", "--out", tmp_path]
@@ -368,7 +378,7 @@ def test_device(tmp_path):
     assert {"recomputing all slots", "all slots", "up to first failures"} <= read["lm_head"]["seconds"]["0.5"].keys()
     assert read["attention"]["forms"].keys() == {"block_attention", "chunked", "dot_product_attention"}
     assert read["train"]["training"].keys() == {"auf", "decay"}
-    assert read["decode"]["batch_sizes"]["1"]["different"] == 0
+    assert read["decode"]["batch_sizes"]["1"]["exact"] is True
 
 
 FAILING = """

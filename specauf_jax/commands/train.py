@@ -139,7 +139,7 @@ def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
 def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -> None:
     """Heads that a TPU engine which taps such a target will not run: better known before training than after."""
     if target.model_type != "qwen2" and (found := unserved_heads(drafter, target)):
-        console.print(f"tpu-inference cannot run {found}", style="yellow", highlight=False)
+        warn(console, f"tpu-inference cannot run {found}")
 
 
 def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:

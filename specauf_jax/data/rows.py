@@ -12,6 +12,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from specauf_jax import files
 from specauf_jax.errors import SpecaufError
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
@@ -123,17 +124,15 @@ def parse_json(data: bytes) -> Any:
       ValueError: saying what is wrong.
     """
     try:
-        return json.loads(data.decode("utf-8").rstrip())
+        return files.parse_json(data.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 ({error.reason})") from error
     except json.JSONDecodeError as error:
         # A JSON array over many lines is the one mistake worth a hint of its own.
         hint = "; a JSON array? write one record a line: jq -c '.[]'" if data.strip() == b"[" else ""
         raise ValueError(f"broken JSON ({error.msg} at column {error.colno}){hint}") from error
-    except RecursionError as error:
-        raise ValueError("JSON nested too deep") from error
     except ValueError as error:
-        raise ValueError("JSON with a number of too many digits") from error
+        raise ValueError(f"JSON {error}") from error
 
 
 def _parquet(path: Path) -> Iterator[Row | BadRecord]:

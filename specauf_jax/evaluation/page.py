@@ -14,7 +14,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from specauf_jax.evaluation.runs import CURVES, PALETTE, Run, flatten
+from specauf_jax.evaluation.runs import CURVES, PALETTE, Run
+from specauf_jax.recipes import flatten
 
 DASH = "—"
 INK = "#010203"  # stands for the page's text colour, light or dark, until the SVG is written

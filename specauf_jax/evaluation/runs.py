@@ -7,6 +7,7 @@ import numpy as np
 
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import AnyPath, absolute, as_path, parse_json, read_bytes
+from specauf_jax.recipes import flatten
 
 NUMBER, MAYBE_NUMBER = (int, float), (int, float, type(None))
 PART_KINDS = {
@@ -131,14 +132,6 @@ def read_benchmark(path: str) -> dict[str, dict[int, dict[str, float]]]:
             "a JSON of `specauf benchmark`",
             "measure again with this version",
         ) from error
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def parse_run(text: str) -> tuple[str, list[AnyPath]]:

@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers
 from specauf_jax.distributed import everywhere, is_primary
 from specauf_jax.errors import IOFailed, SpecaufError
 from specauf_jax.files import absolute, move_folder, read_bytes
+from specauf_jax.recipes import flatten
 
 # What may differ between a run and its continuation: a name, or all that begins so. The first line changes no weight,
 # the second one nothing but the order in which numbers are added.
@@ -140,8 +141,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until all is written."""
+        self.wait()
         with _storing(self.folder):
-            self._manager.wait_until_finished()
             self._manager.close()
 
     def _read(self, step, **items) -> dict:
@@ -187,10 +188,9 @@ def _bad_scores(folder) -> dict[int, str]:
 
 
 def _check_config(folder, saved: dict, current: dict) -> None:
-    saved, current = (_flat(config) for config in (saved, current))
-    for name in _PATHS:  # a path may be spelled in many ways
-        saved, current = (flat | {name: str(absolute(flat[name]))} if isinstance(flat.get(name), str) else flat
-                          for flat in (saved, current))  # fmt: skip
+    saved, current = flatten(saved), flatten(current)
+    for settings in (saved, current):  # a path may be spelled in many ways
+        settings |= {name: str(absolute(settings[name])) for name in _PATHS if isinstance(settings.get(name), str)}
     differing = sorted(
         key for key in saved.keys() | current.keys() if not key.startswith(_FREE) and saved.get(key) != current.get(key)
     )
@@ -226,15 +226,3 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _score(metrics: dict) -> float:
     return metrics["score"]
-
-
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat: dict = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict)
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if nested
-            else {prefix + key: list(value) if isinstance(value, tuple) else value}
-        )
-    return flat

@@ -23,8 +23,6 @@ from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, rep
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
 from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio, weighted
 
-_PRETRAIN_CHUNK = 4096  # tokens whose logits exist at one time: the targets that are trained here are small
-
 
 @pytree
 class TrainState:
@@ -140,9 +138,12 @@ def make_train_step(
 
 
 def make_pretrain_step(
-    target: Target, optimizer: optax.GradientTransformation, *, accumulation: int, dtype, chunk=4096
+    target: Target, optimizer: optax.GradientTransformation, *, accumulation: int, dtype, chunk: int = 4096
 ):
-    """The target's own step, `(state, batch) -> (state, metrics)`: next-token cross-entropy, to be jitted."""
+    """The target's own step, `(state, batch) -> (state, metrics)`: next-token cross-entropy, to be jitted.
+
+    `chunk` is the number of tokens whose logits exist at one time, of every device.
+    """
 
     def part_gradient(params, batch: Batch):
         def numerator(params):
@@ -150,7 +151,7 @@ def make_pretrain_step(
             hidden = target_hidden(compute, batch.tokens, batch.positions, batch.document_ids, config=target)
             lm_head = target_head(compute).lm_head
             ce, rank = chunked_scores(
-                lambda hidden: project(hidden, lm_head), (hidden[:, :-1],), batch.tokens[:, 1:], chunk=_PRETRAIN_CHUNK
+                lambda hidden: project(hidden, lm_head), (hidden[:, :-1],), batch.tokens[:, 1:], chunk=chunk
             )
             same_document = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
             valid = batch.loss_mask[:, 1:] & same_document
