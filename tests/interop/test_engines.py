@@ -101,7 +101,9 @@ def test_tpu_inference_runs_the_heads_that_the_doctor_says(target_size, heads, t
     target = dataclasses.replace(TARGET, hidden_size=hidden, head_dim=target_size)
     world = World(tmp_path, target, num_attention_heads=H, num_key_value_heads=G, head_dim=E)
     if unserved_heads(world.drafter, target):
-        with pytest.raises((AssertionError, ValueError, TypeError, NotImplementedError)):
+        # Its own words: of the cache's shape, of its kernel for heads of 64, of weights that do not fit a norm.
+        refusal = r"Expected kv_cache\.shape|not supported on the head_dim==64|cannot reshape array of shape \(\d+,\)"
+        with pytest.raises((ValueError, NotImplementedError, TypeError), match=refusal):
             world.tpu_inference(RIGHT_ROPE)
     else:
         world.assert_same(world.tpu_inference(RIGHT_ROPE), world.hidden())
