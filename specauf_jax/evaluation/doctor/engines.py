@@ -11,7 +11,6 @@ from specauf_jax.architecture import ResolvedDrafter, RopeScaling, Target
 from specauf_jax.evaluation.doctor.checks import Folder, agree
 from specauf_jax.evaluation.doctor.variants import Kind
 from specauf_jax.models.heads import head_settings
-from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.hf_config import DRAFTER_ARCHITECTURES
 
 Verdict = Literal["yes", "converted", "differently", "no"]
@@ -105,8 +104,9 @@ def _unserved_heads(folder: Folder) -> str:
     return unserved_heads(folder.drafter, folder.target) if isinstance(folder.drafter, ResolvedDrafter) else ""
 
 
-def _shifted_plain(folder: Folder) -> bool:
-    return isinstance(folder.head, DFlash) and folder.settings.get("shift_label") is True
+def _unread_shift(folder: Folder) -> bool:
+    """Shifted labels of a head whose files need not say so: who does not know the key reads them unshifted."""
+    return folder.settings.get("shift_label") is True and folder.head.absent.get("shift_label") is False
 
 
 def _rope(case: Literal["Qwen3", "Llama 3.1", "yarn", "other"]) -> Callable[[Folder], str]:
@@ -204,7 +204,7 @@ LINES = (
     Line(_SPECFORGE, "converted", _trained_name, "trains this head under {}: specauf export --layout specforge"),
     Line(_ZLAB, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_AUTO_MODEL, "no", lambda f: True, "takes it for a plain Qwen3 with random embeddings, without an error"),
-    *(Line(source, "differently", _shifted_plain, "is not known to read shifted labels of a plain drafter", "labels")
+    *(Line(source, "differently", _unread_shift, "is not known to read shifted labels of a plain drafter", "labels")
       for source in (_SGLANG, _VLLM, _TPU, _SGLANG_JAX, _SPECFORGE, _ZLAB)),
 )  # fmt: skip
 
