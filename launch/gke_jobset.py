@@ -7,8 +7,9 @@
 The cluster needs JobSet (v0.6 or newer) and a TPU node pool a slice, or auto-provisioning; its service account must
 reach the gs:// paths. The image (launch/Dockerfile makes one) needs specauf, jax[tpu] and the recipe named.
 A Pod that SIGTERM stops ends with code 75: all start again, and the run goes on from its newest checkpoint, at most
---max-restarts times. Exit code 2, bad input, ends the JobSet at once. `kubectl delete jobset NAME` removes it. Where
-slices may become ready at very different times, say --hosts.join-s in the command, the seconds to wait for the others.
+--max-restarts times. Exit codes 2, bad input, and 3, work that cannot go on, end the JobSet at once. `kubectl delete
+jobset NAME` removes it. Where slices may become ready at very different times, say --hosts.join-s in the command, the
+seconds to wait for the others.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.errors import Outcome, SpecaufError, SpecaufWarning, Stopped, io_error
+from specauf_jax.errors import CannotGoOn, Outcome, SpecaufError, SpecaufWarning, Stopped, io_error
 from specauf_jax.machine import check_platform, choose_platform
 from specauf_jax.recipes import read_recipe
 from specauf_jax.signals import INTERRUPTED
@@ -57,8 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0: done. 1: a command's own no (`doctor` found an error, `compile` no room, `generate --check` a difference), or
-    another host was lost. 2: input refused before the work. 74: a disk or a network failed at work. 130: interrupted.
-    141: nobody reads the output any more. Launchers start 74 again.
+    another host was lost. 2: input refused before the work. 3: the work cannot go on (a loss that is not finite,
+    too little memory). 74: a disk or a network failed at work. 130: interrupted. 141: nobody reads the output any more.
+    Launchers start 74 again, and never 2 and 3.
     """
     for stream in (sys.stdout, sys.stderr):  # a terminal that does not know a character gets "?"
         if isinstance(stream, io.TextIOWrapper):
@@ -135,8 +136,8 @@ def _outcome(work: Callable[[], object]) -> Outcome:
     except RuntimeError as error:
         if not any(said in str(error) for said in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
-        refusal = SpecaufError(str(error).splitlines()[0], "work that fits the devices' memory",
-                               "take a smaller batch, shorter texts, bfloat16 or more devices")  # fmt: skip
+        refusal = CannotGoOn(str(error).splitlines()[0], "work that fits the devices' memory",
+                             "take a smaller batch, shorter texts, bfloat16 or more devices")  # fmt: skip
         return Outcome(refusal.code, str(refusal), failed=True)
     except OSError as error:  # whatever the disk or the network did where no better message was found
         failure = io_error(str(error), error, "files that can be read and written, and free space",

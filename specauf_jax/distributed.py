@@ -30,6 +30,7 @@ from specauf_jax.signals import hearing, leave
 _SLURM = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_LOCALID")
 _FAILED, _HEARD = "specauf/failed", "specauf/heard"
 _LOOK_S, _TELL_S = 0.5, 5.0  # between two looks for others' failures; until all must have seen one
+_LAST_S = 2.0  # that the first process stays longer than the others
 _DAY_MS = 86_400_000
 
 
@@ -72,9 +73,11 @@ def _look_for_failures(client, over: threading.Event) -> None:
 
 
 def _wait_until_heard(client) -> None:
-    """Until every process knows of the failure: the first to leave takes the connections with it."""
+    """Until every process knows of the failure; the first one leaves last, or JAX would abort those that it serves."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(_HEARD, round(1000 * _TELL_S))
+    if global_state.process_id == 0:
+        time.sleep(_LAST_S)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,12 @@ class SpecaufError(Exception):
         self.found, self.expected, self.remedy = found, expected, remedy
 
 
+class CannotGoOn(SpecaufError):
+    """What was begun cannot be finished, nor would another try: a loss that is not finite, too little memory."""
+
+    code = 3
+
+
 class IOFailed(SpecaufError):
     """A disk or a network failed at work: another try may succeed (EX_IOERR of sysexits.h)."""
 
@@ -34,9 +40,13 @@ def io_error(found: str, error: OSError, expected: str, remedy: str) -> SpecaufE
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Inside, an OSError is a failure of the disk or the network: that paths are right was asked before."""
+    """Inside, errors are not of the input, which was looked at before, but of a disk, a network or the work itself."""
     try:
         yield
+    except SpecaufError as error:
+        if type(error) is not SpecaufError:
+            raise
+        raise CannotGoOn(error.found, error.expected, error.remedy) from error
     except OSError as error:
         raise IOFailed(str(error), "files that can be read and written, and free space",
                        "look at the disk, then run again: it goes on from what was saved") from error  # fmt: skip

@@ -803,13 +803,15 @@ def test_target_that_is_not_finite(here, capsys):
     remove("run/checkpoints/2")()
     edit_tensors("target", spoil)()
     before = contents(here / "run" / "checkpoints"), contents(here / "run" / "drafter")
-    said = refused(capsys, arguments("train", out="run"))
+    said = refused(capsys, arguments("train", out="run"), 3)
     assert "step 2" in said and "not finite: features" in said and "the last checkpoint, which is untouched" in said
     assert (contents(here / "run" / "checkpoints"), contents(here / "run" / "drafter")) == before
 
 
 def test_diverging_pretraining(here, capsys):
-    said = refused(capsys, arguments("pretrain", train__learning_rate=1e30, train__steps=3, train__checkpoint_every=1))
+    said = refused(
+        capsys, arguments("pretrain", train__learning_rate=1e30, train__steps=3, train__checkpoint_every=1), 3
+    )
     assert "step 2" in said and "not finite" in said and "--train.learning-rate" in said
     assert [path.name for path in Path("new/checkpoints").iterdir() if path.name.isdigit()] == ["1"]
     assert not Path("new/target").exists()

@@ -17,7 +17,7 @@ import pytest
 from specauf_jax import cli, environment, files, machine
 from specauf_jax.cli import _outcome
 from specauf_jax.commands.record import run_folder
-from specauf_jax.errors import IOFailed, SpecaufError, Stopped, at_work
+from specauf_jax.errors import CannotGoOn, IOFailed, SpecaufError, Stopped, at_work
 from specauf_jax.models.tensors import write_tensors
 
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -94,7 +94,7 @@ def start(code: str, *arguments: str, sigint=signal.default_int_handler) -> subp
         (OSError("a store without a number"), 74),
         (TimeoutError("the network"), 74),
         (KeyboardInterrupt(), 130),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 2),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), 3),
         (Stopped("saved", 75), 75),
     ],
 )
@@ -114,18 +114,25 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 def test_an_error_of_files_at_work_is_no_bad_input():
     with pytest.raises(IOFailed), at_work():
         raise FileNotFoundError(2, "somebody deleted it")
+    with pytest.raises(CannotGoOn, match="a row is damaged"), at_work():
+        raise SpecaufError("a row is damaged", "a whole file", "copy it again")
+    with pytest.raises(IOFailed, match="once"), at_work():
+        raise IOFailed("once", "b", "c")
 
 
 SWALLOWS = """
 import time
 from specauf_jax.signals import interruptible
 with interruptible():
-    while True:
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
         try:
-            print("ready", flush=True)
+            print("swallowed", flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
-            print("swallowed", flush=True)
+            time.sleep(60)
 """
 
 
@@ -144,7 +151,7 @@ def test_ctrl_c_ends_even_what_swallows_it(times):
 
 
 def test_a_background_job_is_left_alone():
-    process = start(SWALLOWS.replace("sleep(60)", "sleep(4); break"), sigint=signal.SIG_IGN)
+    process = start(SWALLOWS.replace("sleep(60)", "sleep(4)", 1), sigint=signal.SIG_IGN)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10)[0] == "" and process.returncode == 0

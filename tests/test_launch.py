@@ -439,7 +439,7 @@ def test_jobset_restarts_all_but_for_bad_input():
     # One failure fails the Job; exit code 2 alone as PodFailurePolicy, the only reason not to start all again.
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
     [rule] = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3]
     assert rule["onExitCodes"]["operator"] == "In"
     assert rule["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
     [rule] = spec["failurePolicy"]["rules"]

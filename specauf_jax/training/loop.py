@@ -53,18 +53,21 @@ def train_loop(run: Run, console: Console) -> TrainState:
     """Train to `run.train.steps`, going on from the newest whole checkpoint if there is one.
 
     Raises:
-      SpecaufError: a non-finite loss, with the step and the culprit; checkpoints stay as they are.
+      SpecaufError: the newest checkpoint is another run's.
+      CannotGoOn: a non-finite loss, with the step and the culprit, or a row that cannot be read; checkpoints stay.
+      IOFailed: of a disk or a network.
       Stopped: by SIGTERM, after saving.
     """
     checkpoints = Checkpoints(run.out / "checkpoints", run.train.keep_last)
-    with at_work(), contextlib.closing(checkpoints), Watch(run.hosts) as watch, GrowingFolder(run.out) as files:
+    with contextlib.closing(checkpoints), Watch(run.hosts) as watch, GrowingFolder(run.out) as files:
         state, first = _resume(run, checkpoints, console)
         if is_primary():
             record = run.config | {"environment": run.environment}
             write_text(run.out / "config.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
         log = MetricsLog(run, files.path, first)
         watch.beat()
-        with _progress(console) as progress, Trace(run, files, first + _STEPS_BEFORE_TRACE, console) as trace:
+        trace = Trace(run, files, first + _STEPS_BEFORE_TRACE, console)
+        with at_work(), _progress(console) as progress, trace:
             bar = progress.add_task("", total=run.train.steps, completed=first, text="compiling")
             for number in range(first + 1, run.train.steps + 1):
                 trace.before(number)
