@@ -32,6 +32,7 @@ _FAILED, _HEARD = "specauf/failed", "specauf/heard"
 _LOOK_S, _TELL_S = 0.5, 5.0  # between two looks for others' failures; until all must have seen one
 _LAST_S = 2.0  # that the first process stays longer than the others
 _DAY_MS = 86_400_000
+_others = threading.Event()  # another process's failure was heard
 
 
 def together(hosts: Hosts, work: Callable[[], Outcome]) -> Outcome:
@@ -46,7 +47,7 @@ def together(hosts: Hosts, work: Callable[[], Outcome]) -> Outcome:
         try:
             outcome = work()
         except Exception as error:
-            time.sleep(2 * _LOOK_S)  # another process's failure may be the reason, and the better message
+            _give_way()
             traceback.print_exc()
             outcome = Outcome(1, f"{type(error).__name__}: {error}", failed=True)
         if outcome.failed:
@@ -68,8 +69,15 @@ def _look_for_failures(client, over: threading.Event) -> None:
         except jax.errors.JaxRuntimeError:  # there is none, or no first process any more, which JAX notices by itself
             continue
         if index != global_state.process_id:
+            _others.set()
             _wait_until_heard(client)
             leave(f"process {index}: {said}", code)
+
+
+def _give_way() -> None:
+    """Where another process's failure may be the reason for an error: its thread tells it better, and ends this one."""
+    if _others.wait(2 * _LOOK_S):
+        time.sleep(2 * (_TELL_S + _LAST_S))
 
 
 def _wait_until_heard(client) -> None:
@@ -180,7 +188,7 @@ class Watch:
         self._done.set()
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             # Not by way of the finally clauses, which would wait for whoever is gone.
-            time.sleep(2 * _LOOK_S)  # its own failure would be the better message
+            _give_way()
             leave(
                 f"another process is gone, or the devices failed: {str(error).strip().splitlines()[0]}. This process "
                 "ends too. Run again: it goes on from the newest checkpoint",
