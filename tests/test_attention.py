@@ -6,7 +6,7 @@ import tiny
 
 from specauf_jax.config import Objective
 from specauf_jax.kernels import attention, block_attention_xla
-from specauf_jax.kernels.attention import attend
+from specauf_jax.kernels.attention import cached_attention
 from specauf_jax.kernels.chunks import map_chunks
 from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.target import target_features, target_head
@@ -29,36 +29,46 @@ def one_query(q, keys, values):
     return sum(p * value.astype(np.float64) for p, value in zip(powers, values, strict=True)) / sum(powers)
 
 
-def ranges(B=2, T=7, S=9, H=4, G=2, E=6):
-    """q, k, v, start, stop; among the ranges are empty ones and a whole row."""
+def ranges(B=2, T=7, S=9, H=4, G=2, E=6, N=3):
+    """q, cache_k, cache_v, start, stop; among the ranges are empty ones and a whole row."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, H, E), (B, S, G, E), (B, S, G, E)))
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, H, E), *[(N, B, S, G, E)] * 2))
     start, stop = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0)
     start[0, :3], stop[0, :3] = (0, 4, 7), (S, 4, 3)
     return q, k, v, start, stop
 
 
-def test_attend_equals_plain_loops_with_grouped_heads():
+@pytest.mark.parametrize("tile", [2, 4, 9, 100])  # the last tile overlaps the one before, or not; one tile
+@pytest.mark.parametrize("with_own", [False, True])
+def test_cached_attention_equals_plain_loops_with_grouped_heads(tile, with_own, monkeypatch):
+    monkeypatch.setattr(attention, "TILE_ON_CPU", tile)
     q, k, v, start, stop = ranges()
-    mixed = attend(q, k, v, start, stop)
-    group = q.shape[2] // k.shape[2]
-    for b, t, h in np.ndindex(q.shape[:3]):
-        seen = range(start[b, t], stop[b, t])
-        expected = one_query(q[b, t, h], [k[b, j, h // group] for j in seen], [v[b, j, h // group] for j in seen])
-        np.testing.assert_allclose(mixed[b, t, h], expected, atol=1e-6)
-    assert not mixed[0, 1].any() and not mixed[0, 2].any()  # empty ranges
+    (B, T, H, E), G, layer = q.shape, k.shape[3], 1
+    rng = np.random.default_rng(1)
+    own_k, own_v = rng.normal(size=(2, B, T, G, E)).astype(np.float32)
+    sees = rng.integers(0, 2, (B, T, T)).astype(bool)
+    sees[0, 1] = False
+    mixed = jax.jit(cached_attention)(q, k, v, layer, start, stop, (own_k, own_v, sees) if with_own else None)
+    for b, t, h in np.ndindex(B, T, H):
+        g, seen, beside = h // (H // G), range(start[b, t], stop[b, t]), np.flatnonzero(sees[b, t] & with_own)
+        keys = [k[layer, b, j, g] for j in seen] + [own_k[b, j, g] for j in beside]
+        values = [v[layer, b, j, g] for j in seen] + [own_v[b, j, g] for j in beside]
+        np.testing.assert_allclose(mixed[b, t, h], one_query(q[b, t, h], keys, values), atol=1e-6)
+    assert not mixed[0, 1].any()  # an empty range
 
 
-def test_attention_without_keys_has_gradients_of_exactly_zero():
-    *arrays, start, _ = ranges()
-    grads, mixed = grads_and_value(lambda *x: attend(*x, start, start), *arrays)
-    assert not mixed.any() and all(not g.any() for g in grads)  # nan would count as any
+def test_a_cache_is_read_up_to_its_longest_row_only():
+    """What lies behind may be anything: not even its tiles are touched."""
+    q, k, v, start, stop = ranges(S=600)
+    stop = np.minimum(stop, 100)
+    k, v = k.copy(), v.copy()
+    k[:, :, attention.TILE_ON_CPU :] = v[:, :, attention.TILE_ON_CPU :] = np.nan
+    assert np.isfinite(cached_attention(q, k, v, 2, start, stop)).all()
 
 
 def test_large_scores_stay_finite():
     q, k, v, start, stop = ranges()
-    grads, mixed = grads_and_value(lambda q: attend(q, k, v, start, stop), q * 1e4)
-    assert np.isfinite(mixed).all() and np.isfinite(grads[0]).all()
+    assert np.isfinite(cached_attention(q * 1e4, k, v, 0, start, stop)).all()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -74,14 +84,6 @@ def grads_and_value(f, *arrays):
         return (first * np.random.default_rng(2).normal(size=first.shape)).sum(), result
 
     return jax.jit(jax.grad(projected, argnums=tuple(range(len(arrays))), has_aux=True))(*arrays)
-
-
-def test_attend_in_chunks_equals_attend_at_once(monkeypatch):
-    *arrays, start, stop = ranges()
-    whole = grads_and_value(lambda *x: attend(*x, start, stop), *arrays)
-    for chunk in CHUNKS:
-        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
-        assert tiny.largest_difference(grads_and_value(lambda *x: attend(*x, start, stop), *arrays), whole) < 1e-6
 
 
 def in_chunks(hidden, lm_head, labels, chunk):

@@ -14,7 +14,7 @@ from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.drafter import context_keys_values, draft_blocks
+from specauf_jax.models.drafter import context_keys_values, draft_cached
 from specauf_jax.models.layers import KVCache
 
 
@@ -61,16 +61,9 @@ def propose(
     if isinstance(drafter, PromptLookup):
         return Proposal(tokens=look_up(state.tokens, state.length, config=drafter), logits=None)
     masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
-    hidden = draft_blocks(
-        drafter_params,
-        head.embedding[jnp.concatenate([anchor, masks], axis=1)][:, None],
-        positions[:, None],
-        _drafter_cache(state),
-        jnp.zeros_like(anchor),
-        state.length[:, None] - 1,
-        jnp.ones_like(anchor, bool),
-        config=drafter,
-    )[:, 0, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
+    embeddings = head.embedding[jnp.concatenate([anchor, masks], axis=1)]
+    hidden = draft_cached(drafter_params, embeddings, positions, _drafter_cache(state), config=drafter)
+    hidden = hidden[:, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
 
     def choose(logits, n):
         row_keys = keys if n is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)

@@ -1,39 +1,77 @@
-"""Attention over ranges: every query sees the keys `start <= j < stop` of its row.
+"""Attention over a cache: every query sees the positions `start <= j < stop` of its row.
 
-For decoding, where the keys are a cache and a query sees (0, position + 1); training's attention, with tiles that
-nobody sees, is in block_attention.py.
+For decoding. Tiles of the cache are read one after another, up to the last one that any row sees, in place: a layer
+taken out of the cache would be a copy. Training's attention is in block_attention.py.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from specauf_jax.kernels.chunks import map_chunks
+from specauf_jax.kernels.block_attention_xla import FLOOR, absorb
+from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 NO_WINDOW = 0  # as the `window` of a layer that has none
-QUERY_CHUNK = 512  # queries whose scores over the whole row exist at one time
+TILE, TILE_ON_CPU = 512, 128  # positions of the cache whose scores exist at one time
 
 
 @jax.named_scope("attention")
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Softmax attention with grouped key/value heads.
+def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.Array:
+    """Softmax attention with grouped key/value heads. Has no gradient.
 
     Args:
       q: `[B, T, H, E]`.
-      k, v: `[B, S, G, E]`, H a multiple of G.
-      start, stop: int `[B, T]`; a query with an empty range gets 0.
+      cache_k, cache_v: `[N, B, S, G, E]`, H a multiple of G.
+      layer: int [], which of the N is meant.
+      start, stop: int `[B, T]`; a query that sees nothing gets 0.
+      own: keys and values `[B, T, G, E]` that are not in the cache, and bool `[B, T, T]`, which of them each query
+        sees; None for none.
 
     Returns:
       `[B, T, H, E]` in q's dtype.
     """
+    mesh, B, G = mesh_of(q), q.shape[0], cache_k.shape[3]
+    rows, heads = rows_spec(mesh, B), heads_spec(mesh, B, G, 2)
+    cache = PartitionSpec(None, *heads_spec(mesh, B, G, 2))
+    own_specs = None if own is None else (heads, heads, rows)
+    specs = (heads, cache, cache, PartitionSpec(), rows, rows, own_specs)
 
-    def chunk(q, start, stop):
-        scores = grouped_scores("btgre,bsge->bgrts", q, k)
-        probabilities = masked_softmax(scores, in_range(start, stop, k.shape[1])[:, None, None])
-        mixed = jnp.einsum("bgrts,bsge->btgre", probabilities.astype(v.dtype), v)
-        return mixed.reshape(q.shape)
+    def run(*arrays):
+        forms = (functools.partial(_attend, most=most) for most in (TILE_ON_CPU, TILE))
+        return lax.platform_dependent(*arrays, cpu=next(forms), default=next(forms))
 
-    return map_chunks(chunk, QUERY_CHUNK, q, start, stop)
+    return per_device(run, mesh, specs, heads)(q, cache_k, cache_v, jnp.asarray(layer), start, stop, own)
+
+
+def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
+    """`cached_attention` of what one device holds, in tiles of at most so many positions."""
+    (B, T, H, E), (S, G) = q.shape, cache_k.shape[2:4]
+    size = min(most, S)
+    queries = q.reshape(B, T, G, H // G, E).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, E)
+    state = jnp.full(queries.shape[:-1], FLOOR), jnp.zeros(queries.shape[:-1]), jnp.zeros(queries.shape, jnp.float32)
+
+    def seen(visible):  # [B, T, n] → [B, 1, T·H/G, n]
+        return jnp.repeat(visible, H // G, axis=1)[:, None]
+
+    if own is not None:
+        keys, values = (jnp.moveaxis(x, 2, 1) for x in own[:2])
+        state = absorb(state, queries, keys, values, seen(own[2]))
+
+    def tile(i, state):
+        at = jnp.minimum(i * size, S - size)  # the last tile may overlap the one before it
+        place, shape = (layer, 0, at, 0, 0), (1, B, size, G, E)
+        keys, values = (jnp.moveaxis(lax.dynamic_slice(x, place, shape)[0], 2, 1) for x in (cache_k, cache_v))
+        j = at + jnp.arange(size)
+        visible = (j >= i * size) & (j >= start[..., None]) & (j < stop[..., None])
+        return absorb(state, queries, keys, values, seen(visible))
+
+    first, last = jnp.where(stop > start, start, S).min() // size, -(-jnp.minimum(stop, S).max() // size)
+    _, total, mixed = lax.fori_loop(first, last, tile, state)
+    mixed = (mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype)
+    return mixed.reshape(B, G, T, H // G, E).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
 def in_range(start, stop, length: int) -> jax.Array:

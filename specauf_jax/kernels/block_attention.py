@@ -1,9 +1,9 @@
 """Attention of drafted blocks: every slot sees a range of its row's context and a range of its own block.
 
 Both parts share one softmax, whose running maximum and sum start with the own block and go on over tiles of
-the context. Three forms give the same numbers: `dense` (all scores at one time; the reference, and decoding on
-accelerators), loops of XLA, and a kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep
-of a forward pass only its result and the log-sum-exp of the scores.
+the context. Three forms give the same numbers: `dense` (all scores at one time; the reference), loops of XLA, and a
+kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of a forward pass only its result and the
+log-sum-exp of the scores.
 """
 
 import jax
@@ -34,12 +34,8 @@ def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=Non
     Returns:
       `[B, A, K, H, E]` in q's dtype.
     """
-    arrays = q, k, v, context_k, context_v, visible_ranges(start, stop, keep, q.shape[2], window)
-    tiled = with_gradient(_forward, _backward)
-    if q.shape[1] > 1:
-        return tiled(*arrays)
-    # Decoding: accelerators take one block's scores of all rows at once; on a CPU less work is faster.
-    return lax.platform_dependent(*arrays, cpu=tiled, default=dense)
+    ranges = visible_ranges(start, stop, keep, q.shape[2], window)
+    return with_gradient(_forward, _backward)(q, k, v, context_k, context_v, ranges)
 
 
 def causal_attention(q, k, v, start) -> jax.Array:

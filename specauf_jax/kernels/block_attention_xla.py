@@ -10,7 +10,7 @@ from jax import lax
 
 TILE_SLOTS = 256  # of a tile of anchors, at most
 CONTEXT_TILE = 128  # positions, at most
-_FLOOR = -1e30  # of the running maximum: finite, so that a query that sees nothing divides no infinities
+FLOOR = -1e30  # of the running maximum: finite, so that a query that sees nothing divides no infinities
 
 
 def forward(q, k, v, context_k, context_v, ranges):
@@ -61,14 +61,14 @@ def _forward_tile(q, k, v, keys, values, ranges, S):
     G, shape = k.shape[2], q.shape
     start, stop, first, last = _of_queries(ranges, shape[2] // G)
     q = _queries(q, G)
-    empty = jnp.full(q.shape[:-1], _FLOOR), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
+    empty = jnp.full(q.shape[:-1], FLOOR), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
     visible = _in_range(jnp.arange(k.shape[1]), first, last)
-    state = _absorb(empty, q, _own(k), _own(v), visible)
+    state = absorb(empty, q, _own(k), _own(v), visible)
     state, q = jax.tree.map(_flat, (state, q))
 
     def context(i, state):
         j, keys_i, values_i = _context_tile(i, keys, values)
-        return _absorb(state, q, keys_i, values_i, _in_range(j, start.reshape(-1), stop.reshape(-1)))
+        return absorb(state, q, keys_i, values_i, _in_range(j, start.reshape(-1), stop.reshape(-1)))
 
     peak, total, mixed = lax.fori_loop(*_bounds(ranges, S), context, state)
     total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
@@ -103,7 +103,7 @@ def _backward_tile(q, k, v, ranges, mixed, lse, cotangent, keys, values, sums, S
 # Softmax, a tile at a time. Queries `[..., m, E]`, keys and values `[..., n, E]`, visible `[..., m, n]`
 
 
-def _absorb(state, q, keys, values, visible):
+def absorb(state, q, keys, values, visible):
     """Running maximum, sum `[..., m]` and mixed values `[..., m, E]`, all float32, with more keys in them."""
     peak, total, mixed = state
     scores = _scores(q, keys, visible)

@@ -1,8 +1,8 @@
 """The DFlash drafter (arXiv 2602.06036): a few layers that fill a masked block in one pass; the body of every head.
 
 The context, the target's tapped features of every position before the anchor, enters each layer
-as keys and values only. They are computed once per position, so that training (all anchors of a
-row share them) and decoding (a growing cache holds them) run the same `draft_blocks`.
+as keys and values only. They are computed once per position: in training all anchors of a row share
+them (`draft_blocks`), in decoding a growing cache holds them (`draft_cached`).
 """
 
 import jax
@@ -11,9 +11,9 @@ from flax import nnx
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Remat
-from specauf_jax.kernels.attention import NO_WINDOW
-from specauf_jax.kernels.block_attention import block_attention
-from specauf_jax.models.layers import KVCache, module_of, scan_layers, stack_layers
+from specauf_jax.kernels.attention import NO_WINDOW, cached_attention, in_range
+from specauf_jax.kernels.block_attention import block_attention, visible_ranges
+from specauf_jax.models.layers import KVCache, module_of, scan_first_layers, scan_layers, stack_layers
 from specauf_jax.models.rope import rope_angles
 from specauf_jax.sharding import spread_rows
 
@@ -97,7 +97,7 @@ def draft_blocks(
     model = module_of(DrafterModel, config, params)
     angles = rope_angles(positions, config)
 
-    windows = None if not any(config.windows) else jnp.asarray([w or NO_WINDOW for w in config.windows])
+    windows = _windows(config)
 
     def body(x, layer, per_layer):
         context, window = per_layer
@@ -109,3 +109,40 @@ def draft_blocks(
         return spread_rows(x), None
 
     return model.norm(scan_layers(body, spread_rows(embeddings), model.layers, (context, windows), remat)[0])
+
+
+@jax.named_scope("blocks")
+def draft_cached(params: dict, embeddings, positions, cache: KVCache, *, config: ResolvedDrafter) -> jax.Array:
+    """As `draft_blocks`, of one block a row, whose context is all that its cache holds before the anchor.
+
+    Args:
+      params: as from `init_drafter`.
+      embeddings: `[B, K, D]`.
+      positions: int32 `[B, K]`, the anchor's first.
+      cache: `[M, B, S, G, E]`, by position.
+      config: resolved.
+
+    Returns:
+      `[B, K, D]`.
+    """
+    model = module_of(DrafterModel, config, params)
+    angles, windows = rope_angles(positions, config), _windows(config)
+    anchor, everything = positions[:, :1], jnp.ones_like(positions[:, :1], bool)
+    K = positions.shape[1]
+
+    def body(x, layer, i):
+        window = None if windows is None else windows[i]
+        ranges = visible_ranges(jnp.zeros_like(anchor), anchor, everything, K, window)[:, 0]
+        start, stop, first, last = jnp.moveaxis(ranges, 1, 0)
+
+        def attend(q, k, v):
+            return cached_attention(q, cache.k, cache.v, i, start, stop, (k, v, in_range(first, last, K))), None
+
+        return layer(x, angles, attend)[0]
+
+    return model.norm(scan_first_layers(body, embeddings, model.layers, config.num_hidden_layers))
+
+
+def _windows(config: ResolvedDrafter) -> jax.Array | None:
+    """What each layer sees, as `block_attention` takes it; None where all see everything."""
+    return None if not any(config.windows) else jnp.asarray([w or NO_WINDOW for w in config.windows])

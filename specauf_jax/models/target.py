@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from specauf_jax.architecture import Target
-from specauf_jax.kernels.attention import attend
+from specauf_jax.kernels.attention import cached_attention
 from specauf_jax.kernels.block_attention import causal_attention
 from specauf_jax.models.cpu import few_rows, is_serving
 from specauf_jax.models.layers import (
@@ -152,7 +152,9 @@ class TargetStep:
                     k=cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
                     v=cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)),
                 )
-                return attend(q, written.k[i], written.v[i], jnp.zeros_like(positions), positions + 1), written
+                # Written, then read: what is read afterwards could not be written in place.
+                start, stop = jnp.zeros_like(positions), positions + 1
+                return cached_attention(q, written.k, written.v, i, start, stop), written
 
             x, cache = layer(x, angles, attend_cached)
             return x, _tap(taps, x, i, self.layer_ids, count), cache
