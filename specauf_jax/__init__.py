@@ -48,7 +48,7 @@ _HOME = {
     "init_state": "decoding.state",
     "draft_and_verify": "decoding.speculate",
     "prefill": "decoding.speculate",
-    "Generation": "decoding.generate",
+    "Generation": "decoding.rows",
     "generate": "decoding.generate",
     "stream": "decoding.generate",
 }

@@ -198,7 +198,7 @@ def gather_head(lm_head: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(lm_head, NamedSharding(mesh, spec))
 
 
-def _divides(mesh: AbstractMesh | None, axes: tuple[str, ...], size: int) -> bool:
+def _divides(mesh: jax.sharding.Mesh | AbstractMesh | None, axes: tuple[str, ...], size: int) -> bool:
     return mesh is not None and size % math.prod(mesh.shape[axis] for axis in axes) == 0
 
 
@@ -234,14 +234,11 @@ def _device_rows(sharding: NamedSharding, count: int) -> dict[jax.Device, slice]
     return {device: part for device, (part,) in rows.items() if device in sharding.addressable_devices}
 
 
-def cache_sharding(caches, mesh: jax.sharding.Mesh):
-    """Of key/value caches `[N, B, S, G, E]`: rows over all batch axes, heads over `tensor` where it divides them."""
-
-    def sharding(leaf):
-        heads = leaf.ndim == 5 and leaf.shape[3] % mesh.shape["tensor"] == 0
-        return NamedSharding(mesh, PartitionSpec(None, BATCH, None, "tensor") if heads else PartitionSpec(None, BATCH))
-
-    return jax.tree.map(sharding, caches)
+def rows_at(shape: tuple[int, ...], axis: int, mesh: jax.sharding.Mesh | AbstractMesh | None) -> PartitionSpec:
+    """Of an array of what decodes: rows, at `axis`, over all batch axes; heads of caches `[N, B, S, G, E]` over
+    `tensor` where it divides them."""
+    heads = (None, "tensor") if len(shape) == 5 and axis == 1 and _divides(mesh, ("tensor",), shape[3]) else ()
+    return PartitionSpec(*[None] * axis, BATCH, *heads)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

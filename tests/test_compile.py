@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from specauf_jax import cli
 from specauf_jax.architecture import KNOWN_TARGETS, Drafter
 from specauf_jax.commands import compile as command
 from specauf_jax.config import Objective
-from specauf_jax.decoding.generate import decode_round, prompt_batches, start
+from specauf_jax.decoding.generate import decode_round, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collectives
@@ -30,7 +30,7 @@ from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
-from specauf_jax.sharding import cache_sharding, parameter_sharding
+from specauf_jax.sharding import parameter_sharding, rows_at
 from specauf_jax.training.loss import LossConfig, loss_sums
 
 B, S, A = 2, 32, 4
@@ -97,8 +97,7 @@ def test_flops_equal_those_of_every_product_in_a_round(domino, monkeypatch):
     K, context = drafter.block_size, 21
     arguments = (tiny.drafter_params(drafter), tiny.target_params(TARGET))
     decoding = Decoding(target_step=TargetStep(TARGET, drafter.target_layer_ids), drafter=drafter)
-    [batch] = prompt_batches([[1] * 16] * B, B)
-    state = start(*arguments, batch, config=decoding, max_new_tokens=context - 16 + 1)
+    state = start(*arguments, [[1] * 16] * B, config=decoding, max_new_tokens=context - 16 + 1)
     room = state.target_cache.k.shape[2]
     program = jax.make_jaxpr(lambda state: decode_round(*arguments, state, config=decoding))(state)
     found = round_flops(drafter, TARGET, rows=B, context=context)
@@ -150,7 +149,7 @@ def test_a_recipe_that_fits(run, capsys):
     assert train["output_bytes"] < 1000  # metrics: the state takes its own place
     rows, room = 3, 20 + 3
     caches = 2 * rows * room * TARGET.num_key_value_heads * TARGET.head_dim * (TARGET.num_hidden_layers + 2)
-    state = rows * (4 * 20 + 4 + 4 + 1 + 8 + 3 * 4)  # tokens, length, limit, done, key, how
+    state = rows * (4 * room + 4 + 4 + 1 + 8 + 3 * 4)  # tokens, length, limit, done, key, how
     assert decode["argument_bytes"] == 4 * (parameters + weights + caches) + state
     assert decode["output_bytes"] < 1000  # what the round did
     assert report["peak_bytes"] == max(train["peak_bytes"], decode["peak_bytes"])
@@ -338,13 +337,15 @@ def test_a_size_that_no_dimension_takes_is_refused_with_those_that_would():
 def test_heads_that_a_tensor_axis_does_not_divide_stay_together():
     cache = jax.ShapeDtypeStruct((36, 32, 64, 8, 128), jnp.bfloat16)
     for tensor, shape in ((16, (36, 16, 64, 8, 128)), (8, (36, 16, 64, 1, 128))):
-        assert cache_sharding(cache, abstract_mesh(1, 2, tensor)).shard_shape(cache.shape) == shape
+        mesh = abstract_mesh(1, 2, tensor)
+        assert NamedSharding(mesh, rows_at(cache.shape, 1, mesh)).shard_shape(cache.shape) == shape
 
 
 SERVED = """
 import jax, tiny
 from specauf_jax.config import Mesh
-from specauf_jax.decoding.generate import abstract_state, decode_round, prompt_batches, start
+from specauf_jax.decoding.generate import decode_round, start
+from specauf_jax.decoding.rows import abstract_state
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.target import TargetStep
 from specauf_jax.sharding import make_mesh, parameter_sharding
@@ -354,9 +355,8 @@ drafter = tiny.drafter_config(target)
 params = tiny.drafter_params(drafter), tiny.target_params(target)
 params = jax.device_put(params, parameter_sharding(params, mesh))
 config = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
-[batch] = prompt_batches([[1] * 16] * 8, 8)
-state = start(*params, batch, config=config, max_new_tokens=5, mesh=mesh)
-said = abstract_state(*params, config=config, batch_size=8, length=16, max_new_tokens=5, mesh=mesh)
+state = start(*params, [[1] * 16] * 8, config=config, max_new_tokens=5, mesh=mesh)
+said = abstract_state(config=config, batch_size=8, room=64, dtype="float32", mesh=mesh)
 for _ in range(2):
     same = jax.tree.map(
         lambda x, y: x.shape == y.shape and x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim),

@@ -172,7 +172,7 @@ def test_one_compilation_per_shape(models):
             return self.step.init_cache(*args)
 
     counting = dataclasses.replace(decoding(), target_step=Counting(TargetStep(TARGET, DRAFTER.target_layer_ids)))
-    generate(*models, prompts(5), config=counting, max_new_tokens=6, batch_size=2)
+    generate(*models, prompts(5, longest=16), config=counting, max_new_tokens=6, batch_size=2)
     first = count["traces"]
     generate(*models, prompts(9, seed=1, longest=16), config=counting, max_new_tokens=6, batch_size=2)
     assert count["traces"] == first
@@ -290,7 +290,7 @@ def test_greedy_and_sampled_rows_share_a_batch(models):
     state = init_state(jnp.asarray(tokens), length, length + 6, keys, how,
                        target_cache=config.target_step.init_cache(4, width + K, jnp.float32),
                        drafter_cache=init_kv_cache(DRAFTER, 4, width + K, jnp.float32))  # fmt: skip
-    state = prefill(*models, state, 20, config=config)
+    state = prefill(*models, state, config=config)
     round_ = jax.jit(functools.partial(draft_and_verify, config=config))
     while not state.done.all():
         state, _ = round_(*models, state)
@@ -306,7 +306,7 @@ def test_a_state_without_its_drafters_cache_is_refused(models, columns):
                        (jnp.float32(0), jnp.int32(0), jnp.float32(1)),
                        target_cache=config.target_step.init_cache(1, 12, jnp.float32))  # fmt: skip
     with pytest.raises(SpecaufError, match="without drafter_cache"):
-        draft_and_verify(*models, prefill(*models, state, columns, config=config), config=config)
+        draft_and_verify(*models, prefill(*models, state, config=config), config=config)
 
 
 # A caller's own target ---------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_training_logits_equal_decoding_logits(models):
                            (jnp.float32(0), jnp.int32(0), jnp.float32(1)),
                            target_cache=config.target_step.init_cache(2, 40, jnp.float32),
                            drafter_cache=init_kv_cache(DRAFTER, 2, 40, jnp.float32))  # fmt: skip
-        state = prefill(drafter_params, target_params, state, 24, config=config)
+        state = prefill(drafter_params, target_params, state, config=config)
         anchor = jnp.take_along_axis(tokens, anchors[:, i : i + 1], axis=1)
         slots = anchors[:, i : i + 1] + jnp.arange(K)
         served = propose(drafter_params, target_params, state, anchor, slots, state.keys, config=config).logits

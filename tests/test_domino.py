@@ -552,7 +552,7 @@ def proposed(params, drafter, texts, anchors):
         caches = {"target_cache": config.target_step.init_cache(R, S + K), "drafter_cache": None}
         caches["drafter_cache"] = init_kv_cache(drafter, R, S + K, jnp.float32)
         state = init_state(texts, anchors + 1, anchors + 2, keys, how, **caches)
-        state = prefill(params, TARGET_PARAMS, state, S, config=config)
+        state = prefill(params, TARGET_PARAMS, state, config=config)
         anchor = jnp.take_along_axis(texts, anchors[:, None], axis=1)
         slots = anchors[:, None] + jnp.arange(K)
         return propose(params, TARGET_PARAMS, state, anchor, slots, keys, config=config)

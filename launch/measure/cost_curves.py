@@ -20,7 +20,7 @@ import numpy as np
 
 from specauf_jax.architecture import Drafter, Target
 from specauf_jax.config import Objective, TrainOptimisation
-from specauf_jax.decoding.generate import decode_round, prompt_batches, start
+from specauf_jax.decoding.generate import decode_round, start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.flops import round_flops, step_flops
 from specauf_jax.models.cpu import serving_params
@@ -112,8 +112,7 @@ def one_round(width: int, *, B, S, K, V):
     params = init_drafter(drafter, jax.random.key(1)), init_target(target, jax.random.key(0))
     params = tuple(map(serving_params, params))
     prompts = np.random.default_rng(0).integers(0, V - 1, (B, S))
-    [batch] = prompt_batches(prompts, B)
-    current = start(*params, batch, config=decoding, max_new_tokens=2 * K)
+    current = start(*params, prompts, config=decoding, max_new_tokens=2 * K)
 
     def run():
         nonlocal current

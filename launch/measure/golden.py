@@ -23,7 +23,7 @@ import numpy as np
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Objective
-from specauf_jax.decoding.generate import generate, prompt_batches, start
+from specauf_jax.decoding.generate import generate, start
 from specauf_jax.decoding.speculate import draft_and_verify, propose
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
@@ -332,8 +332,7 @@ def run(params, target_params, prompt, decoding: Decoding, new: int):
 
 def drafts(params, target_params, prompt, decoding: Decoding, new: int) -> np.ndarray:
     """Anchor and drafts of every round, `[rounds, K]`."""
-    [batch] = prompt_batches([prompt.tolist()], 1)
-    state = start(params, target_params, batch, config=decoding, max_new_tokens=new)
+    state = start(params, target_params, [prompt.tolist()], config=decoding, max_new_tokens=new)
 
     @jax.jit
     def draft(state):

@@ -13,7 +13,7 @@ from specauf_jax.checks import named
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.decoding.baselines import PromptLookup
-from specauf_jax.decoding.generate import prompt_batches, start
+from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
@@ -150,10 +150,9 @@ def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
 
 def measure_round(method: Method, requests, models: Models, config: Benchmark) -> dict[str, float]:
     """Milliseconds of a round and of its parts, on the state after the prompts of one batch."""
-    [batch] = prompt_batches(requests, len(requests))
     params = method.drafter_params, models.target_params
     room = max(config.max_new_tokens, method.decoding.block_size)
-    state = start(*params, batch, config=method.decoding, max_new_tokens=room, mesh=models.mesh)
+    state = start(*params, requests, config=method.decoding, max_new_tokens=room, mesh=models.mesh)
     parts = ["target", "round", "draft"][: 3 if method.decoding.drafter else 2]
     seconds: dict[str, list[float]] = {part: [] for part in parts}
     for repeat in range(config.repeats + 1):

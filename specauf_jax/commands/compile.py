@@ -17,7 +17,8 @@ from rich.table import Table
 from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
 from specauf_jax.commands.compile_settings import Compile
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.decoding.generate import abstract_state, decode_round
+from specauf_jax.decoding.generate import decode_round
+from specauf_jax.decoding.rows import abstract_state
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
@@ -213,8 +214,10 @@ def _decode_round(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh,
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     params = placed(params, parameter_sharding(params, mesh))
     decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
-    size = {"batch_size": rows, "length": length - 1, "max_new_tokens": 1}
-    arguments = (*params, abstract_state(*params, config=decoding, mesh=mesh, **size))
+    state = abstract_state(
+        config=decoding, batch_size=rows, room=length + drafter.block_size - 1, dtype=dtype, mesh=mesh
+    )
+    arguments = (*params, state)
     return decode_round.lower(*arguments, config=decoding), arguments
 
 

@@ -10,8 +10,9 @@ from rich.text import Text
 from specauf_jax.commands.generate_settings import Generate
 from specauf_jax.commands.loading import Models, check_rows, load_models
 from specauf_jax.data.tokenizer import Tokenizer
-from specauf_jax.decoding.generate import Generation, stream
 from specauf_jax.decoding.generate import generate as generate_tokens
+from specauf_jax.decoding.generate import stream
+from specauf_jax.decoding.rows import Generation
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import float32_precision
@@ -57,7 +58,9 @@ def _write_all(models: Models, prompts: list[Prompt], out: AnyPath, config: Gene
             batch_size=config.batch_size,
             mesh=models.mesh,
             indices=indices,
-            track=lambda batches: track(batches, "generating", console=console, disable=not console.is_terminal),
+            track=lambda found: track(
+                found, "generating", total=len(requests), console=console, disable=not console.is_terminal
+            ),
         )
 
     def run(requests, indices):

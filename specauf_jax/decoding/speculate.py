@@ -17,6 +17,13 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_cached
 from specauf_jax.models.layers import KVCache
 
+PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 256, 64  # tokens of a prompt that are read at one time
+
+
+def prompt_chunk() -> int:
+    """Tokens of a prompt that this machine reads at one time."""
+    return PROMPT_CHUNK_ON_CPU if jax.default_backend() == "cpu" else PROMPT_CHUNK
+
 
 def draft_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
     """One round for every row.
@@ -51,7 +58,7 @@ def propose(
 
     Args:
       anchor: int32 `[B, 1]`, the last committed token.
-      positions: int32 `[B, K]`, of the block's slots.
+      positions: int32 `[B, K]`, of the slots to be verified.
       keys: PRNG keys `[B]`.
       Others as for `draft_and_verify`.
     """
@@ -59,11 +66,13 @@ def propose(
     if drafter is None:
         return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32), logits=None)
     if isinstance(drafter, PromptLookup):
-        return Proposal(tokens=look_up(state.tokens, state.length, config=drafter), logits=None)
+        drafts = look_up(state.tokens, state.length, config=drafter)
+        return Proposal(tokens=drafts[:, : config.block_size - 1], logits=None)
     masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
     embeddings = head.embedding[jnp.concatenate([anchor, masks], axis=1)]
-    hidden = draft_cached(drafter_params, embeddings, positions, _drafter_cache(state), config=drafter)
-    hidden = hidden[:, drafter.first_slot : drafter.first_slot + drafter.block_size - 1]
+    slots = positions[:, :1] + jnp.arange(drafter.block_size)
+    hidden = draft_cached(drafter_params, embeddings, slots, _drafter_cache(state), config=drafter)
+    hidden = hidden[:, drafter.first_slot : drafter.first_slot + config.block_size - 1]
 
     def choose(logits, n):
         row_keys = keys if n is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)
@@ -121,20 +130,29 @@ def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: 
     return dataclasses.replace(state, tokens=written, length=length, done=done), result
 
 
-def prefill(drafter_params, target_params, state: DecodeState, prompt_length: int, *, config: Decoding) -> DecodeState:
-    """Read every prompt but its last token, the first anchor, into the caches.
+def prefill(
+    drafter_params, target_params, state: DecodeState, *, config: Decoding, chunk_size: int | None = None
+) -> DecodeState:
+    """Read every prompt but its last token, the first anchor, into the caches, a chunk of all rows at a time.
+
+    Shorter rows are read beyond their end; what that leaves in the caches is out of sight and overwritten later.
+    Caches need room for whole chunks, of which the last one may end with `state.tokens`.
 
     Args:
-      prompt_length: columns of `state.tokens` that hold prompts. Shorter rows are read beyond their
-        end; what that leaves in the caches is out of sight and overwritten later.
+      chunk_size: tokens of a row that are read at one time; None for what suits the device.
       Others as for `draft_and_verify`.
     """
-    if prompt_length == 1:
-        return state
-    tokens = state.tokens[:, : prompt_length - 1]
-    positions = jnp.broadcast_to(jnp.arange(prompt_length - 1, dtype=jnp.int32), tokens.shape)
-    _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
-    return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
+    B, T = state.tokens.shape
+    size = min(chunk_size or prompt_chunk(), T)
+
+    def chunk(i, state: DecodeState) -> DecodeState:
+        at = jnp.minimum(i * size, T - size)
+        tokens = lax.dynamic_slice_in_dim(state.tokens, at, size, axis=1)
+        positions = jnp.broadcast_to(at + jnp.arange(size, dtype=jnp.int32), (B, size))
+        _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
+        return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
+
+    return lax.fori_loop(0, -(-(state.length.max() - 1) // size), chunk, state)
 
 
 def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decoding) -> DecodeState:

@@ -24,18 +24,21 @@ class Decoding:
         cache must allow. Hashable, as everything here.
       drafter: resolved, or prompt lookup; None decodes autoregressively, by the same code with no drafts.
       stop_tokens: ids that end a row.
+      verify_slots: tokens verified per round, fewer than the drafter's block holds; None for all of them.
       target_head: target_params → Head, for a target whose parameters are not ours.
     """
 
     target_step: Callable
     drafter: ResolvedDrafter | PromptLookup | None = None
     stop_tokens: tuple[int, ...] = ()
+    verify_slots: int | None = None
     target_head: Callable = target_head
 
     @property
     def block_size(self) -> int:
         """K, tokens verified per round; 1 without a drafter."""
-        return self.drafter.block_size if self.drafter else 1
+        whole = self.drafter.block_size if self.drafter else 1
+        return min(self.verify_slots or whole, whole)
 
     @property
     def model(self) -> ResolvedDrafter | None:

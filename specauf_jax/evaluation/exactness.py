@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from specauf_jax.decoding.generate import Generation
+from specauf_jax.decoding.rows import Generation
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import to_host
 from specauf_jax.models.layers import float_dtype

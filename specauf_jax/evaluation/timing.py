@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from specauf_jax.config import Sampling
-from specauf_jax.decoding.generate import GREEDY, Generation, collect, decode, prompt_batches, start
+from specauf_jax.decoding.rows import GREEDY, Generation, Request, Rows
 from specauf_jax.decoding.speculate import draft_and_verify, extend, propose
 from specauf_jax.decoding.state import DecodeState, Decoding
 
@@ -42,30 +43,21 @@ def timed_pass(
     mesh=None,
 ) -> Timed:
     """Continue every request and measure. Arguments as for `generate`; compiling counts, so warm up first."""
+    waiting = deque(Request(prompt, i, max_new_tokens, sampling) for i, prompt in enumerate(requests))
     found: dict[int, Generation] = {}
     prefill_s = decode_s = 0.0
     rounds = 0
-    for batch in prompt_batches(requests, batch_size):
+    while waiting:
         begin = time.perf_counter()
-        state = start(
-            drafter_params,
-            target_params,
-            batch,
-            config=config,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            mesh=mesh,
-        )
-        jax.block_until_ready(state)
-        middle = time.perf_counter()
-        state, accepted = decode(drafter_params, target_params, state, config=config, max_new_tokens=max_new_tokens)
-        jax.block_until_ready(state)
-        decode_s += time.perf_counter() - middle
-        prefill_s += middle - begin
-        done = dict(collect(batch, state, accepted))
-        rounds += max(len(g.accepted) for g in done.values())
-        found |= done
+        options = {"config": config, "batch_size": batch_size, "seed": seed, "mesh": mesh}
+        rows = Rows(drafter_params, target_params, waiting, **options)
+        while rows.admit(waiting):
+            jax.block_until_ready(rows.running)
+            middle = time.perf_counter()
+            found |= {request.index: answer for request, answer in rows.advance(bool(waiting))}
+            prefill_s, begin = prefill_s + middle - begin, time.perf_counter()
+            decode_s += begin - middle
+        rounds += rows.rounds
     return Timed([found[i] for i in range(len(requests))], prefill_s, decode_s, rounds)
 
 

@@ -1,0 +1,262 @@
+"""Rows on the device that decode together, each for a request of its own; one that ends takes the next request."""
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from specauf_jax.config import Sampling
+from specauf_jax.decoding.speculate import draft_and_verify, prefill, prompt_chunk
+from specauf_jax.decoding.state import DecodeState, Decoding, init_state
+from specauf_jax.distributed import to_host
+from specauf_jax.errors import SpecaufError
+from specauf_jax.models.layers import float_dtype, init_kv_cache
+from specauf_jax.pytrees import pytree
+from specauf_jax.sharding import BATCH, batch_sharding, batch_shards, per_device, placed, rows_at
+
+GREEDY = Sampling()
+_ROOM_STEP = 256  # rows have room for a multiple of so many tokens, or a power of two: few shapes are compiled
+_SHORT = 16  # tokens; where no prompt is longer, smaller chunks of prompts are read
+_SHARE = 16  # one row of so many: what ends before new requests are read, and how many are read together
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt to continue."""
+
+    prompt: Sequence[int]
+    index: int
+    """With the seed it fixes what is drawn."""
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+
+    def __post_init__(self):
+        if len(self.prompt) == 0:
+            raise SpecaufError(f"prompt {self.index} is empty", "at least one token (the first anchor)",
+                               "start it with a token")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One prompt's continuation.
+
+    `accepted` holds, for each round, the drafts that the target agreed with, before any stop cut
+    the round's tokens: a round emits accepted + 1 tokens, the last one perhaps fewer.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    accepted: list[int]
+
+
+@pytree
+class Running:
+    """What the device holds of the rows."""
+
+    state: DecodeState
+    accepted: jax.Array  # int32 [B, N]: of each row's rounds
+    rounds: jax.Array  # int32 [B]: how many each row had
+
+
+class Rows:
+    """B rows with room for the longest of the first requests; idle until `admit` gives them requests.
+
+    A row's tokens depend neither on its neighbours nor on when it was admitted.
+    """
+
+    def __init__(
+        self, drafter_params, target_params, requests: Sequence[Request], *, config: Decoding, batch_size: int,
+        seed: int = 0, mesh=None,
+    ):  # fmt: skip
+        """Arguments as for `generate`; `requests`, at least one, tell how much room rows need."""
+        self._params = drafter_params, target_params
+        self._config, self._mesh, self._seed = config, mesh, seed
+        self._new = max(request.max_new_tokens for request in requests)
+        needed = max(map(self._needs, requests))
+        self._room = max(64, min(-(-needed // _ROOM_STEP) * _ROOM_STEP, 1 << (needed - 1).bit_length()))
+        short = max(len(request.prompt) for request in requests) <= _SHORT
+        self._chunk = _SHORT if short else prompt_chunk()
+        self._requests: list[Request | None] = [None] * batch_size
+        self.rounds = 0
+        """Rounds of the device's loop so far."""
+        shape = {"batch_size": batch_size, "room": self._room, "new": self._new, "dtype": float_dtype(target_params)}
+        self.running = _idle(config=config, **shape, mesh=mesh)
+
+    def admit(self, waiting: deque[Request]) -> bool:
+        """Read the prompts of waiting requests, first come first served, into idle rows; whether any row is busy."""
+        fresh = {}
+        for row, request in enumerate(self._requests):
+            if request is None and waiting and self._fits(waiting[0]):
+                fresh[row] = self._requests[row] = waiting.popleft()
+        if fresh:
+            self.running = self._read(fresh)
+        return any(self._requests)
+
+    def advance(self, waiting: bool) -> list[tuple[Request, Generation]]:
+        """Rounds until every row is done, or, if requests are waiting, until a few are; what is done then."""
+        idle = self._requests.count(None)
+        enough = idle + max(1, len(self._requests) // _SHARE) if waiting else len(self._requests)
+        self.running, rounds = _stretch(*self._params, self.running, jnp.int32(enough), config=self._config)
+        state = self.running.state
+        tokens, length, done, accepted, count, rounds = to_host(
+            (state.tokens, state.length, state.done, self.running.accepted, self.running.rounds, rounds)
+        )
+        self.rounds += int(rounds)
+        finished = []
+        for row, request in enumerate(self._requests):
+            if request is not None and done[row]:
+                begin = len(request.prompt)
+                answer = tokens[row, begin : length[row]].tolist()
+                found = Generation(list(request.prompt), answer, accepted[row, : count[row]].tolist())
+                finished.append((request, found))
+                self._requests[row] = None
+        return finished
+
+    def _needs(self, request: Request) -> int:
+        return len(request.prompt) + request.max_new_tokens + self._config.block_size - 1
+
+    def _fits(self, request: Request) -> bool:
+        return self._needs(request) <= self._room and request.max_new_tokens <= self._new
+
+    def _read(self, fresh: dict[int, Request]) -> Running:
+        B, shards = len(self._requests), 1 if self._mesh is None else batch_shards(self._mesh)
+        tokens = np.zeros((B, self._room), np.int32)
+        length, limit, draws, top_k = (np.ones(B, np.int32) for _ in range(4))
+        temperature, top_p = np.zeros(B, np.float32), np.ones(B, np.float32)
+        for row, request in fresh.items():
+            tokens[row, : len(request.prompt)] = request.prompt
+            length[row], draws[row] = len(request.prompt), request.index
+            limit[row] = len(request.prompt) + request.max_new_tokens
+            temperature[row], top_p[row] = request.sampling.temperature, request.sampling.top_p
+            top_k[row] = min(request.sampling.top_k, np.iinfo(np.int32).max)  # no vocabulary is larger
+        # Each device reads its own rows' prompts, those of similar length together.
+        local = B // shards
+        together = max(1, local // _SHARE)
+        turns = np.full((shards, -(-local // together), together), local, np.int32)
+        of_device = [sorted((r for r in fresh if r // local == d), key=length.__getitem__) for d in range(shards)]
+        for device, rows in enumerate(of_device):
+            turns[device].flat[: len(rows)] = np.asarray(rows, np.int32) % local
+        prompts = (tokens, length, limit, draws, temperature, top_k, top_p, turns)
+        if self._mesh is not None:
+            prompts = jax.device_put(prompts, batch_sharding(self._mesh))
+        count = np.int32(-(-max(map(len, of_device)) // together))
+        arguments = (*self._params, self.running, prompts, count, np.uint32(self._seed))
+        return _admit(*arguments, config=self._config, mesh=self._mesh, chunk_size=self._chunk)
+
+
+# ---------------------------------------------------------------------------------------------
+# On the device
+
+
+def abstract_state(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> DecodeState:
+    """Rows with room for so many tokens, as shapes with shardings: to compile ahead of time."""
+    shape = {"batch_size": batch_size, "room": room, "new": 1, "dtype": jnp.dtype(dtype)}
+    running = jax.eval_shape(functools.partial(_idle, config=config, **shape, mesh=None))
+    return placed(running, _sharding(running, mesh, config)).state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch_size", "room", "new", "dtype", "mesh"))
+def _idle(*, config: Decoding, batch_size: int, room: int, new: int, dtype, mesh) -> Running:
+    """Rows without requests."""
+    tokens, ones = jnp.zeros((batch_size, room), jnp.int32), jnp.ones(batch_size, jnp.int32)
+    keys, how = jax.random.split(jax.random.key(0), batch_size), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    state = init_state(tokens, ones, ones, keys, how, **_caches(config, batch_size, room, dtype))
+    accepted, rounds = jnp.zeros((batch_size, new), jnp.int32), jnp.zeros(batch_size, jnp.int32)
+    return _spread(Running(state=state, accepted=accepted, rounds=rounds), mesh, config)
+
+
+def _caches(config, rows: int, room: int, dtype) -> dict:
+    """Empty caches of a `Decoding`."""
+    drafter_cache = None if config.model is None else init_kv_cache(config.model, rows, room, dtype)
+    return {"target_cache": config.target_step.init_cache(rows, room, dtype), "drafter_cache": drafter_cache}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk_size"), donate_argnames="running")
+def _admit(drafter_params, target_params, running: Running, prompts, count, seed, *, config, mesh, chunk_size):
+    """Requests' prompts read into their rows, some rows of each device at a time, `count` times."""
+    *rows, turns = prompts
+    room, new, dtype = running.state.tokens.shape[1], running.accepted.shape[1], float_dtype(target_params)
+
+    def read(turn, running):
+        at = lax.dynamic_index_in_dim(turns, turn, 1, keepdims=False)  # [devices, rows together]
+        tokens, length, limit, draws, *how = _take(rows, at, mesh)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
+        state = init_state(tokens, length, limit, keys, how, **_caches(config, len(length), room, dtype))
+        fresh = Running(state=state, accepted=jnp.zeros((len(length), new), jnp.int32), rounds=jnp.zeros_like(length))
+        fresh = _spread(fresh, mesh, config)
+        state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size)
+        return _put(running, dataclasses.replace(fresh, state=state), at, mesh, config)
+
+    return lax.fori_loop(0, count, read, running)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="running")
+def _stretch(drafter_params, target_params, running: Running, enough, *, config: Decoding):
+    """Rounds until `enough` rows are done, in one device loop; and how many there were."""
+
+    def body(carry):
+        running, i = carry
+        state, done = draft_and_verify(drafter_params, target_params, running.state, config=config)
+        rows = jnp.arange(len(running.rounds))
+        at = jnp.where(done.active, running.rounds, running.accepted.shape[1])  # behind the end: dropped
+        accepted = running.accepted.at[rows, at].set(done.accepted, mode="drop")
+        return Running(state=state, accepted=accepted, rounds=running.rounds + done.active), i + 1
+
+    return lax.while_loop(lambda carry: carry[0].state.done.sum() < enough, body, (running, jnp.int32(0)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows of the arrays, each device its own
+
+
+def _take(arrays, at, mesh):
+    """Rows `at [devices, n]` of every device: `[B, ...]` → `[devices · n, ...]`; ones for a place behind the last."""
+
+    def one(arrays, at):
+        return [jnp.take(x, at[0], axis=0, mode="fill", fill_value=1) for x in arrays]
+
+    return per_device(one, mesh, PartitionSpec(BATCH), PartitionSpec(BATCH))(arrays, at)
+
+
+def _put(running: Running, fresh: Running, at, mesh, config: Decoding) -> Running:
+    """`fresh` in the places `at [devices, n]` of every device's rows; nowhere for one behind the last."""
+    axes, specs = _row_axes(running, config), _specs(running, mesh, config)
+
+    def one(running, fresh, at):
+        def put(old, new, axis):
+            return old.at[(slice(None),) * axis + (at[0],)].set(new, mode="drop")
+
+        return jax.tree.map(put, running, fresh, axes)
+
+    return per_device(one, mesh, (specs, specs, PartitionSpec(BATCH)), specs)(running, fresh, at)
+
+
+def _row_axes(running: Running, config: Decoding) -> Running:
+    """Which axis of every array counts rows. A target's cache may have them anywhere: two sizes tell."""
+    of_two, of_three = (jax.eval_shape(lambda n=n: _caches(config, n, 1, jnp.float32)) for n in (2, 3))
+
+    def axis(two, three):
+        return next(i for i, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b)
+
+    axes = jax.tree.map(lambda _: 0, running)
+    return dataclasses.replace(axes, state=dataclasses.replace(axes.state, **jax.tree.map(axis, of_two, of_three)))
+
+
+def _specs(running: Running, mesh, config: Decoding) -> Running:
+    """Rows over all batch axes, the heads of key/value caches over `tensor`."""
+    return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), running, _row_axes(running, config))
+
+
+def _sharding(running: Running, mesh, config: Decoding) -> Running:
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(running, mesh, config))
+
+
+def _spread(running: Running, mesh, config: Decoding) -> Running:
+    """Zeros have no sharding of their own: unless it is said, every device holds all rows."""
+    return running if mesh is None else lax.with_sharding_constraint(running, _sharding(running, mesh, config))
