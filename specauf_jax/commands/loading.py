@@ -154,10 +154,17 @@ def load_models(
     tokenizer, config = with_arguments(load_tokenizer(target), template_args, origin, console), target_config(target)
     if "tokenizer_sha256" in origin and origin["tokenizer_sha256"] != hashes(target)[0]:
         warn(console, f"{drafter} was trained with another tokenizer file than that of {target}")
+    (drafter_params, target_params), decoding = load_decoding(target, drafter, dtype, mesh, console, tokenizer.stops)
+    autoregressive = dataclasses.replace(decoding, drafter=None)
+    return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config)
+
+
+def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console, stops: tuple[int, ...]):
+    """(drafter's parameters or None, the target's), in serving form, and how they decode."""
+    config = target_config(target)
     resolved = None if drafter is None else fitted(drafter_config(drafter), config)
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
     target_params = serving_params(load_target_with_bar(target, dtype, console, mesh)[0])
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
-    autoregressive = Decoding(target_step=TargetStep(config, layer_ids), stop_tokens=tokenizer.stops)
-    decoding = dataclasses.replace(autoregressive, drafter=resolved)
-    return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config)
+    decoding = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
+    return (drafter_params, target_params), decoding

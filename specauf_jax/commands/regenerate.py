@@ -9,16 +9,17 @@ import zipfile
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from specauf_jax.checks import template_arguments
-from specauf_jax.commands.loading import check_rows, load_target_with_bar, read_data
+from specauf_jax.commands.loading import check_rows, load_decoding, read_data
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
 from specauf_jax.data.packing import Document, pack, unpack
 from specauf_jax.data.tokenizer import copy_tokenizer, load_tokenizer, stop_token_ids
-from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.generate import Dialogue, converse
+from specauf_jax.decoding.rows import Request
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import from_primary, is_primary
 from specauf_jax.environment import float32_precision
@@ -37,8 +38,6 @@ from specauf_jax.files import (
     write_bytes,
     write_text,
 )
-from specauf_jax.models.cpu import serving_params
-from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import target_config, weights_digest
 from specauf_jax.sharding import make_mesh
 
@@ -71,23 +70,8 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     mesh = make_mesh(config.mesh)
     check_rows(config.batch_size, mesh)
     announce(config.out, mesh, console)
-    params = serving_params(load_target_with_bar(config.target, config.dtype, console, mesh)[0])
     stops = stop_token_ids(load_tokenizer(data / "tokenizer"), config.target)
-    decoding = Decoding(target_step=TargetStep(target, (target.num_hidden_layers - 1,)), stop_tokens=stops)
-
-    def respond(prompts, seed):
-        return generate(
-            None,
-            params,
-            prompts,
-            config=decoding,
-            max_new_tokens=config.max_new_tokens,
-            sampling=config.sampling,
-            seed=seed,
-            batch_size=config.batch_size,
-            mesh=mesh,
-        )
-
+    params, decoding = load_decoding(config.target, config.drafter, config.dtype, mesh, console, stops)
     documents = _chosen(data, config.documents)
     if not any(_pieces(document, config.prompt_length) for document in documents):
         raise SpecaufError(
@@ -96,7 +80,11 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             "lower --prompt-length",
         )
     with sole_user(parts) if is_primary() else contextlib.nullcontext(), float32_precision(config.dtype):
-        answered = _answer_all(documents, respond, stops, config, parts, manifest["sequence_length"], console)
+        dialogues = {
+            number: _answered(document, number, stops, config, manifest["sequence_length"])
+            for number, document in enumerate(documents)
+        }
+        answered = _answer_all(dialogues, documents, params, decoding, config, parts, mesh, console)
         if not is_primary():
             return {}
         written = _assemble(config, manifest, answered, stops)
@@ -112,21 +100,29 @@ def regenerate(config: Regenerate, console: Console) -> dict:
 
 
 def _answer_all(
-    documents: list[Document], respond, stops, config: Regenerate, parts: AnyPath, length: int, console: Console
-) -> list[list[Document]]:
-    """Answered documents, part by part; each part is saved when it is done, and those of a killed run are read."""
+    dialogues: dict, documents: list[Document], params, decoding: Decoding, config: Regenerate, parts: AnyPath, mesh,
+    console: Console,
+) -> list[Document]:  # fmt: skip
+    """Answered documents. Those that are done are saved from time to time, and those of a killed run are read."""
+    there: dict[int, Document] = {}
     if is_primary():
         _begin(parts, config, documents)
-    size = config.batch_size * _BATCHES_PER_PART
-    chunks = [documents[i : i + size] for i in range(0, len(documents), size)]
-    there = {path.name for path in parts.iterdir()} if is_primary() else set()
-    finished = from_primary(np.asarray([f"{number}.npz" in there for number in range(len(chunks))]))
-    for number, chunk in enumerate(track(chunks, "regenerating", console=console, disable=not console.is_terminal)):
-        if not finished[number]:
-            answered = _rewrite(chunk, respond, stops, config, length, number)
-            if is_primary():
-                _save(parts / f"{number}.npz", answered)
-    return [_load(parts / f"{n}.npz") for n in range(len(chunks))] if is_primary() else []
+        for path in sorted(parts.glob("*.npz")):
+            there |= _load(path)
+    finished = from_primary(np.asarray([number in there for number in dialogues]))
+    open_ = {number: dialogue for number, dialogue in dialogues.items() if not finished[number]}
+    options = {"config": decoding, "seed": config.seed, "batch_size": config.batch_size, "mesh": mesh}
+    new: dict[int, Document] = {}
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("regenerating", total=len(dialogues), completed=len(dialogues) - len(open_))
+        for number, document in converse(params[0], params[1], open_, **options):
+            new[number] = document
+            bar.advance(task)
+            if is_primary() and (len(new) == config.batch_size * _BATCHES_PER_PART or bar.finished):
+                _save(parts / f"{min(new)}.npz", new)
+                there |= new
+                new = {}
+    return [there[number] for number in sorted(there) if there[number].loss_mask.any()]
 
 
 def _chosen(data: AnyPath, count: int) -> list[Document]:
@@ -138,28 +134,23 @@ def _chosen(data: AnyPath, count: int) -> list[Document]:
     return [documents[i] for i in np.linspace(0, len(documents) - 1, count).astype(int)]
 
 
-def _rewrite(documents, respond, stops, config: Regenerate, length: int, part: int) -> list[Document]:
-    """Replace every supervised run of tokens, in order; each answer sees the answers before it.
+def _answered(document: Document, number: int, stops, config: Regenerate, length: int) -> Dialogue[Document]:
+    """The document with every supervised run of tokens replaced, in order; each answer sees the answers before it.
 
-    A conversation ends before a turn that does not fit the row, and after an answer that did not end by itself.
+    It ends before a turn that does not fit the row, and after an answer that did not end by itself.
     """
-    pieces = [_pieces(document, config.prompt_length) for document in documents]
-    tokens = [np.zeros(0, np.int32) for _ in documents]
-    masks = [np.zeros(0, bool) for _ in documents]
-    open_ = list(range(len(documents)))
-    for turn in range(max(len(kept) for kept in pieces)):
-        asked = [i for i in open_ if turn < len(pieces[i]) and len(tokens[i]) + len(pieces[i][turn]) < length]
-        for i in asked:
-            tokens[i] = np.concatenate([tokens[i], pieces[i][turn]])
-            masks[i] = np.concatenate([masks[i], np.zeros(len(pieces[i][turn]), bool)])
-        # The seed depends on the part, so that a resumed run draws what an uninterrupted one would.
-        answers = respond([tokens[i].tolist() for i in asked], config.seed + 1000 * part + turn)
-        for i, answer in zip(asked, answers, strict=True):
-            new = np.asarray(answer.tokens, np.int32)[: length - len(tokens[i])]
-            tokens[i] = np.concatenate([tokens[i], new])
-            masks[i] = np.concatenate([masks[i], np.ones(len(new), bool)])
-        open_ = [i for i in asked if tokens[i][-1] in stops]
-    return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if m.any()]
+    tokens: list[int] = []
+    mask: list[bool] = []
+    for piece in _pieces(document, config.prompt_length):
+        if len(tokens) + len(piece) >= length:
+            break
+        tokens, mask = [*tokens, *piece.tolist()], [*mask, *[False] * len(piece)]
+        room = min(config.max_new_tokens, length - len(tokens))
+        answer = yield Request(tokens, number, room, config.sampling)
+        tokens, mask = [*tokens, *answer.tokens], [*mask, *[True] * len(answer.tokens)]
+        if tokens[-1] not in stops:
+            break
+    return Document(np.asarray(tokens, np.int32), np.asarray(mask, bool))
 
 
 def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
@@ -204,31 +195,31 @@ def _digest(documents: list[Document]) -> str:
     return digest.hexdigest()
 
 
-def _save(path: AnyPath, documents: list[Document]) -> None:
+def _save(path: AnyPath, documents: dict[int, Document]) -> None:
     content = io.BytesIO()
     np.savez(
         content,
-        lengths=np.asarray([len(d.tokens) for d in documents], np.int64),
-        tokens=np.concatenate([np.zeros(0, np.int32), *(d.tokens for d in documents)]),
-        loss_mask=np.concatenate([np.zeros(0, bool), *(d.loss_mask for d in documents)]),
+        numbers=np.asarray(list(documents), np.int64),
+        lengths=np.asarray([len(d.tokens) for d in documents.values()], np.int64),
+        tokens=np.concatenate([d.tokens for d in documents.values()]),
+        loss_mask=np.concatenate([d.loss_mask for d in documents.values()]),
     )
     write_bytes(path, content.getvalue())
 
 
-def _load(path: AnyPath) -> list[Document]:
+def _load(path: AnyPath) -> dict[int, Document]:
     try:
         with np.load(io.BytesIO(read_bytes(path))) as arrays:
-            ends = np.cumsum(arrays["lengths"])[:-1]
+            numbers, ends = arrays["numbers"].tolist(), np.cumsum(arrays["lengths"])[:-1]
             tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise SpecaufError(
             f"{path} cannot be read: {error}", "a whole part", f"delete {path}, then run the command again"
         ) from error
-    return [Document(t, m) for t, m in zip(tokens, masks, strict=True) if len(t)]
+    return {number: Document(t, m) for number, t, m in zip(numbers, tokens, masks, strict=True)}
 
 
-def _assemble(config: Regenerate, manifest: dict, parts: list[list[Document]], stops: tuple[int, ...]) -> dict:
-    documents = [document for part in parts for document in part]
+def _assemble(config: Regenerate, manifest: dict, documents: list[Document], stops: tuple[int, ...]) -> dict:
     with fresh_folder(config.out) as folder:
         tokens = sum(len(d.tokens) for d in documents)
         supervised = sum(int(d.loss_mask.sum()) for d in documents)

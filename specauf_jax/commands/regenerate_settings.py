@@ -16,6 +16,8 @@ class Regenerate:
     """Target folder in Hugging Face layout."""
     out: str
     """Folder to write, with the same layout as --data."""
+    drafter: str | None = None
+    """Drafter folder, to decode speculatively: the same answers at temperature 0, sooner."""
     documents: int = 0
     """Documents to regenerate, spread evenly over the dataset; 0 for all."""
     prompt_length: int = 64
