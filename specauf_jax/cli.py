@@ -30,6 +30,7 @@ from specauf_jax.commands.prepare_settings import Prepare
 from specauf_jax.commands.pretrain_settings import Pretrain
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.report_settings import Report
+from specauf_jax.commands.synthesize_settings import Synthesize
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.errors import CannotGoOn, Outcome, SpecaufError, SpecaufWarning, Stopped, io_error
 from specauf_jax.machine import check_platform, choose_platform
@@ -40,6 +41,7 @@ COMMANDS = {
     "prepare": (Prepare, "prepare"),
     "pretrain": (Pretrain, "pretrain"),
     "regenerate": (Regenerate, "regenerate"),
+    "synthesize": (Synthesize, "synthesize"),
     "train": (Train, "train"),
     "generate": (Generate, "generate"),
     "evaluate": (Evaluate, "evaluate"),

@@ -1,58 +1,42 @@
 """`specauf regenerate`: a dataset whose supervised tokens are the target's own."""
 
-import contextlib
-import dataclasses
 import hashlib
-import io
-import json
-import zipfile
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from specauf_jax.checks import template_arguments
+from specauf_jax.commands.dialogues import Talk, hold, parts_folder, write_documents
 from specauf_jax.commands.loading import check_rows, load_decoding, read_data
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.regenerate_settings import Regenerate
-from specauf_jax.data.dataset import open_dataset, write_dataset, write_manifest
-from specauf_jax.data.packing import Document, pack, unpack
+from specauf_jax.data.dataset import open_dataset, write_manifest
+from specauf_jax.data.packing import Document, unpack
 from specauf_jax.data.tokenizer import copy_tokenizer, load_tokenizer, stop_token_ids
-from specauf_jax.decoding.generate import Dialogue, converse
+from specauf_jax.decoding.generate import Dialogue
 from specauf_jax.decoding.rows import Request
-from specauf_jax.decoding.state import Decoding
-from specauf_jax.distributed import from_primary, is_primary
+from specauf_jax.distributed import is_primary
 from specauf_jax.environment import float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import (
     AnyPath,
-    absolute,
     as_path,
     check_absent,
     fresh_folder,
     local_copy,
-    read_bytes,
-    read_json,
-    remove_folder,
-    sole_user,
     write_bytes,
-    write_text,
 )
 from specauf_jax.models.weights import target_config, weights_digest
 from specauf_jax.sharding import make_mesh
-
-_BATCHES_PER_PART = 2  # finished work is saved this often
-_FREE = ("mesh", "hosts", "out")  # settings that change no answer
 
 
 def regenerate(config: Regenerate, console: Console) -> dict:
     """Write `config.out`; returns its manifest. A killed run goes on where it stopped.
 
-    Several processes decode the same batches together; the first one writes, the others return {}.
+    Several processes decode the same rows together; the first one writes, the others return {}.
     """
     check_absent(config.out)
-    data, out = as_path(config.data), absolute(config.out)
-    parts = out.with_name(f"{out.name}.parts")
+    data = as_path(config.data)
     target = target_config(config.target)
     manifest = read_data(data, target, config.target)
     if config.max_new_tokens > manifest["sequence_length"]:
@@ -79,16 +63,16 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
             "lower --prompt-length",
         )
-    with sole_user(parts) if is_primary() else contextlib.nullcontext(), float32_precision(config.dtype):
-        dialogues = {
-            number: _answered(document, number, stops, config, manifest["sequence_length"])
-            for number, document in enumerate(documents)
-        }
-        answered = _answer_all(dialogues, documents, params, decoding, config, parts, mesh, console)
+    inputs = {"data": _digest(documents), "target": weights_digest(config.target)}
+    if config.drafter is not None:
+        inputs["drafter"] = weights_digest(config.drafter)
+    with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
+        length, options = manifest["sequence_length"], {"batch_size": config.batch_size, "mesh": mesh}
+        dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}
+        talks = hold(dialogues, parts, params, "regenerating", console, config=decoding, seed=config.seed, **options)
         if not is_primary():
             return {}
-        written = _assemble(config, manifest, answered, stops)
-        remove_folder(parts)
+        written = _assemble(config, manifest, [talk.document for talk in talks.values() if talk.answers], stops)
     dropped = len(documents) - written["documents"]
     console.print(
         f"{written['documents']} documents ({dropped} more had nothing to answer, or no room), "
@@ -97,32 +81,6 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         highlight=False,
     )
     return written
-
-
-def _answer_all(
-    dialogues: dict, documents: list[Document], params, decoding: Decoding, config: Regenerate, parts: AnyPath, mesh,
-    console: Console,
-) -> list[Document]:  # fmt: skip
-    """Answered documents. Those that are done are saved from time to time, and those of a killed run are read."""
-    there: dict[int, Document] = {}
-    if is_primary():
-        _begin(parts, config, documents)
-        for path in sorted(parts.glob("*.npz")):
-            there |= _load(path)
-    finished = from_primary(np.asarray([number in there for number in dialogues]))
-    open_ = {number: dialogue for number, dialogue in dialogues.items() if not finished[number]}
-    options = {"config": decoding, "seed": config.seed, "batch_size": config.batch_size, "mesh": mesh}
-    new: dict[int, Document] = {}
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("regenerating", total=len(dialogues), completed=len(dialogues) - len(open_))
-        for number, document in converse(params[0], params[1], open_, **options):
-            new[number] = document
-            bar.advance(task)
-            if is_primary() and (len(new) == config.batch_size * _BATCHES_PER_PART or bar.finished):
-                _save(parts / f"{min(new)}.npz", new)
-                there |= new
-                new = {}
-    return [there[number] for number in sorted(there) if there[number].loss_mask.any()]
 
 
 def _chosen(data: AnyPath, count: int) -> list[Document]:
@@ -134,23 +92,22 @@ def _chosen(data: AnyPath, count: int) -> list[Document]:
     return [documents[i] for i in np.linspace(0, len(documents) - 1, count).astype(int)]
 
 
-def _answered(document: Document, number: int, stops, config: Regenerate, length: int) -> Dialogue[Document]:
+def _answered(document: Document, number: int, stops, config: Regenerate, length: int) -> Dialogue[Talk]:
     """The document with every supervised run of tokens replaced, in order; each answer sees the answers before it.
 
     It ends before a turn that does not fit the row, and after an answer that did not end by itself.
     """
-    tokens: list[int] = []
-    mask: list[bool] = []
+    talk = Talk([])
     for piece in _pieces(document, config.prompt_length):
-        if len(tokens) + len(piece) >= length:
+        asked = [*talk.tokens, *piece.tolist()]
+        if len(asked) >= length:
             break
-        tokens, mask = [*tokens, *piece.tolist()], [*mask, *[False] * len(piece)]
-        room = min(config.max_new_tokens, length - len(tokens))
-        answer = yield Request(tokens, number, room, config.sampling)
-        tokens, mask = [*tokens, *answer.tokens], [*mask, *[True] * len(answer.tokens)]
-        if tokens[-1] not in stops:
+        answer = yield Request(asked, number, min(config.max_new_tokens, length - len(asked)), config.sampling)
+        talk.tokens = [*asked, *answer.tokens]
+        talk.answers.append((len(asked), len(talk.tokens)))
+        if talk.tokens[-1] not in stops:
             break
-    return Document(np.asarray(tokens, np.int32), np.asarray(mask, bool))
+    return talk
 
 
 def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
@@ -166,26 +123,6 @@ def _pieces(document: Document, prompt_length: int) -> list[np.ndarray]:
     return kept
 
 
-def _begin(parts: AnyPath, config: Regenerate, documents: list[Document]) -> None:
-    """Make the folder of finished parts, or check that those there are of the same data and settings."""
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    settings = {name: value for name, value in settings.items() if name not in _FREE}
-    settings |= {"data": _digest(documents), "target": weights_digest(config.target)}
-    if not (parts / "settings.json").exists() and parts.exists() and any(parts.iterdir()):
-        raise SpecaufError(f"{parts} holds something else", "the parts of an interrupted regeneration, or nothing",
-                           f"move it away, or choose another --out than {config.out}")  # fmt: skip
-    if (parts / "settings.json").exists():
-        found = read_json(parts / "settings.json", "the settings of an interrupted regeneration")
-        if found != settings:
-            differing = sorted(key for key in settings if found.get(key) != settings[key])
-            raise SpecaufError(
-                f"{parts} holds parts made with another {', '.join(differing)}",
-                "the same settings",
-                f"restore them, or delete {parts}",
-            )
-    write_text(parts / "settings.json", json.dumps(settings, indent=2) + "\n")
-
-
 def _digest(documents: list[Document]) -> str:
     """SHA-256 of all tokens and loss masks."""
     digest = hashlib.sha256()
@@ -195,48 +132,13 @@ def _digest(documents: list[Document]) -> str:
     return digest.hexdigest()
 
 
-def _save(path: AnyPath, documents: dict[int, Document]) -> None:
-    content = io.BytesIO()
-    np.savez(
-        content,
-        numbers=np.asarray(list(documents), np.int64),
-        lengths=np.asarray([len(d.tokens) for d in documents.values()], np.int64),
-        tokens=np.concatenate([d.tokens for d in documents.values()]),
-        loss_mask=np.concatenate([d.loss_mask for d in documents.values()]),
-    )
-    write_bytes(path, content.getvalue())
-
-
-def _load(path: AnyPath) -> dict[int, Document]:
-    try:
-        with np.load(io.BytesIO(read_bytes(path))) as arrays:
-            numbers, ends = arrays["numbers"].tolist(), np.cumsum(arrays["lengths"])[:-1]
-            tokens, masks = (np.split(arrays[name], ends) for name in ("tokens", "loss_mask"))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise SpecaufError(
-            f"{path} cannot be read: {error}", "a whole part", f"delete {path}, then run the command again"
-        ) from error
-    return {number: Document(t, m) for number, t, m in zip(numbers, tokens, masks, strict=True)}
-
-
 def _assemble(config: Regenerate, manifest: dict, documents: list[Document], stops: tuple[int, ...]) -> dict:
     with fresh_folder(config.out) as folder:
-        tokens = sum(len(d.tokens) for d in documents)
-        supervised = sum(int(d.loss_mask.sum()) for d in documents)
-        rows = write_dataset(pack(documents, manifest["sequence_length"]), folder, manifest["sequence_length"])
+        counts = write_documents(documents, folder, manifest["sequence_length"], stops)
         data = local_copy(config.data)
         copy_tokenizer(data / "tokenizer", folder / "tokenizer")
         for name in manifest["prompts"].values():
             write_bytes(folder / name, (data / name).read_bytes())
-        manifest = manifest | {
-            "rows": rows,
-            "documents": len(documents),
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "supervised_share": supervised / tokens,
-            "truncated_documents": sum(int(d.tokens[-1]) not in stops for d in documents),
-            "largest_token_id": max(int(d.tokens.max()) for d in documents),
-            "source": f"answers of {config.target} to {manifest['source']}",
-        }
+        manifest = manifest | counts | {"source": f"answers of {config.target} to {manifest['source']}"}
         write_manifest(folder, manifest)
     return manifest

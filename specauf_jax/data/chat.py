@@ -226,9 +226,28 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     Raises:
       SpecaufError: no template, or one that refuses the conversation or leaves out a part of it.
     """
-    _template(tokenizer)
-    text = _rendered_whole(tokenizer, Record("prompt", messages), add_generation_prompt=True)
+    text = conversation_text(tokenizer, messages)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+_USER = "(the user's turn)"
+
+
+def user_opening(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """What the chat template writes before the user's next turn, after these messages.
+
+    Raises:
+      SpecaufError: no template, or one that refuses the conversation or leaves out a part of it.
+    """
+    _template(tokenizer)
+    messages = [*messages, {"role": "user", "content": _USER}]
+    return _rendered_whole(tokenizer, Record("conversation", messages)).rpartition(_USER)[0]
+
+
+def conversation_text(tokenizer: Tokenizer, messages: list[dict]) -> str:
+    """A conversation that awaits the assistant's answer, as text. Raises as `encode_prompt`."""
+    _template(tokenizer)
+    return _rendered_whole(tokenizer, Record("prompt", messages), add_generation_prompt=True)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[Document]:

@@ -5,6 +5,7 @@ Greedy rows are the limit of the same rules (one-hot distributions), so one batc
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from specauf_jax.objectives import prefix_acceptance
 
@@ -22,24 +23,56 @@ def distribution(logits, temperature, top_k, top_p) -> jax.Array:
     Returns:
       float32 `[B, T, V]`, rows summing to 1.
     """
-    V = logits.shape[-1]
     per_row = (slice(None), None, None)
     # Below the largest, so that no temperature, however low, makes infinities of which nothing can be told.
     below = logits - logits.max(-1, keepdims=True)
     heated = below / jnp.where(temperature > 0, temperature, 1.0)[per_row]
-    order = jnp.argsort(-heated, axis=-1, stable=True)  # most likely first; of equals the lower id
-    ranked = jnp.take_along_axis(heated, order, axis=-1)
-    k = jnp.where(top_k > 0, top_k, V)[per_row]
-    ranked = jnp.where(jnp.arange(V) < k, ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    # top_p = 1 must keep everything, though rounding may bring the running sum to 1 early.
-    keep = (before < top_p[per_row]) | (top_p[per_row] >= 1)
-    probability = jnp.where(keep.at[..., 0].set(True), probability, 0.0)
-    probability /= probability.sum(-1, keepdims=True)
-    sampled = jnp.put_along_axis(jnp.zeros_like(probability), order, probability, axis=-1, inplace=False)
-    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), V)
-    return jnp.where((temperature > 0)[per_row], sampled, greedy)
+    drawn = temperature > 0
+
+    def most_likely(heated):
+        k = jnp.where(top_k > 0, top_k, logits.shape[-1]).astype(jnp.float32)[per_row]
+        return jnp.where(_best(heated, jnp.ones_like(heated), k), heated, -jnp.inf)
+
+    def nucleus(probability):
+        keep = _best(heated, probability, top_p[per_row])
+        # top_p = 1 must keep everything, though rounding may bring the running sum to 1 early.
+        probability = jnp.where(keep | (top_p[per_row] >= 1), probability, 0.0)
+        return probability / probability.sum(-1, keepdims=True)
+
+    probability = jax.nn.softmax(lax.cond(jnp.any(drawn & (top_k > 0)), most_likely, lambda x: x, heated), axis=-1)
+    probability = lax.cond(jnp.any(drawn & (top_p < 1)), nucleus, lambda x: x, probability)
+    greedy = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+    return jnp.where(drawn[per_row], probability, greedy)
+
+
+def _best(values, weights, enough) -> jax.Array:
+    """Whether the weights of all that come before sum to less than `enough`; the largest value is first, of equals
+    the lower index. bool `[..., V]`.
+
+    Finds the last value that counts by halving what floats there are between the first and the last: a vocabulary's
+    sort takes many times longer.
+
+    Args:
+      values: float32 `[..., V]`, at most 0.
+      weights: float32 `[..., V]`, at least 0, equal for equal values.
+      enough: float32 `[..., 1]`, above 0.
+    """
+    keys = lax.bitcast_convert_type(jnp.abs(values), jnp.int32)  # in the order of the values, the largest lowest
+
+    def weight_before(key):
+        return jnp.where(keys < key, weights, 0.0).sum(-1, keepdims=True)
+
+    def halve(_, bounds):
+        low, high = bounds  # less than enough before low; not so before high, or nothing there
+        middle = low + (high - low) // 2
+        less = weight_before(middle) < enough
+        return jnp.where(less, middle, low), jnp.where(less, high, middle)
+
+    bounds = jnp.zeros_like(keys[..., :1]), jnp.full_like(keys[..., :1], jnp.iinfo(jnp.int32).max)
+    last, _ = lax.fori_loop(0, 31, halve, bounds)
+    equal = keys == last
+    before = weight_before(last) + jnp.where(equal, jnp.cumsum(jnp.where(equal, weights, 0.0), -1) - weights, 0.0)
+    return (keys < last) | (equal & (before < enough))
 
 
 def draw(keys, probability) -> jax.Array:

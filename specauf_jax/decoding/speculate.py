@@ -17,7 +17,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_cached
 from specauf_jax.models.layers import KVCache
 
-PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 256, 64  # tokens of a prompt that are read at one time
+PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 256, 32  # tokens of a prompt that are read at one time
 
 
 def prompt_chunk() -> int:
