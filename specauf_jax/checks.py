@@ -98,3 +98,16 @@ def unused(config, *names: str, when: str) -> None:
                 "only settings that something reads",
                 f"leave {name} out, or set it to {defaults[name]!r}",
             )
+
+
+def verify_slots(settings, temperature: float = 0.0) -> None:
+    """`settings.verify_slots` must be a possible width, and chosen by the clock only where that changes no result."""
+    asked = settings.verify_slots
+    if asked == "auto" and temperature > 0:
+        raise SpecaufError(
+            "verify_slots auto above temperature 0",
+            "a number: what is drawn depends on it, and the clock would choose it",
+            "say --verify-slots N, or leave it out",
+        )
+    if asked not in (None, "auto") and asked < 2:
+        raise SpecaufError(f"verify_slots is {asked}", "at least 2, the anchor and one draft", "set it to 2 or more")

@@ -210,6 +210,9 @@ class Sampling:
             unused(self, "top_k", "top_p", when="at temperature 0")
 
 
+VerifySlots = int | Literal["auto"] | None
+"""Tokens verified per round: a number, the fastest as measured, or (None) all of the drafter's block."""
+
 SamplingFlags = Annotated[Sampling, tyro.conf.arg(name="")]
 """A command's field of this type has flags without a prefix: --temperature, --top-k, --top-p."""
 

@@ -11,16 +11,16 @@ from rich.table import Table
 
 from specauf_jax.checks import named
 from specauf_jax.commands.benchmark_settings import Benchmark
-from specauf_jax.commands.loading import Models, check_rows, load_models
+from specauf_jax.commands.loading import Models, check_rows, load_models, with_width
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.exactness import compare, said
-from specauf_jax.evaluation.measure import tau_micro
+from specauf_jax.evaluation.measure import alpha, tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass
+from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass, widths
 from specauf_jax.files import existing_folder, output_file, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
@@ -40,6 +40,8 @@ CONVENTIONS = {
     "round.round_ms": "a whole round in the same kind of loop, each part compiled by itself and run on one state",
     "round.commit_ms": "the rest, round - draft - verify: comparing, committing, book-keeping; near 0 it is noise",
     "round.overhead": "commit_ms by round_ms",
+    "widths": "rounds that verify fewer tokens: their cost, as round.round_ms, and the tokens that alpha lets expect",
+    "width_speedup": "tokens by round_ms of each width, by what the target alone gives in its own round_ms",
 }
 
 
@@ -99,6 +101,7 @@ def measure_size(size: int, requests, methods: dict[str, Method], models: Models
     """Every method at one batch size."""
     count = -(-max(size, config.max_prompts) // size) * size
     asked = [requests[i % len(requests)] for i in range(count)]
+    methods = {name: _narrowed(method, asked, size, models, config, console) for name, method in methods.items()}
 
     def once(method: Method) -> Timed:
         return timed_pass(
@@ -124,12 +127,15 @@ def measure_size(size: int, requests, methods: dict[str, Method], models: Models
             rounds[name] = measure_round(method, asked[:size], models, config)
             bar.advance(task)
     alone = passes[ALONE]
+    alone_ms = rounds[ALONE]["round_ms"]
     measured = {}
     for name, method in methods.items():
         texts = passes[name][-1].generations, alone[-1].generations
         comparison = compare(*texts, models.target_params, method.decoding, size, models.mesh)
         measured[name] = comparison.results() | summary(passes[name], alone, size)
         measured[name] |= {"block_size": method.decoding.block_size, "round": rounds[name]}
+        if method.decoding.drafter is not None:
+            measured[name] |= measure_widths(method, passes[name][-1], asked[:size], alone_ms, models, config)
     return measured
 
 
@@ -145,6 +151,34 @@ def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
         "ms_per_round": spread([1000 * p.decode_s / p.rounds for p in passes]),
         "prefill_s": spread([p.prefill_s for p in passes]),
         "speedup": spread([a.decode_s / p.decode_s for p, a in zip(passes, alone, strict=True)]),
+    }
+
+
+def _narrowed(method: Method, requests, size: int, models: Models, config: Benchmark, console: Console) -> Method:
+    """A drafter's method with as many verified tokens as --verify-slots says."""
+    if method.decoding.model is None:
+        return method
+    params = method.drafter_params, models.target_params
+    decoding = with_width(
+        method.decoding, config.verify_slots, params, requests, batch_size=size, mesh=models.mesh, console=console
+    )
+    return dataclasses.replace(method, decoding=decoding)
+
+
+def measure_widths(method: Method, timed: Timed, requests, alone_ms: float, models: Models, config: Benchmark) -> dict:
+    """What rounds of fewer verified tokens would give, by the acceptance that was seen."""
+    params = method.drafter_params, models.target_params
+    room = max(config.max_new_tokens, method.decoding.block_size)
+    state = start(*params, requests, config=method.decoding, max_new_tokens=room, mesh=models.mesh)
+    accepted = alpha([g.accepted for g in timed.generations], method.decoding.block_size)
+    found = widths(*params, state, config=method.decoding, accepted=accepted, repeats=config.repeats)
+    best = max(found, key=lambda width: width.tokens_per_ms)
+    speedups = {str(width.slots): width.tokens_per_ms * alone_ms for width in found}
+    return {
+        "alpha": accepted,
+        "widths": {str(w.slots): {"round_ms": w.round_ms, "tokens": w.tokens} for w in found},
+        "width_speedup": speedups,
+        "fastest_width": best.slots,
     }
 
 
@@ -174,3 +208,11 @@ def _show(results: dict, console: Console) -> None:
             table.add_row(size, name, f"{m['tau']:.2f}", said(m), *numbers)
         table.add_section()
     console.print(table)
+    narrow = Table("batch", "method", "alpha", "ms/round and × by verified slots", "fastest")
+    for size, methods in results["decoding"].items():
+        for name, m in methods.items():
+            if "widths" in m:
+                costs = (f"{n}: {w['round_ms']:.1f} ms {m['width_speedup'][n]:.2f} ×" for n, w in m["widths"].items())
+                shares = " ".join("—" if share is None else f"{share:.2f}" for share in m["alpha"])
+                narrow.add_row(size, name, shares, ", ".join(costs), str(m["fastest_width"]))
+    console.print(narrow)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import at_least, positive, template_arguments
-from specauf_jax.config import Dtype, Hosts, Mesh
+from specauf_jax.checks import at_least, positive, template_arguments, verify_slots
+from specauf_jax.config import Dtype, Hosts, Mesh, VerifySlots
 from specauf_jax.errors import SpecaufError
 
 
@@ -24,6 +24,9 @@ class Benchmark:
     """NAME=VALUE for the chat template, such as enable_thinking=false."""
     drafters: tuple[str, ...] = ()
     """NAME=DIR: drafter folders in z-lab layout."""
+    verify_slots: VerifySlots = None
+    """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
+    which (at temperature 0); none for all."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     """Rows that decode together."""
     max_prompts: int = 16
@@ -43,5 +46,6 @@ class Benchmark:
         positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
         at_least(self, 2, "lookup_block_size")
         template_arguments(self.template_args)
+        verify_slots(self)
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):
             raise SpecaufError(f"batch_sizes {self.batch_sizes}", "different counts of rows", "pass 1 4 16 64")

@@ -32,7 +32,10 @@ def evaluate(config: Evaluate, console: Console) -> dict:
     check_rows(config.batch_size, mesh)
     with float32_precision(config.dtype):
         models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
-        models.tell_clock([prompt for prompts in sets.values() for prompt in prompts], console)
+        everything = [prompt for prompts in sets.values() for prompt in prompts]
+        models.tell_clock(everything, console)
+        spread = everything[:: max(1, len(everything) // config.batch_size)]
+        models = models.narrowed(config.verify_slots, spread, config.batch_size, config.max_new_tokens, console)
         measured = {}
         for name, prompts in sets.items():
             with console.status(Text(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes")):

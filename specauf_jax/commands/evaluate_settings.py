@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed, template_arguments
-from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+from specauf_jax.checks import not_negative, positive, seed, template_arguments, verify_slots
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Evaluate:
     """JSON to write: overall, sets, meta."""
     template_args: tuple[str, ...] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""
+    verify_slots: VerifySlots = None
+    """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
+    which (at temperature 0); none for all."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -36,3 +39,4 @@ class Evaluate:
         not_negative(self, "max_prompts")
         seed(self)
         template_arguments(self.template_args)
+        verify_slots(self, self.sampling.temperature)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import positive, seed, template_arguments, unused
-from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+from specauf_jax.checks import positive, seed, template_arguments, unused, verify_slots
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 from specauf_jax.errors import SpecaufError
 
 
@@ -21,6 +21,9 @@ class Generate:
     method: Literal["speculative", "autoregressive"] = "speculative"
     template_args: tuple[str, ...] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""
+    verify_slots: VerifySlots = None
+    """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
+    which (at temperature 0); none for all."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -39,8 +42,9 @@ class Generate:
         positive(self, "max_new_tokens", "batch_size")
         seed(self)
         template_arguments(self.template_args)
+        verify_slots(self, self.sampling.temperature)
         if self.method == "autoregressive":
-            unused(self, "drafter", "check", when="with --method autoregressive")
+            unused(self, "drafter", "check", "verify_slots", when="with --method autoregressive")
         elif self.drafter is None:
             raise SpecaufError(
                 "--method speculative without --drafter",

@@ -3,18 +3,21 @@
 import dataclasses
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from specauf_jax.architecture import Target
 from specauf_jax.checks import template_arguments
-from specauf_jax.config import Dtype
+from specauf_jax.config import Dtype, VerifySlots
 from specauf_jax.data.chat import clock_notes
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.tokenizer import Tokenizer, differing, hashes, load_tokenizer, with_template_args
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.distributed import from_primary
 from specauf_jax.errors import SpecaufError
-from specauf_jax.evaluation.prompts import Prompt
+from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
+from specauf_jax.evaluation.timing import fastest_width
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
@@ -121,6 +124,18 @@ class Models:
         for note in clock_notes(self.tokenizer) if any(prompt.turns for prompt in prompts) else []:
             warn(console, note)
 
+    def narrowed(
+        self, asked: VerifySlots, prompts: list[Prompt], batch_size: int, max_new_tokens: int, console: Console
+    ) -> "Models":
+        """With the number of verified tokens that --verify-slots asks for, measured on first turns."""
+        requests = [encode_first_turn(self.tokenizer, prompt) for prompt in prompts] if asked == "auto" else []
+        self.check_room(requests, max_new_tokens)
+        params = self.drafter_params, self.target_params
+        decoding = with_width(
+            self.decoding, asked, params, requests, batch_size=batch_size, mesh=self.mesh, console=console
+        )
+        return dataclasses.replace(self, decoding=decoding)
+
     def check_room(self, requests, max_new_tokens: int) -> None:
         """As `check_requests`."""
         check_requests(requests, self.target, max_new_tokens)
@@ -157,6 +172,29 @@ def load_models(
     (drafter_params, target_params), decoding = load_decoding(target, drafter, dtype, mesh, console, tokenizer.stops)
     autoregressive = dataclasses.replace(decoding, drafter=None)
     return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config)
+
+
+def with_width(
+    decoding: Decoding, asked: VerifySlots, params, requests, *, batch_size: int, mesh, console: Console
+) -> Decoding:
+    """`decoding` with the number of verified tokens that --verify-slots asks for.
+
+    Args:
+      params: the drafter's and the target's.
+      requests: token ids, some of which are decoded to see what is fastest.
+      Others as for `generate`.
+    """
+    if asked is None:
+        return decoding
+    if asked == "auto":
+        found = fastest_width(params[0], params[1], requests, config=decoding, batch_size=batch_size, mesh=mesh)
+        asked = int(from_primary(np.asarray(found[0].slots)))
+        console.print(f"verifies {asked} of {decoding.block_size} slots, the fastest here", highlight=False)
+    elif asked > decoding.block_size:
+        raise SpecaufError(
+            f"verify_slots {asked}", f"at most the {decoding.block_size} of the drafter's block", "lower --verify-slots"
+        )
+    return dataclasses.replace(decoding, verify_slots=asked)
 
 
 def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console, stops: tuple[int, ...]):

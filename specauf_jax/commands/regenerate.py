@@ -7,7 +7,7 @@ from rich.console import Console
 
 from specauf_jax.checks import template_arguments
 from specauf_jax.commands.dialogues import Talk, hold, parts_folder, write_documents
-from specauf_jax.commands.loading import check_rows, load_decoding, read_data
+from specauf_jax.commands.loading import check_rows, load_decoding, read_data, with_width
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_manifest
@@ -66,8 +66,14 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     inputs = {"data": _digest(documents), "target": weights_digest(config.target)}
     if config.drafter is not None:
         inputs["drafter"] = weights_digest(config.drafter)
+    asked = [pieces[0].tolist() for pieces in (_pieces(d, config.prompt_length) for d in documents) if pieces]
+    asked = [tokens for tokens in asked if len(tokens) < manifest["sequence_length"]] or [[0]]
+    decoding = with_width(
+        decoding, config.verify_slots, params, asked, batch_size=config.batch_size, mesh=mesh, console=console
+    )
+    options = {"batch_size": config.batch_size, "mesh": mesh}
     with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
-        length, options = manifest["sequence_length"], {"batch_size": config.batch_size, "mesh": mesh}
+        length = manifest["sequence_length"]
         dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}
         talks = hold(dialogues, parts, params, "regenerating", console, config=decoding, seed=config.seed, **options)
         if not is_primary():

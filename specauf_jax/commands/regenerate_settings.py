@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed, template_arguments
-from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags
+from specauf_jax.checks import not_negative, positive, seed, template_arguments, unused, verify_slots
+from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Regenerate:
     """Folder to write, with the same layout as --data."""
     drafter: str | None = None
     """Drafter folder, to decode speculatively: the same answers at temperature 0, sooner."""
+    verify_slots: VerifySlots = None
+    """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
+    which (at temperature 0); none for all."""
     documents: int = 0
     """Documents to regenerate, spread evenly over the dataset; 0 for all."""
     prompt_length: int = 64
@@ -38,3 +41,6 @@ class Regenerate:
         not_negative(self, "documents")
         seed(self)
         template_arguments(self.template_args)
+        verify_slots(self, self.sampling.temperature)
+        if self.drafter is None:
+            unused(self, "verify_slots", when="without --drafter")

@@ -12,10 +12,13 @@ import numpy as np
 from jax import lax
 
 from specauf_jax.config import Sampling
+from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.rows import GREEDY, Generation, Request, Rows
 from specauf_jax.decoding.speculate import draft_and_verify, extend, propose
 from specauf_jax.decoding.state import DecodeState, Decoding
+from specauf_jax.evaluation.measure import alpha
 
+_PROBED_TOKENS = 64
 REPEATED = 8
 """Times that a part runs within one call on the device, so that calling it costs little of what is measured."""
 
@@ -88,6 +91,63 @@ def _repeat(drafter_params, target_params, state: DecodeState, *, part: str, con
     run = {"draft": _draft, "target": _target, "round": _round}[part]
     step = functools.partial(run, drafter_params, target_params, config=config)
     return lax.fori_loop(0, REPEATED, lambda _, state: step(state), state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Width:
+    """What verifying so many tokens per round costs and gives."""
+
+    slots: int
+    round_ms: float
+    tokens: float
+    """Expected per round and row, from the acceptance of every draft."""
+
+    @property
+    def tokens_per_ms(self) -> float:
+        """Of one row."""
+        return self.tokens / self.round_ms
+
+
+def widths(drafter_params, target_params, state: DecodeState, *, config: Decoding, accepted, repeats: int = 3):
+    """The cost of a round that verifies 2, 4, 8, … of the K tokens, and all, as a list of `Width`.
+
+    Args:
+      state: prompts read, as for `timed_part`; donated.
+      accepted: share of every draft given that the one before it stood, as from `measure.alpha`.
+      repeats: timed runs of each width, after one to warm up; the median counts.
+      Others as for `draft_and_verify`.
+    """
+    K = config.block_size
+    sizes = [n for n in (2**i for i in range(1, K.bit_length())) if n < K] + [K]
+    found = []
+    for slots in sizes:
+        narrow, seconds = dataclasses.replace(config, verify_slots=slots), []
+        for _ in range(repeats + 1):
+            taken, state = timed_part("round", drafter_params, target_params, state, config=narrow)
+            seconds.append(taken)
+        reached = np.cumprod([share or 0.0 for share in accepted[: slots - 1]])
+        tokens = 1 + float(reached.sum())
+        found.append(Width(slots, 1000 * float(np.median(seconds[1:])), tokens))
+    return found
+
+
+def fastest_width(
+    drafter_params, target_params, requests, *, config: Decoding, batch_size: int, mesh=None
+) -> list[Width]:
+    """`widths` by what decoding some of these requests shows, the fastest first.
+
+    Args:
+      requests: token ids; as many as a batch holds are decoded, some of them twice where there are fewer.
+      Others as for `generate`.
+    """
+    asked = [requests[i % len(requests)] for i in range(batch_size)]
+    params = drafter_params, target_params
+    options = {"config": dataclasses.replace(config, verify_slots=None), "mesh": mesh}
+    timed = timed_pass(*params, asked, max_new_tokens=_PROBED_TOKENS, batch_size=batch_size, **options)
+    accepted = alpha([g.accepted for g in timed.generations], options["config"].block_size)
+    state = start(*params, asked, max_new_tokens=_PROBED_TOKENS, **options)
+    found = widths(*params, state, config=options["config"], accepted=accepted)
+    return sorted(found, key=lambda width: -width.tokens_per_ms)
 
 
 def _round(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
