@@ -818,11 +818,14 @@ def test_diverging_pretraining(here, capsys):
 
 
 def test_damaged_part_of_a_regeneration(here, capsys):
-    from specauf_jax.commands import regenerate
+    from specauf_jax.commands import dialogues
 
-    truncated = here / "new.parts" / "0.npz"
+    truncated = here / "new.parts" / "0.json"
     truncated.parent.mkdir()
-    regenerate._save(truncated, [])
-    truncated.write_bytes(truncated.read_bytes()[:100])
-    with pytest.raises(SpecaufError, match="(?s)0.npz cannot be read.*delete"):
-        regenerate._load(truncated)
+    dialogues.save(truncated, {3: dialogues.Talk([1, 2, 3], [(1, 3)])})
+    whole = truncated.read_bytes()
+    assert dialogues.load(truncated)[3].document.loss_mask.tolist() == [False, True, True]
+    for damage in (whole[:20], b'{"3": {"tokens": [1], "more": 2}}', b"[]"):
+        truncated.write_bytes(damage)
+        with pytest.raises(SpecaufError, match="(?s)0.json cannot be read.*delete"):
+            dialogues.load(truncated)

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from specauf_jax.commands.regenerate import _assemble, _rewrite
+from specauf_jax.commands.regenerate import _answered, _assemble
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import MANIFEST_KEYS
 from specauf_jax.data.packing import Document
 from specauf_jax.data.tokenizer import train_bpe
-from specauf_jax.decoding.generate import Generation
+from specauf_jax.decoding.rows import Generation
 
 STOP = 99
 
@@ -21,12 +21,19 @@ def conversation(*runs: tuple[int, bool]) -> Document:
 def rewrite(documents, answers: list[list[int]], length: int = 64) -> list[Document]:
     """With the target's answers given, in the order in which they are asked for."""
     answers = iter(answers)
-
-    def respond(prompts, seed):
-        return [Generation(prompt=p, tokens=next(answers), accepted=[]) for p in prompts]
-
     config = Regenerate(data="", target="", out="", prompt_length=3)
-    return _rewrite(documents, respond, (STOP,), config, length, 0)
+
+    def held(dialogue):
+        try:
+            request = next(dialogue)
+            while True:
+                assert request.max_new_tokens == min(config.max_new_tokens, length - len(request.prompt)) > 0
+                request = dialogue.send(Generation(prompt=request.prompt, tokens=next(answers), accepted=[]))
+        except StopIteration as end:
+            return end.value
+
+    talks = [held(_answered(document, n, (STOP,), config, length)) for n, document in enumerate(documents)]
+    return [talk.document for talk in talks if talk.answers]
 
 
 def test_each_answer_is_replaced_and_each_question_kept():
@@ -57,5 +64,5 @@ def test_documents_whose_answer_was_cut_are_counted(tmp_path):
     manifest = dict.fromkeys(MANIFEST_KEYS) | {"sequence_length": 16, "prompts": {}, "source": "chats"}
     found = rewrite([conversation((4, False), (2, True))] * 3, [[50, STOP], [50, 51], [STOP]])
     config = Regenerate(data=str(tmp_path / "data"), target="T", out=str(tmp_path / "out"))
-    written = _assemble(config, manifest, [found[:2], found[2:]], (STOP, 7))
+    written = _assemble(config, manifest, found, (STOP, 7))
     assert (written["documents"], written["truncated_documents"], written["largest_token_id"]) == (3, 1, STOP)

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from specauf_jax.cli import main
-from specauf_jax.commands import regenerate as regenerate_module
+from specauf_jax.commands import dialogues
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.tokenizer import copy_tokenizer
 from specauf_jax.files import local_copy, write_text
@@ -109,21 +109,21 @@ def test_a_killed_regeneration_goes_on(storage, monkeypatch):
     arguments = ["regenerate", "--data", "gs://bucket/data", "--target", "gs://bucket/target", "--prompt-length", "8",
                  "--max-new-tokens", "6", "--batch-size", "4", "--documents", "20"]  # fmt: skip
     run(*arguments, "--out", "gs://bucket/again/whole")
-    save, saved = regenerate_module._save, []
+    save, saved = dialogues.save, []
 
-    def interrupted(path, documents):
+    def interrupted(path, talks):
         if len(saved) == 1:
             raise KeyboardInterrupt
         saved.append(path.name)
-        save(path, documents)
+        save(path, talks)
 
-    monkeypatch.setattr(regenerate_module, "_save", interrupted)
+    monkeypatch.setattr(dialogues, "save", interrupted)
     assert main([*arguments, "--out", "gs://bucket/again/parts"]) == 130
-    assert storage.names("again/parts") == ["again/parts.parts/0.npz", "again/parts.parts/settings.json"]
-    monkeypatch.setattr(regenerate_module, "_save", save)
+    assert storage.names("again/parts") == ["again/parts.parts/0.json", "again/parts.parts/settings.json"]
+    monkeypatch.setattr(dialogues, "save", save)
     seen = len(storage.seen)
     run(*arguments, "--out", "gs://bucket/again/parts")
-    assert ("write", "again/parts.parts/0.npz") not in storage.seen[seen:]
+    assert ("write", "again/parts.parts/0.json") not in storage.seen[seen:]
     assert not storage.names("again/parts.")
     whole, parts = (open_dataset(f"gs://bucket/again/{name}") for name in ("whole", "parts"))
     tokens = [[rows[i]["tokens"].tolist() for i in range(len(rows))] for rows in (whole, parts)]

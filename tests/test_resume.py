@@ -16,7 +16,7 @@ from rich.console import Console
 
 from specauf_jax import config as c
 from specauf_jax.architecture import Drafter
-from specauf_jax.commands import regenerate as regenerate_module
+from specauf_jax.commands import dialogues
 from specauf_jax.commands import train as train_module
 from specauf_jax.commands.prepare import prepare
 from specauf_jax.commands.prepare_settings import Prepare
@@ -134,7 +134,7 @@ def test_an_interrupted_regeneration_does_not_go_on_with_other_data(world, tmp_p
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(regenerate_module, "_save", killed)
+        patch.setattr(dialogues, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             regenerate(config, QUIET)
     shutil.rmtree(tmp_path / "data")
@@ -170,21 +170,19 @@ def test_an_interrupted_regeneration_goes_on_where_it_stopped(world, tmp_path, m
         )
 
     regenerate(config("whole"), QUIET)
-    save, saved = regenerate_module._save, []
+    save, saved = dialogues.save, []
 
-    def interrupted(path, documents):
+    def interrupted(path, talks):
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(path.name)
-        save(path, documents)
+        save(path, talks)
 
-    monkeypatch.setattr(regenerate_module, "_save", interrupted)
+    monkeypatch.setattr(dialogues, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         regenerate(config("parts"), QUIET)
     assert not (tmp_path / "parts").exists()
-    monkeypatch.setattr(
-        regenerate_module, "_save", lambda path, documents: (saved.append(path.name), save(path, documents))
-    )
+    monkeypatch.setattr(dialogues, "save", lambda path, talks: (saved.append(path.name), save(path, talks)))
     regenerate(config("parts"), QUIET)
     assert len(saved) == len(set(saved)) > 3  # nothing was generated twice
     assert not (tmp_path / "parts.parts").exists()
