@@ -220,6 +220,16 @@ def template_notes(tokenizer: Tokenizer) -> list[str]:
     return notes
 
 
+def turn_end(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template writes right after an answer, if it writes one."""
+    try:
+        after = _render(tokenizer, _EXAMPLE).rpartition(_EXAMPLE.messages[-1]["content"])[2]
+    except RefusedConversation:
+        return None
+    first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
+    return first[0] if first and first[0] in _special_ids(tokenizer) else None
+
+
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation that awaits the assistant's answer.
 

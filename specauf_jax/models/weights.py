@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +21,11 @@ from specauf_jax.files import AnyPath, as_path, check_writable, existing_folder,
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
-from specauf_jax.models.tensors import Progress, flatten, read_tree, tensor_files, write_tensors
+from specauf_jax.models.tensors import Progress, file_shapes, flatten, read_tree, tensor_files, write_tensors
 from specauf_jax.sharding import parameter_sharding
 
 Layout = Literal["zlab", "specforge", "speculators"]
+SHARD_BYTES = 4 * 2**30
 _TAIL_BYTES = 2**20
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 8192  # of two tensors that are compared at one time
@@ -63,6 +66,11 @@ def load_target(
 def target_config(folder) -> Target:
     """Architecture of the checkpoint in `folder`, from its config.json alone."""
     return hf_config.read_target(*_read_config(folder, "a target, of `specauf pretrain` or from Hugging Face"))
+
+
+def target_tensors(config: Target) -> dict[str, tuple]:
+    """Name → shape of every tensor in a checkpoint of this architecture."""
+    return {_target_name(name): shape for name, shape in file_shapes(target_shapes(config)).items()}
 
 
 def weights_digest(folder) -> str:
@@ -234,6 +242,41 @@ def _write(folder, tensors: dict, json_files: dict[str, dict]) -> None:
         write_tensors(tensors, new / "model.safetensors")
         for name, values in json_files.items():
             (new / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def write_shards(
+    readers: Mapping[str, Callable[[], np.ndarray]],
+    shapes: Mapping[str, tuple],
+    folder: Path,
+    dtype: Dtype,
+    track: Callable[[Iterable[str]], Iterable[str]],
+) -> None:
+    """Write tensors that are read one by one: model.safetensors, or an index and shards of SHARD_BYTES.
+
+    Args:
+      readers: name → what reads the tensor; no more than a shard is held.
+      shapes: of all tensors.
+      folder: local, to write into.
+      dtype: of the files.
+      track: goes through the names, and shows how far it is.
+    """
+    kind = _NUMPY[dtype]
+    ends = np.cumsum([kind.itemsize * math.prod(shapes[name]) for name in readers])
+    places = ((ends - 1) // SHARD_BYTES).tolist()
+    shards = {place: f"model-{index + 1:05}-of-{len(set(places)):05}.safetensors"
+              for index, place in enumerate(dict.fromkeys(places))}  # fmt: skip
+    if len(shards) == 1:
+        shards = dict.fromkeys(shards, "model.safetensors")
+    weight_map = {name: shards[place] for name, place in zip(readers, places, strict=True)}
+    held: dict[str, np.ndarray] = {}
+    for name, following in zip(track(readers), [*weight_map.values()][1:] + [""], strict=True):
+        held[name] = readers[name]().astype(kind)
+        if weight_map[name] != following:
+            write_tensors(held, folder / weight_map[name])
+            held.clear()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": int(ends[-1])}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_target_folder(folder) -> None:
