@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -245,36 +246,35 @@ def _write(folder, tensors: dict, json_files: dict[str, dict]) -> None:
 
 
 def write_shards(
-    readers: Mapping[str, Callable[[], np.ndarray]],
-    shapes: Mapping[str, tuple],
+    shapes: dict[str, tuple],
+    read: Callable[[str], np.ndarray],
     folder: Path,
     dtype: Dtype,
     track: Callable[[Iterable[str]], Iterable[str]],
 ) -> None:
-    """Write tensors that are read one by one: model.safetensors, or an index and shards of SHARD_BYTES.
+    """Write tensors, read one by one: model.safetensors, or shards of SHARD_BYTES and more, of which one is held.
 
     Args:
-      readers: name → what reads the tensor; no more than a shard is held.
-      shapes: of all tensors.
+      shapes: name → shape.
+      read: name → tensor.
       folder: local, to write into.
       dtype: of the files.
       track: goes through the names, and shows how far it is.
     """
     kind = _NUMPY[dtype]
-    ends = np.cumsum([kind.itemsize * math.prod(shapes[name]) for name in readers])
-    places = ((ends - 1) // SHARD_BYTES).tolist()
-    shards = {place: f"model-{index + 1:05}-of-{len(set(places)):05}.safetensors"
-              for index, place in enumerate(dict.fromkeys(places))}  # fmt: skip
-    if len(shards) == 1:
-        shards = dict.fromkeys(shards, "model.safetensors")
-    weight_map = {name: shards[place] for name, place in zip(readers, places, strict=True)}
-    held: dict[str, np.ndarray] = {}
-    for name, following in zip(track(readers), [*weight_map.values()][1:] + [""], strict=True):
-        held[name] = readers[name]().astype(kind)
-        if weight_map[name] != following:
-            write_tensors(held, folder / weight_map[name])
-            held.clear()
-    if len(shards) > 1:
+    ends = np.cumsum([kind.itemsize * math.prod(shape) for shape in shapes.values()])
+    numbers = np.unique(ends // SHARD_BYTES, return_inverse=True)[1]
+    count = int(numbers[-1]) + 1
+    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors" for i in range(count)]
+    weight_map = {name: files[i] for name, i in zip(shapes, numbers, strict=True)}
+    left, held = Counter(weight_map.values()), {}
+    for name in track(shapes):
+        file = weight_map[name]
+        held[name] = read(name).astype(kind)
+        if len(held) == left[file]:
+            write_tensors(held, folder / file)
+            held = {}
+    if count > 1:
         index = {"metadata": {"total_size": int(ends[-1])}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
