@@ -221,13 +221,13 @@ def template_notes(tokenizer: Tokenizer) -> list[str]:
 
 
 def turn_end(tokenizer: Tokenizer) -> int | None:
-    """The special token that the chat template writes right after an answer, if it writes one."""
+    """The special token that the chat template writes after an answer, but for spaces; None if it writes none."""
     try:
-        after = _render(tokenizer, _EXAMPLE).rpartition(_EXAMPLE.messages[-1]["content"])[2]
+        after = _render(tokenizer, _EXAMPLE).rpartition(_EXAMPLE.messages[-1]["content"])[2].lstrip()
     except RefusedConversation:
         return None
-    first = tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"][:1]
-    return first[0] if first and first[0] in _special_ids(tokenizer) else None
+    special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((special[text] for text in sorted(special, key=len, reverse=True) if after.startswith(text)), None)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
