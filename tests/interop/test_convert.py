@@ -3,12 +3,12 @@
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import os
 import random
 import unicodedata
 import urllib.request
-import warnings
 from pathlib import Path
 
 import gguf_files
@@ -32,6 +32,7 @@ from specauf_jax.data.chat import encode_prompt
 from specauf_jax.data.tokenizer import load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import TargetStep, target_head, target_hidden
 from specauf_jax.models.weights import load_target
@@ -143,15 +144,17 @@ def test_the_numbers_are_those_of_llama_cpp(case, tmp_path):
 
 @pytest.fixture(scope="module")
 def lines():
-    """1,000 lines of text and code of Python's own library, 300 that are not ASCII, and 400 of odd characters."""
-    draw, found = random.Random(0), []
-    for path in sorted(Path(os.__file__).parent.glob("*/*.py")) + sorted(Path(np.__file__).parent.glob("*/*.py*")):
-        with warnings.catch_warnings(), open(path, encoding="utf-8", errors="ignore") as file:
-            found += [line for line in file.read().splitlines() if line.strip()]
-    odd = [line for line in found if not line.isascii()]
+    """500 lines of code, 500 of packages' descriptions, 300 that are not ASCII, and 400 of odd characters."""
+    draw, found = random.Random(0), {}
+    for folder, files in ((Path(os.__file__).parent, "*/*.py"), (Path(np.__file__).parents[1], "*.dist-info/METADATA")):
+        texts = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(folder.glob(files))]
+        found[files] = [line for text in texts for line in text.splitlines() if line.strip()]
+    code, text = found.values()
+    odd = [line for line in code + text if not line.isascii()]
     alphabet = "abXYZ 012345  \t\n.,'\"!-_()½²٣四Ⅷéàñ漢字かカ한글абא😀👍́\u00a0　'sIt'S don't L'l $+<=>^~|`@#%&*"
     drawn = ["".join(draw.choice(alphabet) for _ in range(draw.randint(1, 40))) for _ in range(400)]
-    return draw.sample(found, 1000) + draw.sample(odd, 300) + drawn + ["Hi<|im_end|> <|im_start|>a", " <tool> b<tool>c"]
+    drawn += ["Hi<|im_end|> <|im_start|>a", " <tool> b<tool>c"]
+    return draw.sample(code, 500) + draw.sample(text, 500) + draw.sample(odd, 300) + drawn
 
 
 @pytest.fixture(scope="module")
@@ -170,13 +173,12 @@ def test_smollm2s_ids_are_those_of_llama_cpp(smollm2, lines):
 
 
 def test_where_transformers_ids_of_smollm2_differ(lines, smollm2):
-    """It splits as GPT-2, so that a space and a number meet; without merges of numbers, only those of other scripts."""
-    tokenizer, other = (
-        load_tokenizer(smollm2),
-        AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name),
-    )
+    """It splits as GPT-2, where a space and a number meet; that is wrong, by llama.cpp and so by the test above."""
+    tokenizer = load_tokenizer(smollm2)
+    other = AutoTokenizer.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
     differ = [line for line in lines if tokenizer.encode(line) != other.encode(line)]
-    assert differ and all(any(unicodedata.category(c)[0] == "N" and not c.isascii() for c in line) for line in differ)
+    numbers = [{a for a, b in itertools.pairwise(line) if unicodedata.category(b)[0] == "N"} for line in differ]
+    assert len(lines) / 50 < len(differ) < len(lines) / 10 and all(any(c.isspace() for c in found) for found in numbers)
     assert other.eos_token == "<|im_start|>" and tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|im_end|>"
 
 
@@ -248,18 +250,18 @@ QUESTIONS = ("What is the capital of France?", "Name three fruits.", "How many l
 
 
 def test_smollm2_writes_what_transformers_writes(smollm2):
-    """The same GGUF file, read by transformers and through our folder: the same weights, bit for bit, and words."""
+    """The same file, read by transformers and through our folder: the same weights, bit for bit, and greedy words."""
     model, (params, config) = theirs(SMOLLM2), load_target(smollm2)
     state, found = model.state_dict(), load_file(smollm2 / "model.safetensors")
     assert all(np.array_equal(found[name], state[name].numpy()) for name in found) and len(found) == 272
     tokenizer = load_tokenizer(smollm2)
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": question}]) for question in QUESTIONS]
     decoding = Decoding(target_step=TargetStep(config, (29,)), stop_tokens=tokenizer.stops)
-    answers = generate(None, params, prompts, config=decoding, max_new_tokens=24, batch_size=20)
-    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": list(tokenizer.stops), "pad_token_id": 0}
+    answers = generate(None, serving_params(params), prompts, config=decoding, max_new_tokens=24, batch_size=20)
     for prompt, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
-            written = model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-        assert answer.tokens == written, (tokenizer.decode(answer.tokens), tokenizer.decode(written))
+            logits = model(torch.tensor([prompt + answer.tokens]), logits_to_keep=len(answer.tokens) + 1).logits[0, :-1]
+        assert answer.tokens == logits.argmax(-1).tolist(), tokenizer.decode(answer.tokens)
+        assert len(answer.tokens) == 24 or answer.tokens[-1] in tokenizer.stops
     assert any(answer.tokens[-1] == tokenizer.eos_token_id for answer in answers)
     assert "Paris" in tokenizer.decode(answers[0].tokens)
