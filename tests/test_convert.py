@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import gguf
 import gguf_files
@@ -10,14 +11,16 @@ import pytest
 from gguf_files import ALPHABET, CONTROL, END, NORMAL, START, TOKENS, TURN_END, UNKNOWN, UNUSED, USER
 from safetensors.numpy import load_file
 
-from specauf_jax import cli
+from specauf_jax import cli, files
 from specauf_jax.architecture import RopeScaling
 from specauf_jax.data import gguf_tokenizer
 from specauf_jax.data.chat import encode_prompt
 from specauf_jax.data.tokenizer import CHATML, load_tokenizer
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
+from specauf_jax.errors import SpecaufError
 from specauf_jax.models import weights
+from specauf_jax.models.gguf import open_gguf, read_architecture
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import load_target, target_config
@@ -192,7 +195,7 @@ def test_flags_of_the_ends_of_texts(tmp_path):
     assert load_tokenizer(tmp_path)("a")["input_ids"] == [TOKENS.index("a"), TURN_END]
 
 
-PIECES = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "▁", "a", "b", "▁a", "ab", "▁ab", "<tool>"]
+PIECES = ["<unk>", "aa", "</s>", "<0xC3>", "<0xA9>", "▁", "a", "b", "▁a", "ab", "▁ab", "<tool>"]
 SENTENCEPIECE = ggml(model="llama", pre="default", tokens=PIECES, scores=[0.0] * 8 + [-1.0, 2.0, 1.0, -1000.0],
                      token_type=[UNKNOWN, CONTROL, CONTROL, 6, 6, *[NORMAL] * 6, USER], eos_token_id=None)  # fmt: skip
 
@@ -207,6 +210,7 @@ def test_sentencepiece_merges_by_scores(prefix, tmp_path, convert):
     front = ["▁"] if prefix else []
     assert ids["ab ab"] == (["▁ab", "▁ab"] if prefix else ["ab", "▁ab"])
     assert ids["é<tool>a"] == [*front, "<0xC3>", "<0xA9>", "<tool>", "▁a" if prefix else "a"]
+    assert 1 not in tokenizer("baa", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     encoded = tokenizer("ab ab")["input_ids"]
     assert encoded[0] == 1 and tokenizer.decode(encoded, skip_special_tokens=True) == "ab ab" and stops(out) == [2]
 
@@ -222,7 +226,7 @@ def test_padding_is_no_token_but_unused_ones_within_are(tmp_path):
     assert tokenizer.convert_ids_to_tokens(END) == f"[PAD{END}]" and tokenizer.eos_token_id == END + 1
 
 
-OWN = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<|over|>{% endif %}{% endfor %}"
+OWN = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} <|over|>{% endif %}{% endfor %}"
 
 
 def test_every_stop_is_named(tmp_path):
@@ -263,6 +267,7 @@ def not_finite(config):
 
 
 CONFIG = gguf_files.architecture("llama")
+MANY = [*TOKENS, *(f"new {i}" for i in range(30))]
 ROW, VECTOR = np.ones((1, 32), np.float32), np.ones(8, np.float32)
 REFUSED = {
     "another architecture": (dict(changes={"general.architecture": "gemma3"}), "'gemma3'; one of qwen3, qwen2, llama"),
@@ -286,7 +291,7 @@ REFUSED = {
     "the other byte order": (dict(endianess=gguf.GGUFEndian.BIG), "the other byte order"),
     "part of a split file": (dict(changes={"split.count": 3}), "one of 3 parts"),
     "no tokens": (dict(changes=ggml(tokens=None)), "has 0 tokens"),
-    "too many tokens": (dict(changes=ggml(tokens=[*TOKENS, *map(str, range(30))], token_type=None)), "288 embeddings"),
+    "too many tokens": (dict(changes=ggml(tokens=MANY, token_type=None)), "288 embeddings"),
     "one token twice": (dict(changes=ggml(tokens=[*TOKENS[:-1], "a"])), "264 different"),
     "too few types": (dict(changes=ggml(token_type=[NORMAL])), "1 types"),
     "another tokenizer": (dict(changes=ggml(model="rwkv")), "tokenizer.ggml.model is 'rwkv'; gpt2 or llama"),
@@ -309,6 +314,13 @@ def test_refused(case, tmp_path, convert):
     for part in named.split("; "):
         assert part in said
     assert "to do:" in said and sorted(tmp_path.iterdir()) == before
+
+
+def test_what_gguf_cannot_dequantise_is_refused_before_the_work(tmp_path):
+    settings, _ = REFUSED["whole numbers"]
+    gguf_files.write(tmp_path / "model.gguf", CONFIG, **settings)
+    with pytest.raises(SpecaufError, match="stored as I8"):
+        read_architecture(open_gguf(tmp_path / "model.gguf"))
 
 
 def test_damaged_files(tmp_path, convert):
@@ -347,6 +359,12 @@ def test_nothing_is_overwritten(tmp_path, convert):
     assert "already holds" in convert(code=2)[1]
     inside = tmp_path / "model.gguf" / "out"
     assert cli.main(["convert", "--gguf", str(tmp_path / "model.gguf"), "--out", str(inside)]) == 2
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path, convert, monkeypatch):
+    gguf_files.write(tmp_path / "model.gguf", CONFIG)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**14))
+    assert "0.0 MiB free" in convert(code=2)[1]
 
 
 def test_without_the_package_it_says_what_to_install(tmp_path, convert, monkeypatch):

@@ -9,7 +9,7 @@ from rich.progress import track
 
 from specauf_jax.commands.convert_settings import Convert
 from specauf_jax.data.gguf_tokenizer import write_tokenizer
-from specauf_jax.files import check_absent, check_apart, check_writable, fresh_folder, read_json
+from specauf_jax.files import check_writable, fresh_folder, read_json
 from specauf_jax.models.gguf import open_gguf, read_architecture, read_tensor
 from specauf_jax.models.hf_config import write_target
 from specauf_jax.models.weights import target_tensors, write_shards
@@ -17,8 +17,6 @@ from specauf_jax.models.weights import target_tensors, write_shards
 
 def convert(config: Convert, console: Console) -> None:
     """Write `config.out`, whole or not at all."""
-    check_apart(config.out, config.gguf)
-    check_absent(config.out)
     file = open_gguf(config.gguf)
     target = read_architecture(file)
     shapes = target_tensors(target)

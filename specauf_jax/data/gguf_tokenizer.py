@@ -123,8 +123,8 @@ def _tokenizer(own: dict, where: str, embeddings: int) -> tuple[list[str], dict[
     if make is None:
         raise _wrong(where, "model", own.get("model"), "gpt2 or llama")
     tokenizer, add_bos = make(own, where, tokens, types, ids)
-    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        special = kind in (_UNKNOWN, _CONTROL) or index in ids.values()
+    for token, kind in zip(tokens, types, strict=True):
+        special = kind in (_UNKNOWN, _CONTROL)
         if special or kind == _USER:
             added = AddedToken(token, normalized=False, special=special)
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
