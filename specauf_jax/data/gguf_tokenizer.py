@@ -65,12 +65,13 @@ def write_tokenizer(keys: dict[str, Any], where: str, embeddings: int, folder: P
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in keys.items()}
     try:
         tokens, ids, tokenizer = _tokenizer(own, where, embeddings)
-        tokenizer.save(str(folder / "tokenizer.json"))
-    except (SpecaufError, OSError):
+        text = tokenizer.to_str(pretty=True)
+    except SpecaufError:
         raise
     except Exception as error:  # the library raises bare Exception
         raise SpecaufError(f"{where}: no tokenizer comes of its keys: {error!r}", "tokens and merges that fit",
                            "use another file") from error  # fmt: skip
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     added = tokenizer.get_added_tokens_decoder()
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if ids[name] is not None}

@@ -194,8 +194,10 @@ def byte_level(lines):
 
 
 def compared(path, folder, lines):
-    """Lines whose ids are not llama.cpp's."""
+    """Lines whose ids are not llama.cpp's; transformers reads the folder as we do."""
     tokenizer, reference = load_tokenizer(converted(path, folder)), LlamaCpp(path)
+    again = AutoTokenizer.from_pretrained(folder)
+    assert all(again(line)["input_ids"] == tokenizer(line)["input_ids"] for line in lines)
     return [line for line in lines if tokenizer.encode(line, add_special_tokens=False) != reference.tokens(line)]
 
 
