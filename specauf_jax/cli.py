@@ -22,6 +22,7 @@ from specauf_jax.checks import nearest
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.compile_settings import Compile
+from specauf_jax.commands.convert_settings import Convert
 from specauf_jax.commands.doctor_settings import Doctor
 from specauf_jax.commands.evaluate_settings import Evaluate
 from specauf_jax.commands.export_settings import Export
@@ -38,6 +39,7 @@ from specauf_jax.recipes import read_recipe
 from specauf_jax.signals import INTERRUPTED
 
 COMMANDS = {
+    "convert": (Convert, "convert"),
     "prepare": (Prepare, "prepare"),
     "pretrain": (Pretrain, "pretrain"),
     "regenerate": (Regenerate, "regenerate"),

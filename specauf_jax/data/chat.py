@@ -220,6 +220,16 @@ def template_notes(tokenizer: Tokenizer) -> list[str]:
     return notes
 
 
+def turn_end(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template writes after an answer, but for spaces; None if it writes none."""
+    try:
+        after = _render(tokenizer, _EXAMPLE).rpartition(_EXAMPLE.messages[-1]["content"])[2].lstrip()
+    except RefusedConversation:
+        return None
+    special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return next((special[text] for text in sorted(special, key=len, reverse=True) if after.startswith(text)), None)
+
+
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
     """Token ids of a conversation that awaits the assistant's answer.
 

@@ -41,6 +41,16 @@ def file_names(path, shape) -> list[str]:
     return [".".join(["layers", str(i), *parts[1:]]) for i in range(shape[0])]
 
 
+def file_shapes(shapes: dict) -> dict[str, tuple]:
+    """Name → shape in files, [out, in], of every tensor behind our tree."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
+        for name in file_names(path, leaf.shape):
+            found[name] = shape[::-1] if _is_transposed(path) else shape
+    return found
+
+
 def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
     """Our tree → tensors by name, in PyTorch's orientation [out, in]; all processes call it together.
 
@@ -86,11 +96,7 @@ def read_tree(
     Raises:
       SpecaufError: naming the file or tensor that does not fit.
     """
-    wanted = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
-        for name in file_names(path, leaf.shape):
-            wanted[prefixed(name)] = shape[::-1] if _is_transposed(path) else shape
+    wanted = {prefixed(name): shape for name, shape in file_shapes(shapes).items()}
     files = tensor_files(folder)
     _check_tensors(folder, files, wanted, ignored)
     if shardings is None:

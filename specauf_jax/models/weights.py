@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +22,11 @@ from specauf_jax.files import AnyPath, as_path, check_writable, existing_folder,
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
-from specauf_jax.models.tensors import Progress, flatten, read_tree, tensor_files, write_tensors
+from specauf_jax.models.tensors import Progress, file_shapes, flatten, read_tree, tensor_files, write_tensors
 from specauf_jax.sharding import parameter_sharding
 
 Layout = Literal["zlab", "specforge", "speculators"]
+SHARD_BYTES = 4 * 2**30
 _TAIL_BYTES = 2**20
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 8192  # of two tensors that are compared at one time
@@ -63,6 +67,11 @@ def load_target(
 def target_config(folder) -> Target:
     """Architecture of the checkpoint in `folder`, from its config.json alone."""
     return hf_config.read_target(*_read_config(folder, "a target, of `specauf pretrain` or from Hugging Face"))
+
+
+def target_tensors(config: Target) -> dict[str, tuple]:
+    """Name → shape of every tensor in a checkpoint of this architecture."""
+    return {_target_name(name): shape for name, shape in file_shapes(target_shapes(config)).items()}
 
 
 def weights_digest(folder) -> str:
@@ -234,6 +243,40 @@ def _write(folder, tensors: dict, json_files: dict[str, dict]) -> None:
         write_tensors(tensors, new / "model.safetensors")
         for name, values in json_files.items():
             (new / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def write_shards(
+    shapes: dict[str, tuple],
+    read: Callable[[str], np.ndarray],
+    folder: Path,
+    dtype: Dtype,
+    track: Callable[[Iterable[str]], Iterable[str]],
+) -> None:
+    """Write tensors, read one by one: model.safetensors, or shards of SHARD_BYTES and more, of which one is held.
+
+    Args:
+      shapes: name → shape.
+      read: name → tensor.
+      folder: local, to write into.
+      dtype: of the files.
+      track: goes through the names, and shows how far it is.
+    """
+    kind = _NUMPY[dtype]
+    ends = np.cumsum([kind.itemsize * math.prod(shape) for shape in shapes.values()])
+    numbers = np.unique(ends // SHARD_BYTES, return_inverse=True)[1]
+    count = int(numbers[-1]) + 1
+    files = [f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors" for i in range(count)]
+    weight_map = {name: files[i] for name, i in zip(shapes, numbers, strict=True)}
+    left, held = Counter(weight_map.values()), {}
+    for name in track(shapes):
+        file = weight_map[name]
+        held[name] = read(name).astype(kind)
+        if len(held) == left[file]:
+            write_tensors(held, folder / file)
+            held = {}
+    if count > 1:
+        index = {"metadata": {"total_size": int(ends[-1])}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_target_folder(folder) -> None:
