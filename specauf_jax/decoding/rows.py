@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -67,7 +68,8 @@ class Running:
 class Rows:
     """B rows with room for the longest of the first requests; idle until `admit` gives them requests.
 
-    A row's tokens depend neither on its neighbours nor on when it was admitted.
+    What all of the first prompts begin with, as chat templates do, is read once. A row's tokens depend neither on its
+    neighbours nor on when it was admitted.
     """
 
     def __init__(
@@ -87,6 +89,13 @@ class Rows:
         """Rounds of the device's loop so far."""
         shape = {"batch_size": batch_size, "room": self._room, "new": self._new, "dtype": float_dtype(target_params)}
         self.running = _idle(config=config, **shape, mesh=mesh)
+        self._prefix = _common_start([request.prompt for request in requests])
+        # Which of its rows each device reads, turn by turn, `together` at a time; none for a place behind the last.
+        shards = 1 if mesh is None else batch_shards(mesh)
+        local = batch_size // shards
+        together = max(1, local // _SHARE)
+        self._turns = np.full((shards, -(-local // together), together), local, np.int32)
+        self._begun = self._begin()
 
     def admit(self, waiting: deque[Request]) -> bool:
         """Read the prompts of waiting requests, first come first served, into idle rows; whether any row is busy."""
@@ -118,14 +127,28 @@ class Rows:
                 self._requests[row] = None
         return finished
 
+    def _begin(self):
+        """Caches that hold the prefix, of as many rows as are read together."""
+        rows = math.prod(self._turns.shape[::2])
+        tokens = np.zeros((rows, self._room), np.int32)
+        tokens[:, : len(self._prefix)] = self._prefix
+        length = np.full(rows, len(self._prefix) + 1, np.int32)  # prompts are read but for their last token
+        options = {"config": self._config, "mesh": self._mesh, "chunk_size": self._chunk}
+        return _read_prefix(*self._params, _on(self._mesh, (tokens, length)), **options)
+
     def _needs(self, request: Request) -> int:
         return len(request.prompt) + request.max_new_tokens + self._config.block_size - 1
 
     def _fits(self, request: Request) -> bool:
-        return self._needs(request) <= self._room and request.max_new_tokens <= self._new
+        fits = self._needs(request) <= self._room and request.max_new_tokens <= self._new
+        return (
+            fits
+            and list(request.prompt[: len(self._prefix)]) == self._prefix
+            and len(request.prompt) > len(self._prefix)
+        )
 
     def _read(self, fresh: dict[int, Request]) -> Running:
-        B, shards = len(self._requests), 1 if self._mesh is None else batch_shards(self._mesh)
+        B, shards = len(self._requests), len(self._turns)
         tokens = np.zeros((B, self._room), np.int32)
         length, limit, draws, top_k = (np.ones(B, np.int32) for _ in range(4))
         temperature, top_p = np.zeros(B, np.float32), np.ones(B, np.float32)
@@ -136,18 +159,26 @@ class Rows:
             temperature[row], top_p[row] = request.sampling.temperature, request.sampling.top_p
             top_k[row] = min(request.sampling.top_k, np.iinfo(np.int32).max)  # no vocabulary is larger
         # Each device reads its own rows' prompts, those of similar length together.
-        local = B // shards
-        together = max(1, local // _SHARE)
-        turns = np.full((shards, -(-local // together), together), local, np.int32)
+        local, turns = B // shards, self._turns.copy()
         of_device = [sorted((r for r in fresh if r // local == d), key=length.__getitem__) for d in range(shards)]
         for device, rows in enumerate(of_device):
             turns[device].flat[: len(rows)] = np.asarray(rows, np.int32) % local
-        prompts = (tokens, length, limit, draws, temperature, top_k, top_p, turns)
-        if self._mesh is not None:
-            prompts = jax.device_put(prompts, batch_sharding(self._mesh))
-        count = np.int32(-(-max(map(len, of_device)) // together))
-        arguments = (*self._params, self.running, prompts, count, np.uint32(self._seed))
+        prompts = _on(self._mesh, (tokens, length, limit, draws, temperature, top_k, top_p, turns))
+        count = np.int32(-(-max(map(len, of_device)) // turns.shape[2]))
+        begun = self._begun, np.int32(len(self._prefix))
+        arguments = (*self._params, self.running, prompts, count, begun, np.uint32(self._seed))
         return _admit(*arguments, config=self._config, mesh=self._mesh, chunk_size=self._chunk)
+
+
+def _common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """What all prompts begin with, but for each one's last token."""
+    shortest, longest = min(map(list, prompts)), max(map(list, prompts))
+    most = min(map(len, prompts)) - 1
+    return shortest[: next((i for i in range(most) if shortest[i] != longest[i]), most)]
+
+
+def _on(mesh, rows):
+    return rows if mesh is None else jax.device_put(rows, batch_sharding(mesh))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,22 +209,37 @@ def _caches(config, rows: int, room: int, dtype) -> dict:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk_size"), donate_argnames="running")
-def _admit(drafter_params, target_params, running: Running, prompts, count, seed, *, config, mesh, chunk_size):
-    """Requests' prompts read into their rows, some rows of each device at a time, `count` times."""
+def _admit(drafter_params, target_params, running: Running, prompts, count, begun, seed, *, config, mesh, chunk_size):
+    """Requests' prompts read into their rows, some rows of each device at a time, `count` times.
+
+    begun: of `_read_prefix`, and the prefix's length.
+    """
     *rows, turns = prompts
-    room, new, dtype = running.state.tokens.shape[1], running.accepted.shape[1], float_dtype(target_params)
+    caches, begin = begun
+    new = running.accepted.shape[1]
 
     def read(turn, running):
         at = lax.dynamic_index_in_dim(turns, turn, 1, keepdims=False)  # [devices, rows together]
         tokens, length, limit, draws, *how = _take(rows, at, mesh)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
-        state = init_state(tokens, length, limit, keys, how, **_caches(config, len(length), room, dtype))
+        state = init_state(tokens, length, limit, keys, how, **caches)
         fresh = Running(state=state, accepted=jnp.zeros((len(length), new), jnp.int32), rounds=jnp.zeros_like(length))
         fresh = _spread(fresh, mesh, config)
-        state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size)
+        state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size, begin=begin)
         return _put(running, dataclasses.replace(fresh, state=state), at, mesh, config)
 
     return lax.fori_loop(0, count, read, running)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk_size"))
+def _read_prefix(drafter_params, target_params, prompts, *, config: Decoding, mesh, chunk_size: int) -> dict:
+    """Caches after `tokens [n, T]`, of which `length [n]` - 1 are read."""
+    tokens, length = prompts
+    keys, how = jax.random.split(jax.random.key(0), len(length)), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    caches = _caches(config, tokens.shape[0], tokens.shape[1], float_dtype(target_params))
+    state = init_state(tokens, length, length, keys, how, **_spread_caches(caches, mesh, config))
+    state = prefill(drafter_params, target_params, state, config=config, chunk_size=chunk_size)
+    return {name: getattr(state, name) for name in caches}
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="running")
@@ -237,19 +283,29 @@ def _put(running: Running, fresh: Running, at, mesh, config: Decoding) -> Runnin
     return per_device(one, mesh, (specs, specs, PartitionSpec(BATCH)), specs)(running, fresh, at)
 
 
-def _row_axes(running: Running, config: Decoding) -> Running:
-    """Which axis of every array counts rows. A target's cache may have them anywhere: two sizes tell."""
+def _cache_axes(config: Decoding) -> dict:
+    """Which axis of every array of the caches counts rows. A target's may have them anywhere: two sizes tell."""
     of_two, of_three = (jax.eval_shape(lambda n=n: _caches(config, n, 1, jnp.float32)) for n in (2, 3))
 
     def axis(two, three):
         return next(i for i, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b)
 
+    return jax.tree.map(axis, of_two, of_three)
+
+
+def _cache_specs(caches: dict, mesh, config: Decoding) -> dict:
+    """Rows over all batch axes, the heads of key/value caches over `tensor`."""
+    return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), caches, _cache_axes(config))
+
+
+def _row_axes(running: Running, config: Decoding) -> Running:
+    """As `_cache_axes`, of all."""
     axes = jax.tree.map(lambda _: 0, running)
-    return dataclasses.replace(axes, state=dataclasses.replace(axes.state, **jax.tree.map(axis, of_two, of_three)))
+    return dataclasses.replace(axes, state=dataclasses.replace(axes.state, **_cache_axes(config)))
 
 
 def _specs(running: Running, mesh, config: Decoding) -> Running:
-    """Rows over all batch axes, the heads of key/value caches over `tensor`."""
+    """As `_cache_specs`, of all."""
     return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), running, _row_axes(running, config))
 
 
@@ -260,3 +316,11 @@ def _sharding(running: Running, mesh, config: Decoding) -> Running:
 def _spread(running: Running, mesh, config: Decoding) -> Running:
     """Zeros have no sharding of their own: unless it is said, every device holds all rows."""
     return running if mesh is None else lax.with_sharding_constraint(running, _sharding(running, mesh, config))
+
+
+def _spread_caches(caches: dict, mesh, config: Decoding) -> dict:
+    """As `_spread`."""
+    if mesh is None:
+        return caches
+    named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _cache_specs(caches, mesh, config))
+    return lax.with_sharding_constraint(caches, named)

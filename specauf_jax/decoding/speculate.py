@@ -131,7 +131,7 @@ def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: 
 
 
 def prefill(
-    drafter_params, target_params, state: DecodeState, *, config: Decoding, chunk_size: int | None = None
+    drafter_params, target_params, state: DecodeState, *, config: Decoding, chunk_size: int | None = None, begin=0
 ) -> DecodeState:
     """Read every prompt but its last token, the first anchor, into the caches, a chunk of all rows at a time.
 
@@ -140,19 +140,20 @@ def prefill(
 
     Args:
       chunk_size: tokens of a row that are read at one time; None for what suits the device.
+      begin: int [], tokens of every row that the caches hold already.
       Others as for `draft_and_verify`.
     """
     B, T = state.tokens.shape
     size = min(chunk_size or prompt_chunk(), T)
 
     def chunk(i, state: DecodeState) -> DecodeState:
-        at = jnp.minimum(i * size, T - size)
+        at = jnp.minimum(begin + i * size, T - size)
         tokens = lax.dynamic_slice_in_dim(state.tokens, at, size, axis=1)
         positions = jnp.broadcast_to(at + jnp.arange(size, dtype=jnp.int32), (B, size))
         _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
         return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
 
-    return lax.fori_loop(0, -(-(state.length.max() - 1) // size), chunk, state)
+    return lax.fori_loop(0, -(-(state.length.max() - 1 - begin) // size), chunk, state)
 
 
 def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decoding) -> DecodeState:

@@ -15,7 +15,7 @@ from specauf_jax.kernels.block_attention_xla import FLOOR, absorb
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 NO_WINDOW = 0  # as the `window` of a layer that has none
-TILE, TILE_ON_CPU = 512, 128  # positions of the cache whose scores exist at one time
+TILE, TILE_ON_CPU = 512, 64  # positions of the cache whose scores exist at one time
 
 
 @jax.named_scope("attention")
