@@ -4,14 +4,16 @@ set -euo pipefail
 
 usage() {
   cat <<EOF
-usage: bash launch/test.sh [--quick] [PYTEST ARGUMENTS]
+usage: bash launch/test.sh [--quick | --all] [PYTEST ARGUMENTS]
 
-Checks style with ruff and types with mypy, then runs all tests of specauf_jax: 24 minutes of processor time, about half
-of that on 2 idle cores. Installs into .venv what is missing there. The arguments go to pytest, and the exit code is
-pytest's: 0 where everything passed.
+Checks style with ruff and types with mypy, then runs the tests of specauf_jax, but for the few that take half of the
+time. Installs into .venv what is missing there. The arguments go to pytest, and the exit code is pytest's: 0 where
+everything passed.
 
+  --all     the long tests too: several hosts that are killed and go on, the flags that users have, every command in a
+            row, eight devices. What must pass before work is merged.
   --quick   style, types and the tests of single modules only: 100 s of processor time. It leaves out the commands, the
-            laws of decoding, meshes, several hosts and the launchers: run all tests before you merge.
+            laws of decoding, meshes, several hosts and the launchers.
 EOF
 }
 
@@ -19,8 +21,12 @@ EOF
 QUICK=(attention blocks checkpoint data_{chat,dataset,loader,packing,prepare,sources,tokenizer} layers loss measure
   objectives overfit prompts regenerate rope structure weights)
 
-files=()
+files=() which=(-m "not long")
 case "${1:-}" in
+  --all)
+    shift
+    which=()
+    ;;
   --quick)
     shift
     files=("${QUICK[@]/#/tests/test_}")
@@ -44,4 +50,4 @@ ruff format --check .
 mypy
 # A worker a core; each file in one worker, so that what it compiled serves all of its tests. The files come in the order
 # in which tests/conftest.py puts them: the longest first.
-python -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder ${files[@]+"${files[@]}"} "$@"
+python -m pytest -n "$(nproc)" --dist loadfile --no-loadscope-reorder ${which[@]+"${which[@]}"} ${files[@]+"${files[@]}"} "$@"

@@ -124,6 +124,7 @@ except SpecaufError as error:
 """
 
 
+@pytest.mark.long
 def test_two_devices_share_the_rows(world):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
@@ -194,6 +195,7 @@ config = Train(target={target!r}, data={data!r}, out="", drafter=Drafter(block_s
 """
 
 
+@pytest.mark.long
 def test_training(world, tmp_path):
     """Random rows, all of them supervised; of the drafter's slots auf needs fewer than decay, and says so."""
     recipe, S = tmp_path / "recipe.py", 32

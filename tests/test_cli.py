@@ -153,6 +153,7 @@ def digest(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_every_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 

@@ -388,6 +388,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 @needs_libtpu
+@pytest.mark.long
 def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     target, recipe, out = tmp_path / "target", tmp_path / "recipe.py", tmp_path / "out.json"
     target.mkdir()

@@ -434,6 +434,7 @@ print("same")
 """
 
 
+@pytest.mark.long
 def test_eight_devices_decode_what_one_does():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CORE = (
     "test_decoding.py::test_every_row_stops_at_its_own_end_of_sequence",
     "test_decoding.py::test_sampled_speculation_follows_the_targets_law",
@@ -12,6 +14,7 @@ CORE = (
 )
 
 
+@pytest.mark.long
 def test_core_with_the_flags_of_users():
     line = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *CORE]
     done = subprocess.run(

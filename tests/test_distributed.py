@@ -99,6 +99,7 @@ def compare(run: Path, one_device: Path, said: str) -> None:
     assert said.count("drafter written") == 1
 
 
+@pytest.mark.long
 def test_four_processes_train_as_one_does(world, one_device):
     out = world / "four"
     done = simulate(4, 1, command(world, out) + ["--mesh.fsdp", "2", "--mesh.tensor", "2"])
@@ -109,6 +110,7 @@ def test_four_processes_train_as_one_does(world, one_device):
 @pytest.mark.parametrize(
     "hosts,devices,accumulation,mesh", [(1, 8, 1, []), (2, 2, 2, ["--mesh.fsdp", "1", "--mesh.tensor", "4"])]
 )
+@pytest.mark.long
 def test_a_run_goes_on_with_other_processes_and_mesh(hosts, devices, accumulation, mesh, world, one_device):
     out = world / f"continued{hosts}{devices}"
     shutil.copytree(one_device, out)
@@ -119,6 +121,7 @@ def test_a_run_goes_on_with_other_processes_and_mesh(hosts, devices, accumulatio
     compare(out, one_device, done.stdout)
 
 
+@pytest.mark.long
 def test_killed_and_terminated_processes_end_with_the_same_bits(world, tmp_path):
     line = [sys.executable, str(LAUNCH / "measure/kill_and_resume.py"), "--target", str(world / "target"),
             "--data", str(world / "data"), "--out", str(tmp_path / "kill"), "--hosts", "2", "--kills", "3",
@@ -141,6 +144,7 @@ with joined(Hosts(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]))):
 """
 
 
+@pytest.mark.long
 def test_evaluate_generate_and_regenerate_on_two_hosts_give_what_one_gives(world):
     def commands(name):
         out, prompts = world / name, str(world / "prompts.jsonl")

@@ -187,6 +187,7 @@ VERSIONS = {
 
 
 @pytest.mark.parametrize("name", ["dflash", "domino"])
+@pytest.mark.long
 def test_a_sound_drafter(doctor, name):
     doctor.copy(name)
     code, result = doctor()

@@ -43,6 +43,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["plain", "domino"])
+@pytest.mark.long
 def test_training_starts_from_the_folders_weights(world, kind):
     specauf(f"{TRAIN} 0 --out {kind}_same --init-from {kind}/drafter")
     for name in ("config.json", "model.safetensors"):

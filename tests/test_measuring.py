@@ -125,6 +125,7 @@ def test_bench_decode(tmp_path):
     assert len(prompts) == 16 and prompts[3:5] == ["asyncio 3", "json 0"]
 
 
+@pytest.mark.long
 def test_exactness(world, capsys):
     assert run("exactness.py", *folders(world), "--prompts", 1, "--max-new-tokens", 9) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -366,6 +367,7 @@ def test_round(tmp_path, capsys):
     assert "batch   2: a step" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_device(tmp_path):
     """All four parts, on a CPU."""
     device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "900", "--out", tmp_path]

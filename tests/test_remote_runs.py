@@ -56,6 +56,7 @@ def steps(log: bytes) -> list[int]:
     return [json.loads(line)["step"] for line in log.splitlines()]
 
 
+@pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_bits(storage, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("jax.profiler.start_trace", lambda folder: write_text(folder / "trace", "x"))
     monkeypatch.setattr("jax.profiler.stop_trace", lambda: None)

@@ -338,6 +338,7 @@ def compare_meshes():
     print(json.dumps({"devices": len(jax.devices()), "losses": losses, "meshes": found}))
 
 
+@pytest.mark.long
 def test_eight_devices_compute_what_one_does():
     """On every mesh, with the parameters really spread: q_proj is [layers, D over fsdp, heads over tensor]."""
     child = subprocess.run(
