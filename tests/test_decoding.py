@@ -16,7 +16,8 @@ from scipy.stats import chisquare
 
 from specauf_jax import architecture as a
 from specauf_jax import config as c
-from specauf_jax.decoding.generate import generate, stream
+from specauf_jax.decoding.generate import converse, generate, stream
+from specauf_jax.decoding.rows import Request
 from specauf_jax.decoding.sampling import distribution
 from specauf_jax.decoding.speculate import draft_and_verify, prefill
 from specauf_jax.decoding.state import Decoding, init_state
@@ -440,3 +441,17 @@ def test_eight_devices_decode_what_one_does():
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_a_request_without_room_waits_for_the_rows_to_end(models):
+    """Of 32 rows two are read together, but only one is busy: what waits must not wait for two."""
+    ask = functools.partial(Request, sampling=c.Sampling())
+
+    def dialogue(first, then):
+        yield first
+        return (yield then)
+
+    asked = ask([1, 2, 3], 0, 40), ask(list(range(10)) * 8, 0, 20)
+    found = dict(converse(*models, {5: dialogue(*asked), 6: dialogue(*asked)}, config=decoding(), batch_size=32))
+    [expected] = generate(*models, [asked[1].prompt], config=decoding(), max_new_tokens=20, batch_size=32)
+    assert found == {5: expected, 6: expected}

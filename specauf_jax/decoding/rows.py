@@ -109,8 +109,8 @@ class Rows:
 
     def advance(self, waiting: bool) -> list[tuple[Request, Generation]]:
         """Rounds until every row is done, or, if requests are waiting, until a few are; what is done then."""
-        idle = self._requests.count(None)
-        enough = idle + max(1, len(self._requests) // _SHARE) if waiting else len(self._requests)
+        B, idle = len(self._requests), self._requests.count(None)
+        enough = min(idle + max(1, B // _SHARE), B) if waiting else B
         self.running, rounds = _stretch(*self._params, self.running, jnp.int32(enough), config=self._config)
         state = self.running.state
         tokens, length, done, accepted, count, rounds = to_host(
