@@ -445,13 +445,12 @@ def test_eight_devices_decode_what_one_does():
 
 def test_a_request_without_room_waits_for_the_rows_to_end(models):
     """Of 32 rows two are read together, but only one is busy: what waits must not wait for two."""
-    ask = functools.partial(Request, sampling=c.Sampling())
+    long = list(range(10)) * 8
 
-    def dialogue(first, then):
-        yield first
-        return (yield then)
+    def dialogue():
+        yield Request([1, 2, 3], 0, 40)
+        return (yield Request(long, 0, 20))
 
-    asked = ask([1, 2, 3], 0, 40), ask(list(range(10)) * 8, 0, 20)
-    found = dict(converse(*models, {5: dialogue(*asked), 6: dialogue(*asked)}, config=decoding(), batch_size=32))
-    [expected] = generate(*models, [asked[1].prompt], config=decoding(), max_new_tokens=20, batch_size=32)
+    found = dict(converse(*models, {5: dialogue(), 6: dialogue()}, config=decoding(), batch_size=32))
+    [expected] = generate(*models, [long], config=decoding(), max_new_tokens=20, batch_size=32)
     assert found == {5: expected, 6: expected}
