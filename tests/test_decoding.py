@@ -444,13 +444,13 @@ def test_eight_devices_decode_what_one_does():
 
 
 def test_a_request_without_room_waits_for_the_rows_to_end(models):
-    """Of 32 rows two are read together, but only one is busy: what waits must not wait for two."""
+    """Of 50 rows three are read together, but only two are busy at last: what waits must not wait for three."""
     long = list(range(10)) * 8
 
     def dialogue(number):
         answer = yield Request([1, 2, 3], 0, 2 + number)
         return (yield Request(long, 0, 20)) if number == 0 else answer
 
-    found = dict(converse(*models, {n: dialogue(n) for n in range(34)}, config=decoding(), batch_size=32))
-    [expected] = generate(*models, [long], config=decoding(), max_new_tokens=20, batch_size=32)
-    assert found[0] == expected and [len(found[n].tokens) for n in range(1, 34)] == list(range(3, 36))
+    found = dict(converse(*models, {n: dialogue(n) for n in range(52)}, config=decoding(), batch_size=50))
+    [expected] = generate(*models, [long], config=decoding(), max_new_tokens=20, batch_size=50)
+    assert found[0] == expected and [len(found[n].tokens) for n in range(1, 52)] == list(range(3, 54))
