@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import chex
@@ -16,8 +17,8 @@ from scipy.stats import chisquare
 
 from specauf_jax import architecture as a
 from specauf_jax import config as c
-from specauf_jax.decoding.generate import converse, generate, stream
-from specauf_jax.decoding.rows import Request
+from specauf_jax.decoding.generate import generate, stream
+from specauf_jax.decoding.rows import Request, Rows
 from specauf_jax.decoding.sampling import distribution
 from specauf_jax.decoding.speculate import draft_and_verify, prefill
 from specauf_jax.decoding.state import Decoding, init_state
@@ -443,14 +444,10 @@ def test_eight_devices_decode_what_one_does():
     assert done.stdout.strip() == "same", done.stderr[-3000:]
 
 
-def test_a_request_without_room_waits_for_the_rows_to_end(models):
-    """Of 50 rows three are read together, but only two are busy at last: what waits must not wait for three."""
-    long = list(range(10)) * 8
-
-    def dialogue(number):
-        answer = yield Request([1, 2, 3], 0, 2 + number)
-        return (yield Request(long, 0, 20)) if number == 0 else answer
-
-    found = dict(converse(*models, {n: dialogue(n) for n in range(52)}, config=decoding(), batch_size=50))
-    [expected] = generate(*models, [long], config=decoding(), max_new_tokens=20, batch_size=50)
-    assert found[0] == expected and [len(found[n].tokens) for n in range(1, 52)] == list(range(3, 54))
+def test_what_waits_does_not_wait_for_more_rows_than_are_busy(models):
+    """Of 50 rows three are read together; here one is busy, and the next request has no room beside it."""
+    request = Request([1, 2, 3], 0, 4)
+    rows = Rows(*models, [request], config=decoding(), batch_size=50)
+    assert rows.admit(deque([request, Request([1] * 90, 1, 4)]))
+    [(found, _)] = rows.advance(waiting=True)
+    assert found is request and not rows.admit(deque())
