@@ -39,7 +39,9 @@ def various(count: int = 14) -> list[Request]:
     rng = np.random.default_rng(0)
     sizes = [(1, 1), (40, 40), (1, 40), (40, 1), *rng.integers(1, 41, (count - 4, 2)).tolist()]
     prompts = [rng.integers(1, 6, length).tolist() for length, _ in sizes]
-    return [Request(prompt, i, new, HOW[i % 4]) for i, (prompt, (_, new)) in enumerate(zip(prompts, sizes, strict=True))]
+    return [
+        Request(prompt, i, new, HOW[i % 4]) for i, prompt, (_, new) in zip(range(count), prompts, sizes, strict=True)
+    ]
 
 
 def ask(*requests: Request):
