@@ -17,26 +17,23 @@ from specauf_jax.commands.synthesize import _kept, _said, _wanted, _written, syn
 from specauf_jax.commands.synthesize_settings import Synthesize
 from specauf_jax.config import Sampling
 from specauf_jax.data.dataset import open_dataset
-from specauf_jax.data.tokenizer import load_tokenizer, train_bpe
+from specauf_jax.data.tokenizer import copy_tokenizer, load_tokenizer, train_bpe
 from specauf_jax.decoding.rows import Generation
 from specauf_jax.errors import CannotGoOn, SpecaufError
 from specauf_jax.models.weights import save_target, target_config
 
 QUIET = Console(quiet=True)
 REWRITING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Like Qwen3: only the last answer carries a think block."""
+"""Like Qwen3: earlier answers lose their thoughts."""
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def save_writer(folder: Path) -> Path:
     """A target that writes lower-case letters at random, and ends after some seven of them."""
-    folder = tmp_path_factory.mktemp("synthesize") / "target"
-    train_bpe(["user\nassistant\nuser\nassistant hello"], 290, folder)
-    tokenizer, config = load_tokenizer(folder), tiny.target_config(vocab_size=290)
+    train_bpe(["user\nassistant\nuser\nassistant hello"], 290, folder.with_name("tokenizer"))
+    tokenizer, config = load_tokenizer(folder.with_name("tokenizer")), tiny.target_config(vocab_size=290)
     params = tiny.target_params(config)
     embedding, kernel = params["embed_tokens"]["embedding"], np.array(params["lm_head"]["kernel"])
     kernel[0] = -9.0  # of a component that is large everywhere
@@ -45,7 +42,13 @@ def folder(tmp_path_factory) -> Path:
     params["embed_tokens"]["embedding"] = embedding.at[:, 0].set(30.0)
     params["lm_head"]["kernel"] = jax.numpy.asarray(kernel)
     save_target(params, config, folder)
+    copy_tokenizer(folder.with_name("tokenizer"), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_writer(tmp_path_factory.mktemp("synthesize") / "target")
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def tokenizer(folder):
 
 def settings(folder, **changes) -> Synthesize:
     sizes = {"conversations": 12, "heldout_prompts": 3, "batch_size": 4, "max_user_tokens": 24, "max_new_tokens": 8,
-             "sequence_length": 64, "seed": 1}  # fmt: skip
+             "sequence_length": 64, "sampling": Sampling(1.0)}  # fmt: skip
     return Synthesize(**({"target": str(folder), "out": "", "turns": 2} | sizes | changes))
 
 
@@ -97,8 +100,8 @@ def test_two_turns_by_hand(tokenizer, folder):
     assert tokenizer.decode(talk.tokens) == text and talk.dropped is None
     assert [talk.tokens[a:b] for a, b in talk.answers] == [replies[1], replies[3]]
     roles = ("user", "assistant") * 2
-    assert talk.messages == [{"role": role, "content": said}
-                             for role, said in zip(roles, ("hello user", "yes", "more?", "no"), strict=True)]  # fmt: skip
+    said = ("hello user", "yes", "more?", "no")
+    assert talk.messages == [{"role": role, "content": words} for role, words in zip(roles, said, strict=True)]
     pieces = [
         text.partition("hello")[0],
         text.partition("yes")[0],
@@ -106,7 +109,7 @@ def test_two_turns_by_hand(tokenizer, folder):
         text[: -len("no<|im_end|>")],
     ]
     assert [tokenizer.decode(request.prompt) for request in asked] == pieces
-    assert [request.sampling for request in asked] == [Sampling(0.7, top_p=0.95), Sampling()] * 2
+    assert [request.sampling for request in asked] == [Sampling(0.7, top_p=0.95), Sampling(1.0)] * 2
     assert [request.max_new_tokens for request in asked] == [24, 8] * 2 and {r.index for r in asked} == {5}
     assert talk.document.loss_mask.sum() == sum(len(replies[i]) for i in (1, 3))
 
@@ -119,7 +122,7 @@ def test_two_turns_by_hand(tokenizer, folder):
         ("<|im_end|>", "with an empty or broken question"),
         (" \n <|im_end|>", "with an empty or broken question"),
         ("caf\xe9<|im_end|>", "with an empty or broken question"),
-        ("hello" * 12 + "<|im_end|>", "too long for a row"),
+        ("abcdefghij" * 6 + "<|im_end|>", "too long for a row"),
     ],
 )
 def test_questions_that_cannot_be_used(tokenizer, folder, question, why):
@@ -173,7 +176,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_one_turn(tokenizer, fold
     """The second question would follow another text than the one that was written."""
     tokenizer.chat_template = REWRITING
     end = ids(tokenizer, "<|im_end|>")
-    answer = [*letters(tokenizer, "<think></think>yes"), *end]
+    answer = [*letters(tokenizer, "<think>a</think>yes"), *end]
     talk, asked = written(tokenizer, settings(folder), [*letters(tokenizer, "hi"), *end], answer)
     assert len(asked) == 2 and len(talk.answers) == 1 and talk.dropped is None
 
@@ -248,7 +251,7 @@ def test_a_folder_and_the_same_after_a_kill(folder, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dialogues, "save", killed)
         synthesize(config, QUIET)
-    assert len(saved) == 1 and 8 <= len(saved[0]) < 15 and not (tmp_path / "killed").exists()
+    assert len(saved) == 1 and 8 <= len(saved[0]) < 16 and not (tmp_path / "killed").exists()
     with pytest.raises(SpecaufError, match="parts made with another user_top_p"):
         synthesize(settings(folder, out=str(tmp_path / "killed"), user_top_p=0.5), QUIET)
     begun = []
@@ -260,7 +263,7 @@ def test_a_folder_and_the_same_after_a_kill(folder, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(dialogues, "converse", counted)
     console = Console(width=200)
     synthesize(config, console)
-    assert begun[0] == 15 - len(saved[0])  # what was there is not written again
+    assert begun[0] == 16 - len(saved[0])  # what was there is not written again
     assert files(tmp_path / "killed") == whole
     said = capsys.readouterr().out
     assert " conversations begun, " in said and "dropped: " in said.splitlines()[-1]
