@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +15,14 @@ import pytest
 import tiny
 from rich.console import Console
 
-from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, summary
+from specauf_jax.commands.benchmark import CONVENTIONS, Method, _narrowed, benchmark, summary
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.benchmark_train import benchmark_train
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.report import write_report
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.data.tokenizer import train_bpe
+from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
@@ -85,11 +87,12 @@ def test_every_method(world):
     assert named <= {*m, *m["round"], *m["speedup"]}
 
 
-def test_fewer_verified_tokens_are_what_was_asked_for(world):
-    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(2,), verify_slots=3, repeats=1)
-    methods = benchmark(config, Console(quiet=True))["decoding"]["2"]
-    assert [m["block_size"] for m in methods.values()] == [1, 4, 3]  # of drafters only
-    assert methods["mine"]["exact"] and methods["mine"]["widths"].keys() == {"2", "3"}
+def test_fewer_tokens_are_verified_for_drafters_alone(world):
+    step, config = TargetStep(tiny.target_config(), (0, 1)), settings(world, verify_slots=3)
+    for drafter, size in ((None, 1), (PromptLookup(4), 4), (tiny.drafter_config(), 3)):
+        method = Method(Decoding(step, drafter))
+        models = SimpleNamespace(target_params=None, mesh=None)
+        assert _narrowed(method, [], 1, models, config, Console(quiet=True)).decoding.block_size == size
 
 
 def test_widths_by_hand(monkeypatch):

@@ -76,19 +76,18 @@ def test_documents_whose_answer_was_cut_are_counted(tmp_path):
 
 
 def test_a_drafter_gives_the_same_documents(tmp_path, capsys):
-    """Conversations of several turns, so that a row's next request is a longer one."""
     target = tiny.target_config(vocab_size=300)
     save_target(tiny.target_params(target), target, tmp_path / "target")
     drafter = tiny.drafter_config(target, mask_token_id=3, target_layer_ids=(1,))
     save_drafter(tiny.drafter_params(drafter), drafter, tmp_path / "drafter")
     train_bpe(["user assistant some text"], 280, tmp_path / "tokenizer")
-    talks = [[f"question {i * j} of {i}" for j in range(2 * (1 + i % 3))] for i in range(9)]
-    roles = ("user", "assistant") * 3
-    lines = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, talk, strict=False)]} for talk in talks]
+    questions = ["some text", "text", "some", "user", "text some", "user text"]
+    lines = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "text"}]}
+             for text in questions]  # fmt: skip
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     console = Console(width=200)
     prepare(Prepare(input=(str(tmp_path / "talks.jsonl"),), tokenizer=str(tmp_path / "tokenizer"),
-                    out=str(tmp_path / "data"), sequence_length=128), console)  # fmt: skip
+                    out=str(tmp_path / "data"), sequence_length=56), console)  # fmt: skip
 
     def rows(name: str, **changes):
         config = Regenerate(data=str(tmp_path / "data"), target=str(tmp_path / "target"), out=str(tmp_path / name),
@@ -98,6 +97,6 @@ def test_a_drafter_gives_the_same_documents(tmp_path, capsys):
         return manifest["supervised_tokens"], [data[i]["tokens"].tolist() for i in range(len(data))]
 
     alone = rows("alone")
-    assert alone[0] >= 9 * 20
+    assert alone[0] == 6 * 20  # none ended early
     assert rows("sooner", drafter=str(tmp_path / "drafter"), verify_slots="auto") == alone
     assert "of 4 slots, the fastest here" in capsys.readouterr().out
