@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,18 @@ import pytest
 import tiny
 from rich.console import Console
 
-from specauf_jax.commands.benchmark import CONVENTIONS, benchmark, summary
+from specauf_jax.commands.benchmark import CONVENTIONS, Method, _narrowed, benchmark, summary
 from specauf_jax.commands.benchmark_settings import Benchmark
 from specauf_jax.commands.benchmark_train import benchmark_train
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.report import write_report
 from specauf_jax.commands.report_settings import Report
 from specauf_jax.data.tokenizer import train_bpe
+from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation import timing
 from specauf_jax.evaluation.runs import read_benchmark
 from specauf_jax.evaluation.timing import Timed
 from specauf_jax.models.cpu import serving_params
@@ -70,8 +73,66 @@ def test_every_method(world):
             assert whole == pytest.approx(round_["round_ms"])
             assert (round_["draft_ms"] == 0) == (name == "autoregressive") and round_["verify_ms"] > 0
         assert methods["autoregressive"]["speedup"]["median"] == 1
+        assert not {"alpha", "widths"} & methods["autoregressive"].keys()
+        for name in ("prompt_lookup", "mine"):
+            m = methods[name]
+            assert len(m["alpha"]) == 3 and m["widths"].keys() == m["width_speedup"].keys() == {"2", "4"}
+            alone_ms = methods["autoregressive"]["round"]["round_ms"]
+            for slots, width in m["widths"].items():
+                assert m["width_speedup"][slots] == pytest.approx(width["tokens"] / width["round_ms"] * alone_ms)
+            assert m["widths"]["2"]["tokens"] == pytest.approx(1 + m["alpha"][0])
+            assert m["widths"]["4"]["tokens"] == pytest.approx(m["tau"])  # what alpha was measured on
+            assert m["width_speedup"][str(m["fastest_width"])] == max(m["width_speedup"].values())
     named = {key.split(".")[-1] for keys in CONVENTIONS for key in keys.split(", ")}
     assert named <= {*m, *m["round"], *m["speedup"]}
+
+
+def test_fewer_tokens_are_verified_for_drafters_alone(world):
+    step, config = TargetStep(tiny.target_config(), (0, 1)), settings(world, verify_slots=3)
+    for drafter, size in ((None, 1), (PromptLookup(4), 4), (tiny.drafter_config(), 3)):
+        method = Method(Decoding(step, drafter))
+        models = SimpleNamespace(target_params=None, mesh=None)
+        assert _narrowed(method, [], 1, models, config, Console(quiet=True)).decoding.block_size == size
+
+
+def test_widths_by_hand(monkeypatch):
+    """A round of n tokens takes 10 + n ms, but for the first one of each, which compiles."""
+    drafter = tiny.drafter_config(block_size=12)
+    config, seen, probed = Decoding(TargetStep(tiny.target_config(), (0, 1)), drafter), [], []
+
+    def part(what, *params, config):
+        seen.append(config.block_size)
+        first = seen.count(config.block_size) == 1
+        noise = {2: 0.005, 3: -0.005}.get(seen.count(config.block_size), 0.0)
+        return (9.0 if first else (10 + config.block_size) / 1000 + noise), "state"
+
+    monkeypatch.setattr(timing, "timed_part", part)
+    accepted = [0.8, 0.5, None, *[0.0] * 8]
+    found = timing.widths(None, None, "state", config=config, accepted=accepted)
+    assert [(w.slots, w.round_ms, w.tokens) for w in found] == [
+        (2, pytest.approx(12), pytest.approx(1.8)),
+        (4, pytest.approx(14), pytest.approx(2.2)),
+        (8, pytest.approx(18), pytest.approx(2.2)),
+        (12, pytest.approx(22), pytest.approx(2.2)),
+    ]
+    assert found[0].tokens_per_ms == pytest.approx(0.15)
+    assert seen == [n for n in (2, 4, 8, 12) for _ in range(4)]
+    for whole, sizes in ((2, [2]), (3, [2, 3]), (4, [2, 4]), (9, [2, 4, 8, 9])):
+        narrow = dataclasses.replace(config, verify_slots=whole)
+        assert [w.slots for w in timing.widths(None, None, "s", config=narrow, accepted=accepted)] == sizes
+
+    def probe(*params, config, batch_size, **options):
+        probed.append((params[2], config.block_size, batch_size))
+        return Timed([Generation([1], [], [0, 11, 1, 3])], 0.0, 0.0, 0)
+
+    monkeypatch.setattr(timing, "timed_pass", probe)
+    monkeypatch.setattr(timing, "start", lambda *params, **options: "state")
+    narrow = dataclasses.replace(config, verify_slots=2)
+    best, *others = timing.fastest_width(None, None, [[5], [6]], config=narrow, batch_size=3)
+    assert probed == [([[5], [6], [5]], 12, 3)]  # of all slots, whatever was asked for before
+    # Of 4 rounds 3, 2, 2 accepted 1, 2, 3 drafts and one all of them: 1.75 of 2, 3 of 4 and more of 8 and 12 tokens.
+    assert {w.slots: w.tokens for w in (best, *others)} == pytest.approx({2: 1.75, 4: 2.75, 8: 3.75, 12: 4.75})
+    assert best.slots == 12 and [w.slots for w in others] == [8, 4, 2]
 
 
 def test_a_summary_by_hand():

@@ -18,6 +18,7 @@ import tiny
 from jax.sharding import AbstractMesh
 from rich.console import Console
 from safetensors.numpy import load_file
+from test_synthesize import save_writer
 
 from specauf_jax import config as c
 from specauf_jax.cli import main
@@ -145,7 +146,9 @@ with joined(Hosts(coordinator=sys.argv[1], count=2, index=int(sys.argv[2]))):
 
 
 @pytest.mark.long
-def test_evaluate_generate_and_regenerate_on_two_hosts_give_what_one_gives(world):
+def test_commands_that_decode_give_on_two_hosts_what_they_give_on_one(world):
+    save_writer(world / "writer/target")
+
     def commands(name):
         out, prompts = world / name, str(world / "prompts.jsonl")
         models = ["--target", str(world / "target"), "--drafter", str(world / "drafter"), "--batch-size", "4",
@@ -154,7 +157,11 @@ def test_evaluate_generate_and_regenerate_on_two_hosts_give_what_one_gives(world
             ["generate", *models, "--prompts", prompts, "--out", f"{out}.jsonl", "--temperature", "0.7"],
             ["evaluate", *models, "--prompts", f"a={prompts}", "--out", f"{out}.json", "--repeats", "1"],
             ["regenerate", "--data", str(world / "data"), "--target", str(world / "target"), "--out", f"{out}.data",
-             "--documents", "9", "--prompt-length", "8", "--max-new-tokens", "6", "--batch-size", "4"],
+             "--documents", "9", "--prompt-length", "8", "--max-new-tokens", "6", "--batch-size", "4",
+             "--drafter", str(world / "drafter")],
+            ["synthesize", "--target", str(world / "writer/target"), "--out", f"{out}.written", "--conversations", "5",
+             "--heldout-prompts", "1", "--max-user-tokens", "12", "--max-new-tokens", "6", "--batch-size", "4",
+             "--sequence-length", "64"],
         ]  # fmt: skip
 
     def outputs(name):
@@ -164,6 +171,7 @@ def test_evaluate_generate_and_regenerate_on_two_hosts_give_what_one_gives(world
             (world / f"{name}.jsonl").read_text(),
             {name: results[name] for name in ("tau_micro", "tau_macro", "exact", "compared")},
             [rows[i]["tokens"].tolist() for i in range(len(rows))],
+            (world / f"{name}.written/conversations.jsonl").read_text(),
         )
 
     assert all(main(command) == 0 for command in commands("one_host"))

@@ -1,5 +1,6 @@
 """Data, tokenizers and targets that fit each other, and what is said of those that may not."""
 
+import functools
 import io
 import json
 from types import SimpleNamespace
@@ -11,13 +12,19 @@ from rich.console import Console
 
 from specauf_jax.architecture import Target
 from specauf_jax.commands import loading
+from specauf_jax.commands.benchmark_settings import Benchmark
+from specauf_jax.commands.evaluate_settings import Evaluate
+from specauf_jax.commands.generate_settings import Generate
 from specauf_jax.commands.prepare import prepare
 from specauf_jax.commands.prepare_settings import Prepare
+from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.commands.train import _check_mask
-from specauf_jax.config import Mesh
+from specauf_jax.config import Mesh, Sampling
 from specauf_jax.data import tokenizer as tokenizers
+from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.prompts import Prompt
+from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import save_drafter, save_target
 from specauf_jax.sharding import make_mesh
 
@@ -172,3 +179,38 @@ def test_a_mask_token_that_texts_hold_is_told(data, console):
     assert "mask token 0 is '<|endoftext|>', which texts may hold" in warned(0)
     assert "mask token 2 is '<|im_end|>'" in warned(2) and "mask token 9 is" in warned(9)
     assert warned(3) == warned(3, own=None) == warned(V + 5) == "" and before in said(console)
+
+
+def test_how_many_tokens_may_be_verified():
+    regenerate = {"data": "d", "target": "t", "out": "o", "drafter": "x"}
+    generate = {"target": "t", "drafter": "x", "prompts": "p"}
+    makers = (
+        functools.partial(Regenerate, **regenerate),
+        functools.partial(Generate, **generate),
+        functools.partial(Evaluate, target="t", drafter="x", prompts=("p",), out="o"),
+        functools.partial(Benchmark, target="t", prompts="p", out="o"),
+    )
+    for make in makers:
+        for slots in (None, 2, 99, "auto"):
+            assert make(verify_slots=slots).verify_slots == slots
+        for slots in (1, 0, -3):
+            with pytest.raises(SpecaufError, match=f"verify_slots is {slots}"):
+                make(verify_slots=slots)
+    for make in makers[:3]:
+        make(verify_slots=3, sampling=Sampling(0.5))
+        with pytest.raises(SpecaufError, match="auto above temperature 0"):
+            make(verify_slots="auto", sampling=Sampling(0.5))
+    with pytest.raises(SpecaufError, match="verify_slots is 2 without --drafter"):
+        Regenerate(**{**regenerate, "drafter": None}, verify_slots=2)
+    with pytest.raises(SpecaufError, match="verify_slots is 'auto' with --method autoregressive"):
+        Generate(**{**generate, "drafter": None}, method="autoregressive", verify_slots="auto")
+
+
+def test_more_verified_tokens_than_the_block_holds_are_refused():
+    options = {"params": None, "requests": [], "batch_size": 1, "mesh": None, "console": Console(quiet=True)}
+    decoding = Decoding(TargetStep(tiny.target_config(), (0, 1)), tiny.drafter_config())
+    with pytest.raises(SpecaufError, match="verify_slots 5.*\n.*at most the 4 of the drafter's block"):
+        loading.with_width(decoding, 5, **options)
+    assert loading.with_width(decoding, None, **options) == decoding
+    for slots in (2, 4):
+        assert loading.with_width(decoding, slots, **options).block_size == slots

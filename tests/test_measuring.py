@@ -147,6 +147,23 @@ def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1] == "8 DIFFERENT"
 
 
+def test_generation(world, tmp_path):
+    """Of this tree against itself."""
+    prompts = "".join(json.dumps({"prompt": "import json\n" * n}) + "\n" for n in (1, 3, 2))
+    (tmp_path / "prompts.jsonl").write_text(prompts)
+    line = [sys.executable, MEASURE / "bench_generation.py", ROOT, "--target", world / "pretrain/target", "--prompts",
+            tmp_path / "prompts.jsonl", "--mixed", "--max-new-tokens", 14, "--batch-size", 2, "--repeats", 1,
+            "--out", tmp_path / "out.json"]  # fmt: skip
+    said = process(*line, tree=ROOT).splitlines()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["same"] and found["trees"].keys() == {"before", "now"}
+    before, now = found["trees"].values()
+    assert found["ratio"] == pytest.approx(now["tokens_per_s"] / before["tokens_per_s"])
+    assert 0 < now["tokens"] == before["tokens"] <= 3 * 14
+    assert now["compilations"] > 0 == now["later_compilations"]
+    assert said[0].startswith("before: ") and said[-1].endswith(" x; tokens agree")
+
+
 # ---------------------------------------------------------------------------------------------
 # Training
 

@@ -1,13 +1,20 @@
 """Answers are replaced turn by turn, and a conversation that breaks off stays broken off."""
 
-import numpy as np
+import json
 
-from specauf_jax.commands.regenerate import _answered, _assemble
+import numpy as np
+import tiny
+from rich.console import Console
+
+from specauf_jax.commands.prepare import prepare
+from specauf_jax.commands.prepare_settings import Prepare
+from specauf_jax.commands.regenerate import _answered, _assemble, regenerate
 from specauf_jax.commands.regenerate_settings import Regenerate
-from specauf_jax.data.dataset import MANIFEST_KEYS
+from specauf_jax.data.dataset import MANIFEST_KEYS, open_dataset
 from specauf_jax.data.packing import Document
 from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.rows import Generation
+from specauf_jax.models.weights import save_drafter, save_target
 
 STOP = 99
 
@@ -66,3 +73,30 @@ def test_documents_whose_answer_was_cut_are_counted(tmp_path):
     config = Regenerate(data=str(tmp_path / "data"), target="T", out=str(tmp_path / "out"))
     written = _assemble(config, manifest, found, (STOP, 7))
     assert (written["documents"], written["truncated_documents"], written["largest_token_id"]) == (3, 1, STOP)
+
+
+def test_a_drafter_gives_the_same_documents(tmp_path, capsys):
+    target = tiny.target_config(vocab_size=300)
+    save_target(tiny.target_params(target), target, tmp_path / "target")
+    drafter = tiny.drafter_config(target, mask_token_id=3, target_layer_ids=(1,))
+    save_drafter(tiny.drafter_params(drafter), drafter, tmp_path / "drafter")
+    train_bpe(["user assistant some text"], 280, tmp_path / "tokenizer")
+    questions = ["some text", "text", "some", "user", "text some", "user text"]
+    lines = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "text"}]}
+             for text in questions]  # fmt: skip
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    console = Console(width=200)
+    prepare(Prepare(input=(str(tmp_path / "talks.jsonl"),), tokenizer=str(tmp_path / "tokenizer"),
+                    out=str(tmp_path / "data"), sequence_length=56), console)  # fmt: skip
+
+    def rows(name: str, **changes):
+        config = Regenerate(data=str(tmp_path / "data"), target=str(tmp_path / "target"), out=str(tmp_path / name),
+                            max_new_tokens=20, batch_size=3, **changes)  # fmt: skip
+        manifest = regenerate(config, console)
+        data = open_dataset(tmp_path / name)
+        return manifest["supervised_tokens"], [data[i]["tokens"].tolist() for i in range(len(data))]
+
+    alone = rows("alone")
+    assert alone[0] == 6 * 20  # none ended early
+    assert rows("sooner", drafter=str(tmp_path / "drafter"), verify_slots="auto") == alone
+    assert "of 4 slots, the fastest here" in capsys.readouterr().out

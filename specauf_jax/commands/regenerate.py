@@ -68,11 +68,9 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         inputs["drafter"] = weights_digest(config.drafter)
     asked = [pieces[0].tolist() for pieces in (_pieces(d, config.prompt_length) for d in documents) if pieces]
     asked = [tokens for tokens in asked if len(tokens) < manifest["sequence_length"]] or [[0]]
-    decoding = with_width(
-        decoding, config.verify_slots, params, asked, batch_size=config.batch_size, mesh=mesh, console=console
-    )
-    options = {"batch_size": config.batch_size, "mesh": mesh}
+    options: dict = {"batch_size": config.batch_size, "mesh": mesh}
     with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
+        decoding = with_width(decoding, config.verify_slots, params, asked, console=console, **options)
         length = manifest["sequence_length"]
         dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}
         talks = hold(dialogues, parts, params, "regenerating", console, config=decoding, seed=config.seed, **options)

@@ -50,7 +50,7 @@ def synthesize(config: Synthesize, console: Console) -> dict:
             f"some, and fewer than the {config.sequence_length} of a row",
             "change --sequence-length, or take a target whose template marks the user's turns",
         )
-    check_requests([opening], target, config.max_user_tokens)
+    check_requests([opening], target, 0)
     for note in clock_notes(tokenizer):
         warn(console, note)
     mesh = make_mesh(config.mesh)
@@ -147,7 +147,7 @@ def _unusable(tokenizer: Tokenizer, question: list[int], words: str) -> str | No
     if question[-1] not in tokenizer.stops:
         return "with a question that did not end"
     special = {token for token, kind in tokenizer.added_tokens_decoder.items() if kind.special}
-    if special & {*question[:-1]}:
+    if special & {*question[:-1], *_ids(tokenizer, words)}:  # or its name, which a template would make one
         return "with a special token in the question"
     return None if words and "\ufffd" not in words else "with an empty or broken question"
 

@@ -20,7 +20,7 @@ class Synthesize:
     out: str
     """Folder to write: dataset/, tokenizer/, prompts/, conversations.jsonl, manifest.json."""
     turns: int = 1
-    """The user's turns of each."""
+    """The user's turns of each, at most; one where the chat template rewrites earlier answers."""
     heldout_prompts: int = 48
     """Conversations more, of which only the user's turns are kept, as prompts to evaluate on."""
     user_temperature: float = 1.0

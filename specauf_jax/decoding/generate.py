@@ -1,5 +1,6 @@
 """Whole continuations of prompts of any lengths, streamed ones, and conversations."""
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -90,10 +91,11 @@ def converse(
 
     def go_on(number: int, answer: Generation | None) -> Iterator[tuple[int, Result]]:
         try:
-            request = dialogues[number].send(answer)  # type: ignore[arg-type]  # None starts a generator
+            asked = dialogues[number].send(answer)  # type: ignore[arg-type]  # None starts a generator
         except StopIteration as end:
             yield number, end.value
         else:
+            request = dataclasses.replace(asked)  # an object of its own, though two may ask the same
             owners[id(request)] = number
             waiting.append(request) if answer is None else waiting.appendleft(request)
 

@@ -61,7 +61,7 @@ class Running:
     """What the device holds of the rows."""
 
     state: DecodeState
-    accepted: jax.Array  # int32 [B, N]: of each row's rounds
+    accepted: jax.Array  # int32 [B, T]: of each row's rounds, at most one a token
     rounds: jax.Array  # int32 [B]: how many each row had
 
 
@@ -79,7 +79,6 @@ class Rows:
         """Arguments as for `generate`; `requests`, at least one, tell how much room rows need."""
         self._params = drafter_params, target_params
         self._config, self._mesh, self._seed = config, mesh, seed
-        self._new = max(request.max_new_tokens for request in requests)
         needed = max(map(self._needs, requests))
         self._room = max(64, min(-(-needed // _ROOM_STEP) * _ROOM_STEP, 1 << (needed - 1).bit_length()))
         short = max(len(request.prompt) for request in requests) <= _SHORT
@@ -87,7 +86,7 @@ class Rows:
         self._requests: list[Request | None] = [None] * batch_size
         self.rounds = 0
         """Rounds of the device's loop so far."""
-        shape = {"batch_size": batch_size, "room": self._room, "new": self._new, "dtype": float_dtype(target_params)}
+        shape = {"batch_size": batch_size, "room": self._room, "dtype": float_dtype(target_params)}
         self.running = _idle(config=config, **shape, mesh=mesh)
         self._prefix = _common_start([request.prompt for request in requests])
         # Which of its rows each device reads, turn by turn, `together` at a time; none for a place behind the last.
@@ -140,12 +139,8 @@ class Rows:
         return len(request.prompt) + request.max_new_tokens + self._config.block_size - 1
 
     def _fits(self, request: Request) -> bool:
-        fits = self._needs(request) <= self._room and request.max_new_tokens <= self._new
-        return (
-            fits
-            and list(request.prompt[: len(self._prefix)]) == self._prefix
-            and len(request.prompt) > len(self._prefix)
-        )
+        prefix, prompt = self._prefix, list(request.prompt)
+        return self._needs(request) <= self._room and len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix
 
     def _read(self, fresh: dict[int, Request]) -> Running:
         B, shards = len(self._requests), len(self._turns)
@@ -187,19 +182,19 @@ def _on(mesh, rows):
 
 def abstract_state(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> DecodeState:
     """Rows with room for so many tokens, as shapes with shardings: to compile ahead of time."""
-    shape = {"batch_size": batch_size, "room": room, "new": 1, "dtype": jnp.dtype(dtype)}
+    shape = {"batch_size": batch_size, "room": room, "dtype": jnp.dtype(dtype)}
     running = jax.eval_shape(functools.partial(_idle, config=config, **shape, mesh=None))
     return placed(running, _sharding(running, mesh, config)).state
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch_size", "room", "new", "dtype", "mesh"))
-def _idle(*, config: Decoding, batch_size: int, room: int, new: int, dtype, mesh) -> Running:
+@functools.partial(jax.jit, static_argnames=("config", "batch_size", "room", "dtype", "mesh"))
+def _idle(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> Running:
     """Rows without requests."""
     tokens, ones = jnp.zeros((batch_size, room), jnp.int32), jnp.ones(batch_size, jnp.int32)
     keys, how = jax.random.split(jax.random.key(0), batch_size), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
     state = init_state(tokens, ones, ones, keys, how, **_caches(config, batch_size, room, dtype))
-    accepted, rounds = jnp.zeros((batch_size, new), jnp.int32), jnp.zeros(batch_size, jnp.int32)
-    return _spread(Running(state=state, accepted=accepted, rounds=rounds), mesh, config)
+    running = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros(batch_size, jnp.int32))
+    return _spread(running, mesh, config)
 
 
 def _caches(config, rows: int, room: int, dtype) -> dict:
@@ -216,14 +211,13 @@ def _admit(drafter_params, target_params, running: Running, prompts, count, begu
     """
     *rows, turns = prompts
     caches, begin = begun
-    new = running.accepted.shape[1]
 
     def read(turn, running):
         at = lax.dynamic_index_in_dim(turns, turn, 1, keepdims=False)  # [devices, rows together]
         tokens, length, limit, draws, *how = _take(rows, at, mesh)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
         state = init_state(tokens, length, limit, keys, how, **caches)
-        fresh = Running(state=state, accepted=jnp.zeros((len(length), new), jnp.int32), rounds=jnp.zeros_like(length))
+        fresh = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros_like(length))
         fresh = _spread(fresh, mesh, config)
         state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size, begin=begin)
         return _put(running, dataclasses.replace(fresh, state=state), at, mesh, config)

@@ -138,9 +138,9 @@ def draft_cached(params: dict, embeddings, positions, cache: KVCache, *, config:
         def attend(q, k, v):
             return cached_attention(q, cache.k, cache.v, i, start, stop, (k, v, in_range(first, last, K))), None
 
-        return layer(x, angles, attend)[0]
+        return spread_rows(layer(x, angles, attend)[0])
 
-    return model.norm(scan_first_layers(body, embeddings, model.layers, config.num_hidden_layers))
+    return model.norm(scan_first_layers(body, spread_rows(embeddings), model.layers, config.num_hidden_layers))
 
 
 def _windows(config: ResolvedDrafter) -> jax.Array | None:

@@ -142,7 +142,7 @@ class TargetStep:
         model = module_of(CausalLM, config, params)
         angles = rope_angles(positions, config)
         rows = jnp.arange(tokens.shape[0])[:, None]
-        x = model.embed_tokens(tokens)
+        x = spread_rows(model.embed_tokens(tokens))
 
         def body(carry, layer, i):
             x, taps, cache = carry
@@ -157,6 +157,7 @@ class TargetStep:
                 return cached_attention(q, written.k, written.v, i, start, stop), written
 
             x, cache = layer(x, angles, attend_cached)
+            x = spread_rows(x)
             return x, _tap(taps, x, i, self.layer_ids, count), cache
 
         carry = (x, _empty_taps(x, self.layer_ids, count), cache)
