@@ -3,7 +3,6 @@
     python launch/measure/real_target.py --target DIR --data DIR --out DIR
 
 launch/measure/real_target.sh makes target and data and calls this; real_target_report.py prints tables of it.
-
 All arms of a seed learn from the same rows in the same order, at the same anchors, from the same weights, in one
 process: the target reads each batch once, for all of them. At --points equally distant steps every arm decodes a few
 prompts, after the last one all prompts, at temperature 0 and 1. Run again, it goes on where it stopped, bit for bit.
@@ -150,7 +149,7 @@ class Study:
     rows: dict[str, np.ndarray]  # of all datasets: [rows, S]
     mask: int
     stops: tuple[int, ...]
-    prompts: dict[str, list[list[int]]]
+    prompts: dict[str, list[list[int]]]  # of each set: token ids
     record: dict  # what a checkpoint must agree with
 
     @property
@@ -197,7 +196,8 @@ def open_study(arguments: argparse.Namespace) -> Study:
     prompts = read_sets(arguments, tokenizer, manifests)
     check_requests([p for chosen in prompts.values() for p in chosen], target, arguments.eval_tokens)
     record = {name: getattr(arguments, name) for name in SETTINGS} | {"mask_token_id": mask}
-    record |= {name: sum(m[name] for m in manifests.values()) for name in ("rows", "documents", "supervised_tokens")}
+    counts = ("rows", "documents", "supervised_tokens")
+    record |= {name: sum(manifests[folder][name] for folder in arguments.data) for name in counts}
     record |= {name: manifests[arguments.data[0]][name] for name in ("tokenizer_sha256", "template_sha256")}
     record |= {"prompts": {name: len(p) for name, p in prompts.items()}, "curve_sets": curve_sets(prompts)}
     path = arguments.out / "study.json"
@@ -244,8 +244,10 @@ def run(study: Study) -> None:
     a = study.arguments
     for step in sorted({max(a.steps * i // a.points, 1) for i in range(1, a.points + 1)}):
         for seed in a.seeds:
-            if any(missing(study, name, seed, step) for name in study.arms(seed, step)):
-                measure(study, seed, step, train(study, seed, step))
+            open_ = missing(study, seed, step)
+            states = train(study, seed, step) if open_ else {}
+            for name, what in open_:
+                measure(study, name, seed, step, what, states[name].params)
     print("real_target: everything is trained and measured")
 
 
@@ -263,16 +265,21 @@ def train(study: Study, seed: int, until: int) -> dict[str, TrainState]:
                                "measures of every point before training goes on", "choose another --out")  # fmt: skip
         states = initial_states(study, seed, begin)
         if begin:
-            states, _ = checkpoints.restore(begin, jax.tree.map(placed_shape, states), study.record)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states)
+            states, _ = checkpoints.restore(begin, like, study.record)
         for number in range(begin + 1, until + 1):
-            seconds, taus = one_step(study, seed, number, states)
+            row = {"step": number} | one_step(study, seed, number, states)
             late = time.monotonic() > study.end
             saving = late or number == until or number % a.save_every == 0
             if saving or number % LOG_EVERY == 0:
-                log(study, folder / "steps.jsonl", f"seed {seed}: step {number} of {a.steps}",
-                    {"step": number, "seconds": seconds, "tau": taus})  # fmt: skip
+                with (folder / "steps.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                taus = ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau"].items())
+                total, target = sum(row["seconds"].values()), row["seconds"]["target"]
+                where = f"seed {seed}: step {number} of {a.steps}"
+                print(f"{where}, {total:.2f} s, of that the target {target:.2f}; tau {taus}", flush=True)
             if saving:
-                checkpoints.save(number, states, {}, study.record, None)
+                checkpoints.save(number, states, {}, study.record, float(number))
             if late and number < until:
                 raise TimeIsUp(f"step {number + 1} of {a.steps} of seed {seed}")
     return states
@@ -282,29 +289,25 @@ def initial_states(study: Study, seed: int, step: int) -> dict[str, TrainState]:
     """Of all arms that have made this step (at 0: that will make the first one)."""
     optimizer, device = make_optimizer(study.steps), jax.devices()[0]
     fresh = {name: init_drafter(study.drafter(ARMS[name]), jax.random.key(seed)) for name in study.arms(seed, step)}
+    # On its device by name, as the step returns it: else the second step would be compiled anew.
     return {name: jax.device_put(init_state(params, optimizer), device) for name, params in fresh.items()}
 
 
-def placed_shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def one_step(study: Study, seed: int, number: int, states: dict[str, TrainState]) -> tuple[dict, dict]:
+def one_step(study: Study, seed: int, number: int, states: dict[str, TrainState]) -> dict:
     """Every arm's step on one batch, in place; the seconds of the target and of each arm, and the arms' tau."""
-    clock, seconds, taus = time.perf_counter(), {}, {}
+    names, clock, taus = study.arms(seed, number), time.perf_counter(), {}
+    states |= {name: jax.tree.map(jnp.copy, states["decay"]) for name in names if name not in states}
     batch = batch_of(study, seed, number - 1)
-    seconds["target"] = time.perf_counter() - clock
-    for name in study.arms(seed, number):
-        clock, arm = time.perf_counter(), ARMS[name]
-        if name not in states:  # a late one
-            states[name] = jax.tree.map(jnp.copy, states["decay"])
-        update = update_of(study.loss(arm), study.target, study.steps)
+    seconds = {"target": time.perf_counter() - clock}
+    for name in names:
+        clock = time.perf_counter()
+        update = update_of(study.loss(ARMS[name]), study.target, study.steps)
         states[name], metrics = update(states[name], study.params, batch, np.uint32(seed))
-        loss, taus[name] = float(metrics["loss"]), round(float(metrics["tau"]), 3)
+        loss, taus[name] = float(metrics["loss"]), float(metrics["tau"])
         if not math.isfinite(loss):
             raise SpecaufError(f"step {number} of {name}: loss is {loss}", "a finite number", "lower --learning-rate")
         seconds[name] = time.perf_counter() - clock
-    return seconds, taus
+    return {"seconds": seconds, "tau": taus}
 
 
 @functools.cache
@@ -322,70 +325,53 @@ def batch_of(study: Study, seed: int, number: int) -> Batch:
     """The rows of a step, shuffled anew in each epoch, with the target's features."""
     count, size = len(study.rows["tokens"]), study.arguments.batch_size
     places = [divmod(number * size + i, count) for i in range(size)]
-    at = [shuffled(count, seed, epoch)[place] for epoch, place in places]
-    return with_features(study, {name: x[at] for name, x in study.rows.items()})
-
-
-@functools.lru_cache(maxsize=8)
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    order = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch, _ in places}
+    return with_features(study, {name: x[[order[e][i] for e, i in places]] for name, x in study.rows.items()})
 
 
 def with_features(study: Study, rows: dict[str, np.ndarray]) -> Batch:
     batch = Batch(**rows, positions=document_positions(rows["document_ids"]))
+    batch = jax.device_put(batch, jax.devices()[0])
     features = features_of(study.params, batch, config=study.target, layer_ids=study.taps)
-    return jax.block_until_ready(dataclasses.replace(jax.device_put(batch, jax.devices()[0]), features=features))
+    return jax.block_until_ready(dataclasses.replace(batch, features=features))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer_ids"))
-def features_of(params, batch: Batch, *, config: Target, layer_ids):
-    return target_features(
-        params, batch.tokens, batch.positions, batch.document_ids, config=config, layer_ids=layer_ids
-    )
-
-
-def log(study: Study, path: Path, where: str, row: dict) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    target, total = row["seconds"]["target"], sum(row["seconds"].values())
-    taus = ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau"].items())
-    print(f"{where}, {total:.2f} s (target {target:.2f}), tau {taus}", flush=True)
+def features_of(params, batch: Batch, **static):
+    return target_features(params, batch.tokens, batch.positions, batch.document_ids, **static)
 
 
 # ---------------------------------------------------------------------------------------------
 # Measuring
 
 
-def wanted(study: Study, step: int) -> dict[float, dict[str, list[list[int]]]]:
-    """Temperature → set → prompts, at a point."""
-    if step == study.arguments.steps:
-        return {0.0: study.prompts, 1.0: study.prompts}
-    return {0.0: {name: study.prompts[name][: study.arguments.point_prompts] for name in curve_sets(study.prompts)}}
+def missing(study: Study, seed: int, step: int) -> list[tuple[str, str]]:
+    """(arm, what) at a point that was not measured: decoding at temperature 0, and at the end at 1, and blocks."""
+    every = ("t0", "t1", "blocks") if step == study.arguments.steps else ("t0",)
+    open_ = [(name, what) for what in every for name in study.arms(seed, step)]
+    return [(name, what) for name, what in open_ if not path_of(study, name, seed, step, what).exists()]
 
 
-def path_of(study: Study, arm: str, seed: int, step: int, what: str) -> Path:
-    return study.arguments.out / "measured" / f"{arm}_{seed}" / f"{step}_{what}.json"
+def path_of(study: Study, name: str, seed: int, step: int, what: str) -> Path:
+    return study.arguments.out / "measured" / f"{name}_{seed}" / f"{step}_{what}.json"
 
 
-def missing(study: Study, arm: str, seed: int, step: int) -> bool:
-    """Whether a file of an arm's measures at a point is not there."""
-    names = [f"{name}_t{temperature:g}" for temperature, sets in wanted(study, step).items() for name in sets]
-    names += ["blocks"] if step == study.arguments.steps else []
-    return not all(path_of(study, arm, seed, step, name).exists() for name in names)
-
-
-def measure(study: Study, seed: int, step: int, states: dict[str, TrainState]) -> None:
-    """What is missing of all arms of a seed at a point; the last one's drafters are saved first."""
-    names, last = study.arms(seed, step), step == study.arguments.steps
-    for name in names if last else []:
-        export(study, name, seed, states[name].params)
-    for temperature, sets in wanted(study, step).items():
-        for name in names:
-            decode_sets(study, name, seed, step, states[name].params, temperature, sets)
-    if last:
-        study.check_time(f"measuring the accuracy of seed {seed}")
-        for name, values in blocks(study, {name: states[name].params for name in names}).items():
-            save(path_of(study, name, seed, step, "blocks"), {"arm": name, "seed": seed, "step": step} | values)
+def measure(study: Study, name: str, seed: int, step: int, what: str, params: dict) -> None:
+    """One part of an arm's measures at a point, written when it is done; the first one at the end saves the drafter."""
+    own, begin, last = own_answers(study), time.monotonic(), step == study.arguments.steps
+    study.check_time(f"measuring {name} of seed {seed} after step {step} ({what})")
+    if what == "blocks":
+        found = {"blocks": of_blocks(study, ARMS[name], params)}
+        shown = f"accuracy {found['blocks']['common_token_accuracy']:.3f}"
+    else:
+        count = None if last else study.arguments.point_prompts
+        sets = {key: study.prompts[key][:count] for key in (study.prompts if last else curve_sets(study.prompts))}
+        found = {"sets": of_sets(study, study.drafter(ARMS[name]), params, sets, own, float(what[1:]))}
+        shown = f"tau {tau_micro([h for values in found['sets'].values() for h in values['accepted']]):.3f}"
+    if last and what == "t0":
+        export(study, name, seed, params)
+    save(path_of(study, name, seed, step, what), {"arm": name, "seed": seed, "step": step, "what": what} | found)
+    print(f"{name} of seed {seed} after step {step}, {what}: {shown}, {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def save(path: Path, values: dict) -> None:
@@ -401,34 +387,29 @@ def export(study: Study, name: str, seed: int, params: dict) -> None:
     save_drafter(params, drafter, study.arguments.out / "drafters" / f"{name}_{seed}", provenance=origin)
 
 
-def decode_sets(study: Study, name: str, seed: int, step: int, params: dict, temperature: float, sets: dict) -> None:
-    """Decode all sets with an arm's drafter and save what came of each, unless that is there."""
-    paths = {key: path_of(study, name, seed, step, f"{key}_t{temperature:g}") for key in sets}
-    if all(path.exists() for path in paths.values()):
-        return
-    work = f"decoding with {name} of seed {seed} after step {step} at temperature {temperature:g}"
-    own = own_answers(study)
-    study.check_time(work)
-    begin, arm = time.monotonic(), ARMS[name]
+def of_sets(study: Study, drafter: ResolvedDrafter, params: dict, sets: dict, own: dict, temperature: float) -> dict:
+    """Set → measures of decoding; of every prompt its rounds' accepted drafts, and those of rounds outside loops."""
     params = serving_params(jax.tree.map(lambda x: x.astype(study.arguments.dtype), params))
-    found = decode(study, study.drafter(arm), params, sets, temperature)
-    for key, path in paths.items():
-        about = {"arm": name, "seed": seed, "step": step, "temperature": temperature, "set": key}
-        save(path, about | of_set(study, study.drafter(arm), found[key], own[key] if temperature == 0 else None))
-    tau = tau_micro([g.accepted for generations in found.values() for g in generations])
-    print(f"{work}: tau {tau:.3f}, {time.monotonic() - begin:.0f} s", flush=True)
+    measures, config = {}, decoding_of(study, drafter)
+    for key, found in decode(study, config, params, sets, temperature).items():
+        values = measures[key] = acceptance_measures(found, drafter.block_size) | {"block_size": drafter.block_size}
+        values["accepted"] = [g.accepted for g in found]
+        values["outside"] = [outside_loops(g.prompt, g.tokens, g.accepted) for g in found]
+        if temperature == 0:
+            size = study.arguments.eval_batch_size
+            values |= compare(found, own[key][: len(found)], study.serving, config, size, None).results()
+    return measures
 
 
 def decoding_of(study: Study, drafter: ResolvedDrafter | None) -> Decoding:
     return Decoding(target_step=TargetStep(study.target, study.taps), drafter=drafter, stop_tokens=study.stops)
 
 
-def decode(study: Study, drafter, params, sets: dict, temperature: float) -> dict[str, list[Generation]]:
-    """Continuations of every set's prompts, all decoded together; by the target alone if there is no drafter."""
+def decode(study: Study, config: Decoding, params, sets: dict, temperature: float) -> dict[str, list[Generation]]:
+    """Continuations of every set's prompts, all decoded together."""
     prompts = [prompt for chosen in sets.values() for prompt in chosen]
     settings = {"max_new_tokens": study.arguments.eval_tokens, "batch_size": study.arguments.eval_batch_size}
-    settings |= {"config": decoding_of(study, drafter), "sampling": Sampling(temperature)}
-    found = iter(generate(params, study.serving, prompts, **settings))
+    found = iter(generate(params, study.serving, prompts, config=config, sampling=Sampling(temperature), **settings))
     return {name: [next(found) for _ in chosen] for name, chosen in sets.items()}
 
 
@@ -438,38 +419,29 @@ def own_answers(study: Study) -> dict[str, list[Generation]]:
     path = study.arguments.out / "own.json"
     if not path.exists():
         study.check_time("the target's own answers")
-        found = decode(study, None, None, study.prompts, 0.0)
+        found = decode(study, decoding_of(study, None), None, study.prompts, 0.0)
         save(path, {name: [dataclasses.asdict(g) for g in answers] for name, answers in found.items()})
     return {name: [Generation(**g) for g in answers] for name, answers in json.loads(path.read_text()).items()}
 
 
-def of_set(study: Study, drafter: ResolvedDrafter, found: list[Generation], own: list[Generation] | None) -> dict:
-    """Measures of one set, compared with the target's own answers; of every prompt its rounds, and those no loop."""
-    values = acceptance_measures(found, drafter.block_size) | {"block_size": drafter.block_size}
-    if own is not None:
-        batch_size, config = study.arguments.eval_batch_size, decoding_of(study, drafter)
-        values |= compare(found, own[: len(found)], study.serving, config, batch_size, None).results()
-    outside = [outside_loops(g.prompt, g.tokens, g.accepted) for g in found]
-    return values | {"accepted": [g.accepted for g in found], "outside": outside}
-
-
-def blocks(study: Study, params: dict[str, dict]) -> dict[str, dict]:
-    """Arm → measures of the same blocks of the target's own answers to the prompts, every slot read."""
+@functools.cache
+def own_batches(study: Study) -> list[Batch]:
+    """Those answers as packed rows, up to HELD_OUT_ROWS of them, with features."""
     length, size = study.rows["tokens"].shape[1], study.arguments.batch_size
     answers = [g for found in own_answers(study).values() for g in found if len(g.prompt) < length]
     texts = [(np.asarray(g.prompt + g.tokens, np.int32)[:length], len(g.prompt)) for g in answers]
     rows = list(pack([Document(text, np.arange(len(text)) >= start) for text, start in texts], length))
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), HELD_OUT_ROWS)).astype(int)]
-    every, sums = Objective("full"), {}
-    for first in range(0, len(rows), size):
-        batch = with_features(
-            study, {key: np.stack([r[key] for r in rows[first : first + size]]) for key in study.rows}
-        )
-        for name in params:
-            config = study.loss(ARMS[name], objective=every, base_objective=every, head_slots="all")
-            new = block_sums(params[name], study.params, batch, jax.random.key(first), config=config)
-            sums[name] = jax.tree.map(jnp.add, sums[name], new) if name in sums else new
-    return {name: {key: float(value) for key, value in found.measures().items()} for name, found in sums.items()}
+    groups = [rows[first : first + size] for first in range(0, len(rows), size)]
+    return [with_features(study, {key: np.stack([row[key] for row in group]) for key in group[0]}) for group in groups]
+
+
+def of_blocks(study: Study, arm: Arm, params: dict) -> dict[str, float]:
+    """Measures of blocks in the target's own answers, the same for all arms of equal K; every slot is read."""
+    full, batches = Objective("full"), enumerate(own_batches(study))
+    config = study.loss(arm, objective=full, base_objective=full, head_slots="all")
+    sums = [block_sums(params, study.params, batch, jax.random.key(i), config=config) for i, batch in batches]
+    return {key: float(value) for key, value in jax.tree.map(lambda *x: sum(x), *sums).measures().items()}
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -29,18 +29,20 @@ def main() -> None:
 def report(out: Path) -> str:
     """The tables; out/results.json and out/report.md are written."""
     study = json.loads((out / "study.json").read_text())
-    found = [json.loads(path.read_text()) for path in (out / "measured").glob("*/*.json")]
-    found.sort(key=lambda row: (study["arms"].index(row["arm"]), row["seed"], row["step"]))
+    files = [json.loads(path.read_text()) for path in (out / "measured").glob("*/*.json")]
+    files.sort(key=lambda file: (study["arms"].index(file["arm"]), file["seed"], file["step"]))
+    found = [file | {"set": key} | values for file in files for key, values in file.get("sets", {}).items()]
     logs = [json.loads(line) for path in out.glob("seed_*/steps.jsonl") for line in path.read_text().splitlines()]
-    end = [row for row in found if row["step"] == study["steps"]]
-    greedy, sampled = ([row for row in end if row.get("temperature") == t] for t in (0, 1))
+    greedy, sampled = ([r for r in found if r["step"] == study["steps"] and r["what"] == what] for what in ("t0", "t1"))
     sets = {name: f"{name} ({count})" for name, count in study["prompts"].items()}
     curve = f"{study['point_prompts']} prompts of each of {', '.join(study['curve_sets'])}"
     tables = {
         "tau at temperature 0, all steps (in brackets the prompts of a set)": final_taus(greedy, sets),
         "tau at temperature 1": final_taus(sampled, sets),
         "Differences of tau at temperature 0: mean over seeds; each seed": differences(greedy, sets),
-        "Accuracy of all slots in blocks of the target's own answers; tau there, and when decoding": accuracies(end),
+        "Accuracy of all slots in blocks of the target's own answers; tau there, and when decoding": accuracies(
+            files, greedy
+        ),
         "alpha at temperature 0": alphas(greedy),
         f"tau at temperature 0 by steps: {curve}": curves(found, study),
         "Seconds of a step, medians, with one pass of the target for all arms, and with a pass for each": seconds(logs),
@@ -99,17 +101,17 @@ def differences(rows: list[dict], sets: dict[str, str]) -> dict:
         cells["above 0"] = f"{sum(x > 0 for x in single)} of {len(single)}"
         for shown in (*sets.values(), "all"):
             each = " ".join(f"{x:+.3f}" for x in cells[shown])
-            cells[shown] = f"{statistics.mean(cells[shown]):+.3f}; {each}" if cells[shown] else ""
+            cells[shown] = f"{spread(cells[shown])}: {each}" if len(cells[shown]) > 1 else each
     return table
 
 
-def accuracies(rows: list[dict]) -> dict:
-    table = {}
-    for name, own in by("arm", [row for row in rows if "common_token_accuracy" in row]).items():
-        decoded = [row for row in rows if row["arm"] == name and row.get("temperature") == 0]
+def accuracies(files: list[dict], greedy: list[dict]) -> dict:
+    """Of Domino's slots the accuracy given the right tokens before them."""
+    decoded, table = by("arm", greedy), {}
+    for name, own in by("arm", [file for file in files if "blocks" in file]).items():
         of_blocks = {"accuracy": "common_token_accuracy", "tau of blocks": "tau"}
-        table[name] = {title: [row[key] for row in own] for title, key in of_blocks.items()}
-        table[name]["tau"] = over_seeds(decoded, micro)
+        table[name] = {title: [file["blocks"][key] for file in own] for title, key in of_blocks.items()}
+        table[name]["tau"] = over_seeds(decoded.get(name, []), micro)
     return table
 
 
@@ -124,7 +126,7 @@ def alphas(rows: list[dict]) -> dict:
 def curves(rows: list[dict], study: dict) -> dict:
     """Everywhere over the prompts of the points alone."""
     rows = [row | {"accepted": row["accepted"][: study["point_prompts"]]} for row in rows
-            if row.get("temperature") == 0 and row["set"] in study["curve_sets"]]  # fmt: skip
+            if row["what"] == "t0" and row["set"] in study["curve_sets"]]  # fmt: skip
     return {name: {f"{step}": over_seeds(at, micro) for step, at in by("step", own).items()}
             for name, own in by("arm", rows).items()}  # fmt: skip
 
@@ -173,7 +175,11 @@ def shown(cell: str | list | None) -> str:
     values = [x for x in cell or [] if x is not None]
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else "—"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} ({len(values)})"
+    return f"{spread(values)} ({len(values)})"
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
 if __name__ == "__main__":
