@@ -95,16 +95,23 @@ def test_a_study_goes_on_bit_for_bit(script, world, straight, tmp_path, monkeypa
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_the_study_compiles_each_step_once(script, straight):
+@pytest.fixture
+def study(script, world, straight, monkeypatch):
+    """What the script works with."""
+    monkeypatch.setattr(sys, "argv", ["real_target.py", *map(str, [*world, *SMALL, "--out", straight])])
+    return script.open_study(script.parse_arguments())
+
+
+def test_the_study_compiles_each_step_once(script, study):
     """For both seeds, both auf arms, and after every continuation."""
+    losses = {study.loss(script.ARMS[name]) for name in ("decay", "auf", "decay_auf")}
+    updates = [script.update_of(loss, study.target, study.steps) for loss in losses]
     assert script.update_of.cache_info().currsize == 2
+    assert [update._cache_size() for update in updates] == [1, 1]
 
 
-def test_arms_learn_what_they_would_by_themselves(script, world, straight, monkeypatch):
+def test_arms_learn_what_they_would_by_themselves(script, study, straight):
     """decay_auf: four steps of decay, then two of auf, by steps in which the target reads every batch anew."""
-    arguments = [*world, *SMALL, "--out", straight]
-    monkeypatch.setattr(sys, "argv", ["real_target.py", *map(str, arguments)])
-    study = script.open_study(script.parse_arguments())
     state = script.initial_states(study, 0, 0)["decay"]
     for name, numbers in (("decay", range(4)), ("auf", range(4, 6))):
         optimizer, loss = script.make_optimizer(study.steps), study.loss(script.ARMS[name])
@@ -116,9 +123,7 @@ def test_arms_learn_what_they_would_by_themselves(script, world, straight, monke
     assert tiny.largest_difference(found, state.params) < 1e-5
 
 
-def test_rows_of_an_epoch_come_once(script, world, straight, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["real_target.py", *map(str, [*world, *SMALL, "--out", straight])])
-    study = script.open_study(script.parse_arguments())
+def test_rows_of_an_epoch_come_once(script, study, monkeypatch):
     count = len(study.rows["tokens"]) // 2 * 2
     monkeypatch.setattr(script, "with_features", lambda study, rows: rows)
     numbered = {"tokens": np.arange(count)[:, None], "document_ids": np.zeros((count, 1), int)}
