@@ -406,6 +406,7 @@ case "$*" in
   *bench_attention*) sleep 60 ;;
   *benchmark-train*) exit 3 ;;
   *summary.json*) exec "$REAL" "$@" ;;
+  *real_target.py*--seconds*) echo "asked: $*" ;;
 esac
 """
 """A Python where the first part takes too long, the second lacks a module, the third fails."""
@@ -415,13 +416,19 @@ def test_device_tells_what_did_not_end_well(tmp_path):
     (tmp_path / "python").write_text(f"#!/bin/bash\n{FAILING}")
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable}
-    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "20", "--out", tmp_path / "out"]
-    done = subprocess.run(device, env=environment, capture_output=True, text=True, timeout=60)
+    device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "30", "--out", tmp_path / "out"]
+    study = ["--", "--target", "t", "--data", "d", "--arms", "auf"]
+    done = subprocess.run([*device, *study], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    outcomes = list(json.loads((tmp_path / "out/summary.json").read_text()).values())
+    outcomes = json.loads((tmp_path / "out/summary.json").read_text())
+    assert list(outcomes) == ["attention", "lm_head", "train", "decode", "study"]
+    outcomes = list(outcomes.values())
     assert re.fullmatch(r"stopped after its [12] s", outcomes[0])
     assert outcomes[1:3] == ["skipped: ModuleNotFoundError: No module named 'grain'", "failed with exit code 3"]
-    assert re.fullmatch(r"measured in \d s", outcomes[3])
+    assert all(re.fullmatch(r"measured in \d s", outcome) for outcome in outcomes[3:])
+    [asked] = re.findall(r"asked: launch/measure/real_target.py (.*) --seconds (\d+)", done.stdout)
+    assert asked[0] == f"--out {tmp_path}/out/study --dtype float32 --arms auf --target t --data d"
+    assert int(asked[1]) <= 10  # 20 s before the end
 
 
 @pytest.mark.parametrize("bad", [["--sceonds", "9"], ["--out"], [], ["--out", "x", "--seconds", "0"]])

@@ -130,6 +130,17 @@ def test_the_denominator_is_one_for_all_parts():
     assert abs(metrics["loss"] / np.mean(safe_ratio(numerators, denominators)) - 1) > 1e-3
 
 
+def test_features_that_a_batch_brings_are_not_computed_again():
+    """With the target's own the step is the same; others count as they are, so that the target's body is not asked."""
+    batch = with_features(tiny.random_batch(ROWS))
+    own, _ = train_step(optimizer=PLAIN)(start(optimizer=PLAIN), TARGET_PARAMS, batch.replace(features=None))
+    head = {name: TARGET_PARAMS[name] for name in ("embed_tokens", "lm_head")} | {"layers": {}}
+    given, _ = train_step(optimizer=PLAIN)(start(optimizer=PLAIN), head, batch)
+    assert tiny.largest_difference(given.params, own.params) < 1e-6
+    other, _ = train_step(optimizer=PLAIN)(start(optimizer=PLAIN), head, batch.replace(features=batch.features[::-1]))
+    assert tiny.largest_difference(other.params, own.params) > 1e-3
+
+
 def test_only_the_drafter_is_trained():
     target_params = jax.tree.map(jnp.array, TARGET_PARAMS)
     new, _ = train_step()(start(), target_params, tiny.random_batch(ROWS))

@@ -4,15 +4,17 @@ set -euo pipefail
 
 usage() {
   cat <<EOF
-usage: bash launch/measure/device.sh --out DIR [--seconds 480] [--toy]
+usage: bash launch/measure/device.sh --out DIR [--seconds 480] [--toy] [-- options of real_target.sh]
 
 For a machine with one NVIDIA GPU, a Python with a JAX that sees it, and this project's requirements. Installs nothing.
-Four parts run one after another; each has a share of the seconds, and what one leaves over goes to the next:
+Parts run one after another; each has a share of the seconds, and what one leaves over goes to the next:
 
   attention   block attention against jax.nn.dot_product_attention, S = 3,072, A = 512, bfloat16
   lm_head     the LM head up to first misses, of all slots, and computed again, D = 4,096, V = 151,936, bfloat16
   train       a train step of configs/qwen3_8b_dflash.py, 4 rows, random weights, auf and decay
   decode      a round of a random target of 1.3 billion parameters with a drafter, batch 1, 4 and 16
+  study       where options for it stand behind --: launch/measure/real_target.sh, in half of the seconds and all that
+              is left; it goes on in DIR/study, where a longer run may follow
 
 Each part writes DIR/PART.json when it ends; DIR/device.log has everything printed, DIR/summary.json the outcomes.
 A part that lacks a Python module is skipped, and its outcome names the module.
@@ -21,7 +23,7 @@ A part that lacks a Python module is skipped, and its outcome names the module.
   --seconds N    for all parts together (480)
   --toy          tiny sizes on a CPU, to see that all parts work
 
-PYTHON names another interpreter than python3. Exit code: 0 if all four parts ended well, 1 if one did not, 2 for bad
+PYTHON names another interpreter than python3. Exit code: 0 if all parts ended well, 1 if one did not, 2 for bad
 arguments.
 EOF
 }
@@ -32,7 +34,7 @@ refuse() {
   exit 2
 }
 
-out="" seconds=480 toy=false
+out="" seconds=480 toy=false study=() shares=(12 13 40 35)
 while [ $# -gt 0 ]; do
   case "$1" in
     --out | --seconds)
@@ -41,6 +43,7 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     --toy) toy=true; shift ;;
+    --) shift; study=("$@") shares=(6 7 20 17 50); break ;;
     -h | --help) usage; exit 0 ;;
     *) refuse "'$1'" "one of the options below" ;;
   esac
@@ -122,15 +125,20 @@ target = sa.Target(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidd
 sa.save_target(sa.init_target(target, jax.random.key(0)), target, sys.argv[1])' "$scratch/target"
 }
 
-part attention 12 \
+part attention "${shares[0]}" \
   "$python" launch/measure/bench_attention.py "${attention[@]}" --out "$out/attention.json"
-part lm_head 13 \
+part lm_head "${shares[1]}" \
   "$python" launch/measure/bench_lm_head.py "${lm_head[@]}" --out "$out/lm_head.json"
 recipe || true
-part train 40 \
+part train "${shares[2]}" \
   "$python" -m specauf_jax benchmark-train --config "$scratch/recipe.py" "${train[@]}" --out "$out/train.json"
-part decode 35 \
+part decode "${shares[3]}" \
   "$python" launch/measure/bench_round.py "${decode[@]}" --out "$out/decode.json"
+if [ ${#study[@]} -gt 0 ]; then
+  left=$((seconds - (SECONDS - began) - 20)) # what it has begun takes some seconds more
+  part study "${shares[4]}" env PYTHON="$python" \
+    bash launch/measure/real_target.sh --out "$out/study" --seconds $((left > 0 ? left : 1)) "${study[@]}"
+fi
 
 printf '\n== done (%d s)\n' $((SECONDS - began))
 "$python" -c '

@@ -80,6 +80,8 @@ def make_train_step(
 ):
     """The drafter's step, `(state, target_params, batch) -> (state, metrics)`, to be jitted.
 
+    A batch that brings its features spares the target's pass: several drafters can learn from one.
+
     Anchors are drawn for the whole batch before it is cut into `accumulation` parts, and numerators
     and denominators are summed over the parts before one division: accumulation changes memory,
     not results.
@@ -94,15 +96,17 @@ def make_train_step(
     """
 
     def part_gradients(params, target_params, cotangents, batch, anchors, keep):
-        features = target_features(
-            cast(target_params, config.dtype),
-            batch.tokens,
-            batch.positions,
-            batch.document_ids,
-            config=target,
-            layer_ids=config.drafter.target_layer_ids,
-        )
-        batch, head = dataclasses.replace(batch, features=features), target_head(target_params)
+        features, head = batch.features, target_head(target_params)
+        if features is None:
+            features = target_features(
+                cast(target_params, config.dtype),
+                batch.tokens,
+                batch.positions,
+                batch.document_ids,
+                config=target,
+                layer_ids=config.drafter.target_layer_ids,
+            )
+        batch = dataclasses.replace(batch, features=features)
         _, pull, aux = jax.vjp(
             lambda params: loss_sums(params, head, batch, anchors, keep, config=config), params, has_aux=True
         )
