@@ -104,12 +104,13 @@ def test_settings_round_trip():
     assert hash(settings) == hash(from_dict(Train, dataclasses.asdict(settings), "file"))
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "regenerate"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "regenerate", "synthesize"])
 def test_sampling_has_the_same_flags_everywhere(tmp_path, command):
     settings, _ = cli.COMMANDS[command]
     names = [field.name for field in dataclasses.fields(settings) if field.default is dataclasses.MISSING]
     required = dict.fromkeys(names, "x")
-    required |= {"generate": {"drafter": "x"}, "evaluate": {"prompts": ("x",)}}.get(command, {})
+    others = {"generate": {"drafter": "x"}, "evaluate": {"prompts": ("x",)}, "synthesize": {"conversations": 3}}
+    required |= others.get(command, {})
     recipe = tmp_path / "recipe.py"
     recipe.write_text(f"""
 from specauf_jax.commands.{command}_settings import {settings.__name__}

@@ -154,7 +154,11 @@ def test_a_conversation_ends_where_its_row_does(tokenizer, folder):
     )
     assert len(whole.answers) == 2
     first = whole.answers[0]
-    # Room for the first question and three tokens of its answer; then none for another question.
+    # Room for the first question and no answer; for one token of it; for three of them, and no other question.
+    talk, _ = written(tokenizer, settings(folder, sequence_length=first[0]), [*words, *end])
+    assert talk.dropped == "too long for a row"
+    talk, asked = written(tokenizer, settings(folder, sequence_length=first[0] + 1), [*words, *end], words[:1])
+    assert asked[1].max_new_tokens == 1 and talk.answers == [(first[0], first[0] + 1)]
     talk, asked = written(tokenizer, settings(folder, sequence_length=first[0] + 3), [*words, *end], words[:3])
     assert asked[1].max_new_tokens == 3 and talk.answers == [(first[0], first[0] + 3)]
     talk, asked = written(tokenizer, settings(folder, sequence_length=first[1]), [*words, *end], [*words[:3], *end])

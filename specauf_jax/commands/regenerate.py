@@ -70,7 +70,9 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     asked = [tokens for tokens in asked if len(tokens) < manifest["sequence_length"]] or [[0]]
     options: dict = {"batch_size": config.batch_size, "mesh": mesh}
     with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
-        decoding = with_width(decoding, config.verify_slots, params, asked, console=console, **options)
+        decoding = with_width(
+            decoding, config.verify_slots, params, asked, batch_size=config.batch_size, mesh=mesh, console=console
+        )
         length = manifest["sequence_length"]
         dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}
         talks = hold(dialogues, parts, params, "regenerating", console, config=decoding, seed=config.seed, **options)
