@@ -61,11 +61,9 @@ class Arm:
     """One way to train."""
 
     objective: Objective
-    base: Objective = Objective()
-    """Of Domino's base branch."""
+    base: Objective = Objective()  # of Domino's base branch
     domino: bool = False
-    block_size: int | None = None
-    """K, if not --block-size."""
+    block_size: int | None = None  # K, if not --block-size
     late: bool = False
     """Begins after four fifths of the steps, as the arm `decay` was then."""
 
@@ -196,8 +194,8 @@ def open_study(arguments: argparse.Namespace) -> Study:
     prompts = read_sets(arguments, tokenizer, manifests)
     check_requests([p for chosen in prompts.values() for p in chosen], target, arguments.eval_tokens)
     record = {name: getattr(arguments, name) for name in SETTINGS} | {"mask_token_id": mask}
-    counts = ("rows", "documents", "supervised_tokens")
-    record |= {name: sum(manifests[folder][name] for folder in arguments.data) for name in counts}
+    for name in ("rows", "documents", "supervised_tokens"):
+        record[name] = sum(manifests[folder][name] for folder in arguments.data)
     record |= {name: manifests[arguments.data[0]][name] for name in ("tokenizer_sha256", "template_sha256")}
     record |= {"prompts": {name: len(p) for name, p in prompts.items()}, "curve_sets": curve_sets(prompts)}
     path = arguments.out / "study.json"
@@ -235,7 +233,7 @@ def read_sets(arguments: argparse.Namespace, tokenizer: Tokenizer, manifests: di
 
 
 def curve_sets(prompts: dict) -> list[str]:
-    """The sets of the curves: held-out ones, which stand first, and GSM8K before all others."""
+    """The sets of the curves: GSM8K, then held-out ones, which stand before other benchmarks."""
     return sorted(prompts, key=lambda name: name != "gsm8k")[:CURVE_SETS]
 
 
@@ -276,8 +274,8 @@ def train(study: Study, seed: int, until: int) -> dict[str, TrainState]:
                     log.write(json.dumps(row) + "\n")
                 taus = ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau"].items())
                 total, target = sum(row["seconds"].values()), row["seconds"]["target"]
-                where = f"seed {seed}: step {number} of {a.steps}"
-                print(f"{where}, {total:.2f} s, of that the target {target:.2f}; tau {taus}", flush=True)
+                print(f"seed {seed}: step {number} of {a.steps}, {total:.2f} s, of that the target {target:.2f}; "
+                      f"tau {taus}", flush=True)  # fmt: skip
             if saving:
                 checkpoints.save(number, states, {}, study.record, float(number))
             if late and number < until:
@@ -330,8 +328,7 @@ def batch_of(study: Study, seed: int, number: int) -> Batch:
 
 
 def with_features(study: Study, rows: dict[str, np.ndarray]) -> Batch:
-    batch = Batch(**rows, positions=document_positions(rows["document_ids"]))
-    batch = jax.device_put(batch, jax.devices()[0])
+    batch = jax.device_put(Batch(**rows, positions=document_positions(rows["document_ids"])), jax.devices()[0])
     features = features_of(study.params, batch, config=study.target, layer_ids=study.taps)
     return jax.block_until_ready(dataclasses.replace(batch, features=features))
 
@@ -358,8 +355,9 @@ def path_of(study: Study, name: str, seed: int, step: int, what: str) -> Path:
 
 def measure(study: Study, name: str, seed: int, step: int, what: str, params: dict) -> None:
     """One part of an arm's measures at a point, written when it is done; the first one at the end saves the drafter."""
-    own, begin, last = own_answers(study), time.monotonic(), step == study.arguments.steps
+    own, last = own_answers(study), step == study.arguments.steps
     study.check_time(f"measuring {name} of seed {seed} after step {step} ({what})")
+    begin = time.monotonic()
     if what == "blocks":
         found = {"blocks": of_blocks(study, ARMS[name], params)}
         shown = f"accuracy {found['blocks']['common_token_accuracy']:.3f}"
@@ -390,13 +388,12 @@ def export(study: Study, name: str, seed: int, params: dict) -> None:
 def of_sets(study: Study, drafter: ResolvedDrafter, params: dict, sets: dict, own: dict, temperature: float) -> dict:
     """Set → measures of decoding; of every prompt its rounds' accepted drafts, and those of rounds outside loops."""
     params = serving_params(jax.tree.map(lambda x: x.astype(study.arguments.dtype), params))
-    measures, config = {}, decoding_of(study, drafter)
+    measures, config, size = {}, decoding_of(study, drafter), study.arguments.eval_batch_size
     for key, found in decode(study, config, params, sets, temperature).items():
         values = measures[key] = acceptance_measures(found, drafter.block_size) | {"block_size": drafter.block_size}
         values["accepted"] = [g.accepted for g in found]
         values["outside"] = [outside_loops(g.prompt, g.tokens, g.accepted) for g in found]
         if temperature == 0:
-            size = study.arguments.eval_batch_size
             values |= compare(found, own[key][: len(found)], study.serving, config, size, None).results()
     return measures
 
