@@ -25,7 +25,7 @@ STOPPED_CODE = 75
 """Exit code of specauf after SIGTERM: with 0, the Pod would count as done."""
 DIMENSIONS = {"tpu-v4-podslice": 3, "tpu-v5p-slice": 3, "tpu7x": 3, "tpu-v5-lite-podslice": 2, "tpu-v6e-slice": 2}
 """GKE's name of an accelerator → numbers in its topologies."""
-COMMANDS = ("train", "pretrain", "regenerate", "generate", "evaluate", "benchmark", "benchmark-train")
+COMMANDS = ("train", "pretrain", "regenerate", "synthesize", "generate", "evaluate", "benchmark", "benchmark-train")
 """Those that run on several hosts."""
 
 

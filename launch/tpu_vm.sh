@@ -95,8 +95,8 @@ check() {
   [[ $max_restarts =~ ^[0-9]+$ ]] || refuse "--max-restarts '$max_restarts'" "a number from 0 on"
   if $delete && [ ${#command[@]} = 0 ]; then return; fi
   [[ $type =~ ^[a-z0-9]+-[0-9]+$ ]] || refuse "--accelerator-type '$type'" "a type such as v5litepod-16"
-  [[ "${command[*]:0:2} " =~ ^specauf\ (train|pretrain|regenerate|generate|evaluate|benchmark|benchmark-train)\ $ ]] ||
-    refuse "the command '${command[*]}'" "-- specauf train, pretrain, regenerate, generate, evaluate, benchmark or benchmark-train, with its settings"
+  [[ "${command[*]:0:2} " =~ ^specauf\ (train|pretrain|regenerate|synthesize|generate|evaluate|benchmark|benchmark-train)\ $ ]] ||
+    refuse "the command '${command[*]}'" "-- specauf train, pretrain, regenerate, synthesize, generate, evaluate, benchmark or benchmark-train, with its settings"
   if [ -z "$runtime" ]; then
     case "$type" in
       v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
