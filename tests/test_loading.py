@@ -209,8 +209,9 @@ def test_how_many_tokens_may_be_verified():
 def test_more_verified_tokens_than_the_block_holds_are_refused():
     options = {"params": None, "requests": [], "batch_size": 1, "mesh": None, "console": Console(quiet=True)}
     decoding = Decoding(TargetStep(tiny.target_config(), (0, 1)), tiny.drafter_config())
-    with pytest.raises(SpecaufError, match="verify_slots 5.*\n.*at most the 4 of the drafter's block"):
-        loading.with_width(decoding, 5, **options)
+    for slots in (0, 5):
+        with pytest.raises(SpecaufError, match=f"verify_slots {slots}.*\n.*from 1 to the 4 of the drafter's block"):
+            loading.with_width(decoding, slots, **options)
     assert loading.with_width(decoding, None, **options) == decoding
     for slots in (2, 4):
         assert loading.with_width(decoding, slots, **options).block_size == slots

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_decoding import RecurrentStep, recurrent_head, recurrent_model
+from test_decoding import RecurrentStep, greedy_by_hand, recurrent_head, recurrent_model
 
 from specauf_jax.config import Sampling
 from specauf_jax.decoding.baselines import PromptLookup
@@ -19,7 +19,7 @@ from specauf_jax.decoding.rows import Request, Rows
 from specauf_jax.decoding.speculate import prefill
 from specauf_jax.decoding.state import Decoding, init_state
 from specauf_jax.models.layers import init_kv_cache
-from specauf_jax.models.target import TargetStep, target_head, target_hidden
+from specauf_jax.models.target import TargetStep
 
 TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
 STEP = TargetStep(TARGET, DRAFTER.target_layer_ids)
@@ -61,20 +61,8 @@ def answers(requests, *, batch_size: int, models=None, config=CONFIG, mesh=None)
 
 
 def cacheless(prompt, count: int) -> list[int]:
-    """What the target alone writes: the whole text read again for every token."""
-    text, model = list(prompt), tiny.target_params()
-    for _ in range(count):
-        tokens = np.zeros((1, 128), np.int32)
-        tokens[0, : len(text)] = text
-        text.append(int(_best(model, tokens)[len(text) - 1]))
-    return text[len(prompt) :]
-
-
-@jax.jit
-def _best(params, tokens):
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    hidden = target_hidden(params, tokens, positions, jnp.ones_like(tokens), config=TARGET)
-    return jnp.argmax(hidden @ target_head(params).lm_head, -1)[0]
+    """What the target alone writes."""
+    return greedy_by_hand(tiny.target_params(), prompt, count, target=TARGET)
 
 
 def test_a_request_gets_the_same_answer_in_any_company():

@@ -40,8 +40,8 @@ CONVENTIONS = {
     "round.round_ms": "a whole round in the same kind of loop, each part compiled by itself and run on one state",
     "round.commit_ms": "the rest, round - draft - verify: comparing, committing, book-keeping; near 0 it is noise",
     "round.overhead": "commit_ms by round_ms",
-    "widths": "rounds that verify fewer tokens: their cost, as round.round_ms, and the tokens that alpha lets expect",
-    "width_speedup": "tokens by round_ms of each width, by what the target alone gives in its own round_ms",
+    "widths": "rounds that verify fewer tokens: their cost, as round.round_ms, the tokens that alpha lets expect, and "
+    "these by round_ms against the target alone in its own round_ms",
 }
 
 
@@ -124,18 +124,18 @@ def measure_size(size: int, requests, methods: dict[str, Method], models: Models
                 bar.advance(task)
         rounds = {}
         for name, method in methods.items():
-            rounds[name] = measure_round(method, asked[:size], models, config)
+            rounds[name] = {"round": measure_round(method, asked[:size], models, config)}
+            if method.decoding.drafter is not None:
+                alone_ms = rounds[ALONE]["round"]["round_ms"]
+                rounds[name] |= measure_widths(method, passes[name][-1], asked[:size], alone_ms, models, config)
             bar.advance(task)
     alone = passes[ALONE]
-    alone_ms = rounds[ALONE]["round_ms"]
     measured = {}
     for name, method in methods.items():
         texts = passes[name][-1].generations, alone[-1].generations
         comparison = compare(*texts, models.target_params, method.decoding, size, models.mesh)
         measured[name] = comparison.results() | summary(passes[name], alone, size)
-        measured[name] |= {"block_size": method.decoding.block_size, "round": rounds[name]}
-        if method.decoding.drafter is not None:
-            measured[name] |= measure_widths(method, passes[name][-1], asked[:size], alone_ms, models, config)
+        measured[name] |= {"block_size": method.decoding.block_size} | rounds[name]
     return measured
 
 
@@ -172,14 +172,11 @@ def measure_widths(method: Method, timed: Timed, requests, alone_ms: float, mode
     state = start(*params, requests, config=method.decoding, max_new_tokens=room, mesh=models.mesh)
     accepted = alpha([g.accepted for g in timed.generations], method.decoding.block_size)
     found = widths(*params, state, config=method.decoding, accepted=accepted, repeats=config.repeats)
-    best = max(found, key=lambda width: width.tokens_per_ms)
-    speedups = {str(width.slots): width.tokens_per_ms * alone_ms for width in found}
-    return {
-        "alpha": accepted,
-        "widths": {str(w.slots): {"round_ms": w.round_ms, "tokens": w.tokens} for w in found},
-        "width_speedup": speedups,
-        "fastest_width": best.slots,
+    by_slots = {
+        str(w.slots): {"round_ms": w.round_ms, "tokens": w.tokens, "speedup": w.tokens_per_ms * alone_ms} for w in found
     }
+    best = max(found, key=lambda width: width.tokens_per_ms)
+    return {"alpha": accepted, "widths": by_slots, "fastest_width": best.slots}
 
 
 def measure_round(method: Method, requests, models: Models, config: Benchmark) -> dict[str, float]:
@@ -212,7 +209,7 @@ def _show(results: dict, console: Console) -> None:
     for size, methods in results["decoding"].items():
         for name, m in methods.items():
             if "widths" in m:
-                costs = (f"{n}: {w['round_ms']:.1f} ms {m['width_speedup'][n]:.2f} ×" for n, w in m["widths"].items())
+                costs = (f"{n}: {w['round_ms']:.1f} ms {w['speedup']:.2f} ×" for n, w in m["widths"].items())
                 shares = " ".join("—" if share is None else f"{share:.2f}" for share in m["alpha"])
                 narrow.add_row(size, name, shares, ", ".join(costs), str(m["fastest_width"]))
     console.print(narrow)

@@ -190,10 +190,6 @@ def with_width(
         found = fastest_width(params[0], params[1], requests, config=decoding, batch_size=batch_size, mesh=mesh)
         asked = int(from_primary(np.asarray(found[0].slots)))
         console.print(f"verifies {asked} of {decoding.block_size} slots, the fastest here", highlight=False)
-    elif asked > decoding.block_size:
-        raise SpecaufError(
-            f"verify_slots {asked}", f"at most the {decoding.block_size} of the drafter's block", "lower --verify-slots"
-        )
     return dataclasses.replace(decoding, verify_slots=asked)
 
 

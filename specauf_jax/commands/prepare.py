@@ -148,7 +148,6 @@ def _write_prompts(
 
 def _manifest(config: Prepare, source: Source, tokenizer: Tokenizer, folder: Path, rows: int, bad: BadRecords,
               counts: Counts, prompts: dict[str, str]) -> dict:  # fmt: skip
-    tokenizer_sha256, template_sha256 = tokenizers.hashes(folder / "tokenizer")
     return {
         "sequence_length": config.sequence_length,
         "rows": rows,
@@ -158,11 +157,7 @@ def _manifest(config: Prepare, source: Source, tokenizer: Tokenizer, folder: Pat
         "supervised_share": counts.supervised / counts.tokens,
         "truncated_documents": counts.truncated,
         "bad_records": len(bad.found),
-        "tokenizer_sha256": tokenizer_sha256,
-        "template_sha256": template_sha256,
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        **tokenizers.described(folder / "tokenizer", tokenizer),
         "source": source.name,
         "prompts": prompts,
         "template_args": template_arguments(config.template_args),

@@ -57,7 +57,9 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     stops = stop_token_ids(load_tokenizer(data / "tokenizer"), config.target)
     params, decoding = load_decoding(config.target, config.drafter, config.dtype, mesh, console, stops)
     documents = _chosen(data, config.documents)
-    if not any(_pieces(document, config.prompt_length) for document in documents):
+    first = [pieces[0].tolist() for pieces in (_pieces(d, config.prompt_length) for d in documents) if pieces]
+    first = [tokens for tokens in first if len(tokens) < manifest["sequence_length"]]
+    if not first:
         raise SpecaufError(
             f"none of {len(documents)} documents has anything to answer",
             f"an unsupervised prefix, or more than prompt_length = {config.prompt_length} tokens",
@@ -66,12 +68,10 @@ def regenerate(config: Regenerate, console: Console) -> dict:
     inputs = {"data": _digest(documents), "target": weights_digest(config.target)}
     if config.drafter is not None:
         inputs["drafter"] = weights_digest(config.drafter)
-    asked = [pieces[0].tolist() for pieces in (_pieces(d, config.prompt_length) for d in documents) if pieces]
-    asked = [tokens for tokens in asked if len(tokens) < manifest["sequence_length"]] or [[0]]
     options: dict = {"batch_size": config.batch_size, "mesh": mesh}
     with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
         decoding = with_width(
-            decoding, config.verify_slots, params, asked, batch_size=config.batch_size, mesh=mesh, console=console
+            decoding, config.verify_slots, params, first, batch_size=config.batch_size, mesh=mesh, console=console
         )
         length = manifest["sequence_length"]
         dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}

@@ -15,7 +15,14 @@ from specauf_jax.config import Sampling
 from specauf_jax.data.chat import clock_notes, conversation_text, user_opening
 from specauf_jax.data.dataset import write_manifest
 from specauf_jax.data.preview import print_example, print_summary
-from specauf_jax.data.tokenizer import Tokenizer, copy_tokenizer, hashes, load_tokenizer, with_template_args
+from specauf_jax.data.tokenizer import (
+    Tokenizer,
+    copy_tokenizer,
+    described,
+    hashes,
+    load_tokenizer,
+    with_template_args,
+)
 from specauf_jax.decoding.generate import Dialogue
 from specauf_jax.decoding.rows import Request
 from specauf_jax.distributed import from_primary, is_primary
@@ -175,15 +182,10 @@ def _assemble(config: Synthesize, tokenizer: Tokenizer, talks: dict[int, Talk], 
             )
         lines = (json.dumps({"messages": talk.messages}, ensure_ascii=False) + "\n" for talk in training)
         write_text(folder / "conversations.jsonl", "".join(lines))
-        tokenizer_sha256, template_sha256 = hashes(folder / "tokenizer")
         manifest = counts | {
+            **described(folder / "tokenizer", tokenizer),
             "sequence_length": config.sequence_length,
             "bad_records": 0,
-            "tokenizer_sha256": tokenizer_sha256,
-            "template_sha256": template_sha256,
-            "vocab_size": len(tokenizer),
-            "mask_token_id": tokenizer.mask_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
             "source": f"synthesized by {config.target}",
             "prompts": prompts,
             "template_args": template_arguments(config.template_args),

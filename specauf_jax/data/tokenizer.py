@@ -189,6 +189,18 @@ def copy_tokenizer(source, destination) -> None:
             write_bytes(destination / name, (source / name).read_bytes())
 
 
+def described(folder, tokenizer: Tokenizer) -> dict:
+    """What a dataset's manifest tells of its tokenizer, whose files are in `folder`."""
+    tokenizer_sha256, template_sha256 = hashes(folder)
+    return {
+        "tokenizer_sha256": tokenizer_sha256,
+        "template_sha256": template_sha256,
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def stop_token_ids(tokenizer: Tokenizer, model) -> tuple[int, ...]:
     """Ids that end an answer, sorted: the tokenizer's eos, the STOP_TOKENS it knows, and what a model's files name.
 

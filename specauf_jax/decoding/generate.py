@@ -57,10 +57,7 @@ def generate(
     def ask(request: Request):
         return (yield request)
 
-    indices = range(len(prompts)) if indices is None else indices
-    requests = [
-        Request(prompt, index, max_new_tokens, sampling) for prompt, index in zip(prompts, indices, strict=True)
-    ]
+    requests = _requests(prompts, indices, max_new_tokens, sampling)
     dialogues = {i: ask(request) for i, request in enumerate(requests)}
     options = {"config": config, "seed": seed, "batch_size": batch_size, "mesh": mesh}
     found = dict(track(converse(drafter_params, target_params, dialogues, **options)))
@@ -122,14 +119,16 @@ def start(
     mesh=None,
 ) -> DecodeState:
     """A row for each prompt, which has been read. Arguments as for `generate`."""
-    indices = range(len(prompts)) if indices is None else indices
-    requests = [
-        Request(prompt, index, max_new_tokens, sampling) for prompt, index in zip(prompts, indices, strict=True)
-    ]
+    requests = _requests(prompts, indices, max_new_tokens, sampling)
     options = {"config": config, "batch_size": len(prompts), "seed": seed, "mesh": mesh}
     rows = Rows(drafter_params, target_params, requests, **options)
     rows.admit(deque(requests))
     return rows.running.state
+
+
+def _requests(prompts, indices: Sequence[int] | None, max_new_tokens: int, sampling: Sampling) -> list[Request]:
+    indices = range(len(prompts)) if indices is None else indices
+    return [Request(prompt, index, max_new_tokens, sampling) for prompt, index in zip(prompts, indices, strict=True)]
 
 
 def stream(

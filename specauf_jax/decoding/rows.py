@@ -127,12 +127,13 @@ class Rows:
         return finished
 
     def _begin(self):
-        """Caches that hold the prefix, of as many rows as are read together."""
+        """Caches of as many rows as are read together, which hold the prefix."""
         rows = math.prod(self._turns.shape[::2])
         tokens = np.zeros((rows, self._room), np.int32)
         tokens[:, : len(self._prefix)] = self._prefix
         length = np.full(rows, len(self._prefix) + 1, np.int32)  # prompts are read but for their last token
-        options = {"config": self._config, "mesh": self._mesh, "chunk_size": self._chunk}
+        chunk_size = self._chunk if self._prefix else None
+        options = {"config": self._config, "mesh": self._mesh, "chunk_size": chunk_size}
         return _read_prefix(*self._params, _on(self._mesh, (tokens, length)), **options)
 
     def _needs(self, request: Request) -> int:
@@ -166,7 +167,9 @@ class Rows:
 
 
 def _common_start(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all prompts begin with, but for each one's last token."""
+    """What all prompts begin with, but for each one's last token; nothing where one is alone."""
+    if len(prompts) == 1:
+        return []
     shortest, longest = min(map(list, prompts)), max(map(list, prompts))
     most = min(map(len, prompts)) - 1
     return shortest[: next((i for i in range(most) if shortest[i] != longest[i]), most)]
@@ -184,7 +187,7 @@ def abstract_state(*, config: Decoding, batch_size: int, room: int, dtype, mesh)
     """Rows with room for so many tokens, as shapes with shardings: to compile ahead of time."""
     shape = {"batch_size": batch_size, "room": room, "dtype": jnp.dtype(dtype)}
     running = jax.eval_shape(functools.partial(_idle, config=config, **shape, mesh=None))
-    return placed(running, _sharding(running, mesh, config)).state
+    return placed(running, _sharding(running, _row_axes(running, config), mesh)).state
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_size", "room", "dtype", "mesh"))
@@ -194,7 +197,7 @@ def _idle(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> Runni
     keys, how = jax.random.split(jax.random.key(0), batch_size), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
     state = init_state(tokens, ones, ones, keys, how, **_caches(config, batch_size, room, dtype))
     running = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros(batch_size, jnp.int32))
-    return _spread(running, mesh, config)
+    return _spread(running, _row_axes(running, config), mesh)
 
 
 def _caches(config, rows: int, room: int, dtype) -> dict:
@@ -218,7 +221,7 @@ def _admit(drafter_params, target_params, running: Running, prompts, count, begu
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
         state = init_state(tokens, length, limit, keys, how, **caches)
         fresh = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros_like(length))
-        fresh = _spread(fresh, mesh, config)
+        fresh = _spread(fresh, _row_axes(fresh, config), mesh)
         state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size, begin=begin)
         return _put(running, dataclasses.replace(fresh, state=state), at, mesh, config)
 
@@ -226,12 +229,15 @@ def _admit(drafter_params, target_params, running: Running, prompts, count, begu
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh", "chunk_size"))
-def _read_prefix(drafter_params, target_params, prompts, *, config: Decoding, mesh, chunk_size: int) -> dict:
-    """Caches after `tokens [n, T]`, of which `length [n]` - 1 are read."""
+def _read_prefix(drafter_params, target_params, prompts, *, config: Decoding, mesh, chunk_size: int | None) -> dict:
+    """Caches after `tokens [n, T]`, of which `length [n]` - 1 are read; none if chunk_size is None."""
     tokens, length = prompts
-    keys, how = jax.random.split(jax.random.key(0), len(length)), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
     caches = _caches(config, tokens.shape[0], tokens.shape[1], float_dtype(target_params))
-    state = init_state(tokens, length, length, keys, how, **_spread_caches(caches, mesh, config))
+    caches = _spread(caches, _cache_axes(config), mesh)
+    if chunk_size is None:
+        return caches
+    keys, how = jax.random.split(jax.random.key(0), len(length)), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
+    state = init_state(tokens, length, length, keys, how, **caches)
     state = prefill(drafter_params, target_params, state, config=config, chunk_size=chunk_size)
     return {name: getattr(state, name) for name in caches}
 
@@ -266,7 +272,8 @@ def _take(arrays, at, mesh):
 
 def _put(running: Running, fresh: Running, at, mesh, config: Decoding) -> Running:
     """`fresh` in the places `at [devices, n]` of every device's rows; nowhere for one behind the last."""
-    axes, specs = _row_axes(running, config), _specs(running, mesh, config)
+    axes = _row_axes(running, config)
+    specs = _specs(running, axes, mesh)
 
     def one(running, fresh, at):
         def put(old, new, axis):
@@ -287,34 +294,21 @@ def _cache_axes(config: Decoding) -> dict:
     return jax.tree.map(axis, of_two, of_three)
 
 
-def _cache_specs(caches: dict, mesh, config: Decoding) -> dict:
-    """Rows over all batch axes, the heads of key/value caches over `tensor`."""
-    return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), caches, _cache_axes(config))
-
-
 def _row_axes(running: Running, config: Decoding) -> Running:
     """As `_cache_axes`, of all."""
     axes = jax.tree.map(lambda _: 0, running)
     return dataclasses.replace(axes, state=dataclasses.replace(axes.state, **_cache_axes(config)))
 
 
-def _specs(running: Running, mesh, config: Decoding) -> Running:
-    """As `_cache_specs`, of all."""
-    return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), running, _row_axes(running, config))
+def _specs(tree, axes, mesh):
+    """Rows, at `axes`, over all batch axes of the mesh; the heads of key/value caches over `tensor`."""
+    return jax.tree.map(lambda x, axis: rows_at(x.shape, axis, mesh), tree, axes)
 
 
-def _sharding(running: Running, mesh, config: Decoding) -> Running:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(running, mesh, config))
+def _sharding(tree, axes, mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(tree, axes, mesh))
 
 
-def _spread(running: Running, mesh, config: Decoding) -> Running:
+def _spread(tree, axes, mesh):
     """Zeros have no sharding of their own: unless it is said, every device holds all rows."""
-    return running if mesh is None else lax.with_sharding_constraint(running, _sharding(running, mesh, config))
-
-
-def _spread_caches(caches: dict, mesh, config: Decoding) -> dict:
-    """As `_spread`."""
-    if mesh is None:
-        return caches
-    named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _cache_specs(caches, mesh, config))
-    return lax.with_sharding_constraint(caches, named)
+    return tree if mesh is None else lax.with_sharding_constraint(tree, _sharding(tree, axes, mesh))

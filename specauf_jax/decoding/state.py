@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.decoding.baselines import PromptLookup
+from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import KVCache
 from specauf_jax.models.target import target_head
 from specauf_jax.pytrees import pytree
@@ -34,11 +35,22 @@ class Decoding:
     verify_slots: int | None = None
     target_head: Callable = target_head
 
+    def __post_init__(self):
+        if self.verify_slots is not None and not 1 <= self.verify_slots <= self._whole:
+            raise SpecaufError(
+                f"verify_slots {self.verify_slots}",
+                f"from 1 to the {self._whole} of the drafter's block",
+                "change --verify-slots, or leave it out",
+            )
+
+    @property
+    def _whole(self) -> int:
+        return self.drafter.block_size if self.drafter else 1
+
     @property
     def block_size(self) -> int:
         """K, tokens verified per round; 1 without a drafter."""
-        whole = self.drafter.block_size if self.drafter else 1
-        return min(self.verify_slots or whole, whole)
+        return self.verify_slots or self._whole
 
     @property
     def model(self) -> ResolvedDrafter | None:

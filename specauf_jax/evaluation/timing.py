@@ -18,7 +18,7 @@ from specauf_jax.decoding.speculate import draft_and_verify, extend, propose
 from specauf_jax.decoding.state import DecodeState, Decoding
 from specauf_jax.evaluation.measure import alpha
 
-_PROBED_TOKENS = 64
+_PROBED_TOKENS = 64  # of each request, to see what is accepted
 REPEATED = 8
 """Times that a part runs within one call on the device, so that calling it costs little of what is measured."""
 
@@ -93,6 +93,49 @@ def _repeat(drafter_params, target_params, state: DecodeState, *, part: str, con
     return lax.fori_loop(0, REPEATED, lambda _, state: step(state), state)
 
 
+def _round(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """A whole round, whose rows are then put back to where they were."""
+    after, _ = draft_and_verify(drafter_params, target_params, state, config=config)
+    return dataclasses.replace(after, length=state.length, done=state.done)
+
+
+def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
+    anchor, positions = _anchor(state, config)
+    proposal = propose(drafter_params, target_params, state, anchor[:, None], positions, state.keys, config=config)
+    last = proposal.tokens.max(axis=1, initial=0)
+    if config.model is not None:
+        block = jnp.broadcast_to(anchor[:, None], positions.shape)
+        taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]
+        taps = jnp.broadcast_to(last[:, None, None], taps.shape).astype(taps.dtype)
+        state = extend(drafter_params, state, taps, positions, config=config)
+    return _mark(state, last)
+
+
+def _target(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
+    """The target's pass over K tokens, up to its choices."""
+    anchor, positions = _anchor(state, config)
+    block = jnp.broadcast_to(anchor[:, None], positions.shape)
+    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    choice = jnp.argmax(logits, axis=-1).max(axis=1).astype(jnp.int32)
+    return _mark(dataclasses.replace(state, target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
+
+
+def _anchor(state: DecodeState, config: Decoding):
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    return anchor, state.length[:, None] - 1 + jnp.arange(config.block_size)
+
+
+def _mark(state: DecodeState, token) -> DecodeState:
+    """The state with other anchors: without a trace of a part's result the compiler would leave the part out."""
+    rows = jnp.arange(len(token))
+    return dataclasses.replace(state, tokens=state.tokens.at[rows, state.length - 1].set(token))
+
+
+# ---------------------------------------------------------------------------------------------
+# How many tokens to verify
+
+
 @dataclasses.dataclass(frozen=True)
 class Width:
     """What verifying so many tokens per round costs and gives."""
@@ -148,42 +191,3 @@ def fastest_width(
     state = start(*params, asked, max_new_tokens=_PROBED_TOKENS, **options)
     found = widths(*params, state, config=options["config"], accepted=accepted)
     return sorted(found, key=lambda width: -width.tokens_per_ms)
-
-
-def _round(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
-    """A whole round, whose rows are then put back to where they were."""
-    after, _ = draft_and_verify(drafter_params, target_params, state, config=config)
-    return dataclasses.replace(after, length=state.length, done=state.done)
-
-
-def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
-    """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
-    anchor, positions = _anchor(state, config)
-    proposal = propose(drafter_params, target_params, state, anchor[:, None], positions, state.keys, config=config)
-    last = proposal.tokens.max(axis=1, initial=0)
-    if config.model is not None:
-        block = jnp.broadcast_to(anchor[:, None], positions.shape)
-        taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]
-        taps = jnp.broadcast_to(last[:, None, None], taps.shape).astype(taps.dtype)
-        state = extend(drafter_params, state, taps, positions, config=config)
-    return _mark(state, last)
-
-
-def _target(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
-    """The target's pass over K tokens, up to its choices."""
-    anchor, positions = _anchor(state, config)
-    block = jnp.broadcast_to(anchor[:, None], positions.shape)
-    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
-    choice = jnp.argmax(logits, axis=-1).max(axis=1).astype(jnp.int32)
-    return _mark(dataclasses.replace(state, target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
-
-
-def _anchor(state: DecodeState, config: Decoding):
-    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    return anchor, state.length[:, None] - 1 + jnp.arange(config.block_size)
-
-
-def _mark(state: DecodeState, token) -> DecodeState:
-    """The state with other anchors: without a trace of a part's result the compiler would leave the part out."""
-    rows = jnp.arange(len(token))
-    return dataclasses.replace(state, tokens=state.tokens.at[rows, state.length - 1].set(token))

@@ -78,19 +78,3 @@ def in_range(start, stop, length: int) -> jax.Array:
     """Whether `start <= j < stop`: bool `[..., length]` of int `[...]`."""
     j = jnp.arange(length)
     return (j >= start[..., None]) & (j < stop[..., None])
-
-
-def grouped_scores(equation: str, q, k) -> jax.Array:
-    """Scaled scores in float32; q's H heads are viewed as G groups of r."""
-    *lead, H, E = q.shape
-    G = k.shape[-2]
-    grouped = q.reshape(*lead, G, H // G, E)
-    return jnp.einsum(equation, grouped, k, preferred_element_type=jnp.float32) * (E**-0.5)
-
-
-def masked_softmax(scores, visible) -> jax.Array:
-    """Softmax over the visible keys; all zeros, with finite gradients, where none is visible."""
-    scores = jnp.where(visible, scores, -jnp.inf)
-    peak = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    powers = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
-    return powers / jnp.maximum(powers.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)

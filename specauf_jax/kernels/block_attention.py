@@ -12,7 +12,7 @@ from jax import lax
 
 from specauf_jax.kernels import block_attention_tpu as tpu
 from specauf_jax.kernels import block_attention_xla as xla
-from specauf_jax.kernels.attention import NO_WINDOW, grouped_scores, in_range, masked_softmax
+from specauf_jax.kernels.attention import NO_WINDOW, in_range
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 _HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
@@ -77,13 +77,29 @@ def dense(q, k, v, context_k, context_v, ranges) -> jax.Array:
     S, K = context_k.shape[1], k.shape[2]
     start, stop, first, last = jnp.moveaxis(ranges, 2, 0)
     visible = jnp.concatenate([in_range(start, stop, S), in_range(first, last, K)], axis=-1)[:, None, None]
-    context_scores = grouped_scores("bakgre,bsge->bgraks", q, context_k)
-    block_scores = grouped_scores("bakgre,bajge->bgrakj", q, k)
+    context_scores = _grouped_scores("bakgre,bsge->bgraks", q, context_k)
+    block_scores = _grouped_scores("bakgre,bajge->bgrakj", q, k)
     scores = jnp.concatenate([context_scores, block_scores], axis=-1)
-    probabilities = masked_softmax(scores, visible).astype(v.dtype)
+    probabilities = _masked_softmax(scores, visible).astype(v.dtype)
     mixed = jnp.einsum("bgraks,bsge->bakgre", probabilities[..., :S], context_v)
     mixed += jnp.einsum("bgrakj,bajge->bakgre", probabilities[..., S:], v)
     return mixed.reshape(q.shape)
+
+
+def _grouped_scores(equation: str, q, k) -> jax.Array:
+    """Scaled scores in float32; q's H heads are viewed as G groups of r."""
+    *lead, H, E = q.shape
+    G = k.shape[-2]
+    grouped = q.reshape(*lead, G, H // G, E)
+    return jnp.einsum(equation, grouped, k, preferred_element_type=jnp.float32) * (E**-0.5)
+
+
+def _masked_softmax(scores, visible) -> jax.Array:
+    """Softmax over the visible keys; all zeros, with finite gradients, where none is visible."""
+    scores = jnp.where(visible, scores, -jnp.inf)
+    peak = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    powers = jnp.exp(scores - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    return powers / jnp.maximum(powers.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def with_gradient(forward, backward):
