@@ -417,7 +417,7 @@ def test_device_tells_what_did_not_end_well(tmp_path):
     (tmp_path / "python").chmod(0o755)
     environment = os.environ | {"PYTHON": str(tmp_path / "python"), "REAL": sys.executable}
     device = ["bash", MEASURE / "device.sh", "--toy", "--seconds", "30", "--out", tmp_path / "out"]
-    study = ["--", "--target", "t", "--data", "d", "--arms", "auf"]
+    study = ["--", "--target", "t", "--data", "d", "--arms", "auf", "--benchmarks", tmp_path / "none"]
     done = subprocess.run([*device, *study], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     outcomes = json.loads((tmp_path / "out/summary.json").read_text())

@@ -73,6 +73,8 @@ def test_a_study_goes_on_bit_for_bit(script, world, straight, tmp_path, monkeypa
             raise KeyboardInterrupt
         return one_step(study, seed, number, states)
 
+    called(script, monkeypatch, *world, *SMALL, "--out", out, "--seconds", 0)
+    assert "time is up before the target's features of row 0" in capsys.readouterr().out
     monkeypatch.setattr(script, "one_step", killed)
     with pytest.raises(KeyboardInterrupt):
         called(script, monkeypatch, *world, *SMALL, "--out", out)
@@ -117,23 +119,28 @@ def test_arms_learn_what_they_would_by_themselves(script, study, straight):
         optimizer, loss = script.make_optimizer(study.steps), study.loss(script.ARMS[name])
         step = jax.jit(script.make_train_step(loss, study.target, optimizer, seed=0))
         for number in numbers:
-            batch = dataclasses.replace(script.batch_of(study, 0, number), features=None)
+            batch = script.batch_without_features(study, script.row_numbers(study, 0, number))
             state, _ = step(state, study.params, batch)
     found, _ = load_drafter(straight / "drafters/decay_auf_0")
     assert tiny.largest_difference(found, state.params) < 1e-5
 
 
-def test_rows_of_an_epoch_come_once(script, study, monkeypatch):
+def test_rows_of_an_epoch_come_once(script, study):
     count = len(study.rows["tokens"]) // 2 * 2
-    monkeypatch.setattr(script, "with_features", lambda study, rows: rows)
-    numbered = {"tokens": np.arange(count)[:, None], "document_ids": np.zeros((count, 1), int)}
-    study = dataclasses.replace(study, rows=numbered)
-    orders = [[script.batch_of(study, seed, i)["tokens"].ravel().tolist() for i in range(count)] for seed in (0, 1)]
+    study = dataclasses.replace(study, rows={"tokens": np.zeros((count, 1), int)})
+    orders = [[script.row_numbers(study, seed, i) for i in range(count)] for seed in (0, 1)]
     for order in orders:
         epochs = np.ravel(order[: count // 2]), np.ravel(order[count // 2 :])
         assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 2
         assert epochs[0].tolist() != epochs[1].tolist()
     assert orders[0] != orders[1]
+
+
+def test_stored_features_are_the_targets(script, study):
+    numbers = [len(study.rows["tokens"]) - 1, 0]
+    found = script.batch_of(study, numbers)
+    expected = script.with_features(study, script.batch_without_features(study, numbers))
+    assert tiny.largest_difference(found, expected) < 1e-5
 
 
 def test_tables(straight, capsys):
@@ -155,7 +162,7 @@ def test_tables(straight, capsys):
     assert [list(cells) for cells in steps.values()] == [["3", "6"], ["3", "6"], ["6"]]
     blocks = [json.loads((straight / f"measured/decay_{seed}/6_blocks.json").read_text())["blocks"] for seed in (0, 1)]
     assert results[titles[3]]["decay"]["accuracy"] == [found["common_token_accuracy"] for found in blocks]
-    assert results[titles[6]][""].keys() == {"target", "decay", "auf", "decay_auf", "together", "each with a pass"}
+    assert results[titles[6]][""].keys() == {"target", "decay", "auf", "decay_auf"}
 
 
 def test_figures_of_the_tables(tmp_path):

@@ -98,11 +98,15 @@ def work(arguments: argparse.Namespace) -> int:
     import numpy as np
     from rich.console import Console
 
-    from specauf_jax.commands.loading import load_models
     from specauf_jax.config import Mesh
-    from specauf_jax.environment import float32_precision
     from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
     from specauf_jax.sharding import make_mesh
+
+    try:
+        from specauf_jax.commands.loading import load_models
+        from specauf_jax.environment import float32_precision
+    except ImportError:  # of the first revisions
+        from specauf_jax.commands.setup import float32_precision, load_models
 
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
@@ -128,7 +132,9 @@ def generated(models, prompts: list[list[int]], limits: list[int], batch_size: i
     """Each prompt's new tokens, at most as many as its limit."""
     from specauf_jax.decoding import generate as module
 
-    params, options = (models.drafter_params, models.target_params), {"config": models.decoding, "mesh": models.mesh}
+    named = (getattr(models, name, None) for name in ("decoding", "speculative", "autoregressive"))  # of any revision
+    decoding = next(filter(None, named))
+    params, options = (models.drafter_params, models.target_params), {"config": decoding, "mesh": models.mesh}
     if not hasattr(module, "converse"):
         return generated_in_batches(params, options, prompts, limits, batch_size)
 

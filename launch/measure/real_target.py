@@ -3,17 +3,20 @@
     python launch/measure/real_target.py --target DIR --data DIR --out DIR
 
 launch/measure/real_target.sh makes target and data and calls this; real_target_report.py prints tables of it.
-All arms of a seed learn from the same rows in the same order, at the same anchors, from the same weights, in one
-process: the target reads each batch once, for all of them. At --points equally distant steps every arm decodes a few
-prompts, after the last one all prompts, at temperature 0 and 1. Run again, it goes on where it stopped, bit for bit.
+All arms of a seed learn from the same rows in the same order, at the same anchors, from the same weights. The target
+reads each row once, for all arms and epochs, and DIR keeps its features. At --points equally distant steps every arm
+decodes a few prompts, after the last one all prompts, at temperature 0 and 1. Run again, it goes on where it stopped,
+bit for bit.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,7 +39,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.exactness import compare
 from specauf_jax.evaluation.measure import acceptance_measures, outside_loops, tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
-from specauf_jax.files import sole_user, write_text
+from specauf_jax.files import check_writable, sole_user, write_bytes, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
@@ -49,6 +52,7 @@ from specauf_jax.training.origin import drafter_origin
 from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
 
 LOG_EVERY = 10
+FILE_ROWS = 64  # rows of a file of features
 HELD_OUT_ROWS = 64  # that tell the accuracy
 CURVE_SETS = 3  # sets of prompts that are decoded at every point
 DOMINO = ("emb_dim=64", "gru_hidden_dim=256")
@@ -240,6 +244,7 @@ def curve_sets(prompts: dict) -> list[str]:
 def run(study: Study) -> None:
     """Everything that is not there yet, point by point."""
     a = study.arguments
+    store_features(study)
     for step in sorted({max(a.steps * i // a.points, 1) for i in range(1, a.points + 1)}):
         for seed in a.seeds:
             open_ = missing(study, seed, step)
@@ -273,9 +278,8 @@ def train(study: Study, seed: int, until: int) -> dict[str, TrainState]:
                 with (folder / "steps.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 taus = ", ".join(f"{name} {tau:.2f}" for name, tau in row["tau"].items())
-                total, target = sum(row["seconds"].values()), row["seconds"]["target"]
-                print(f"seed {seed}: step {number} of {a.steps}, {total:.2f} s, of that the target {target:.2f}; "
-                      f"tau {taus}", flush=True)  # fmt: skip
+                total = sum(row["seconds"].values())
+                print(f"seed {seed}: step {number} of {a.steps}, {total:.2f} s; tau {taus}", flush=True)
             if saving:
                 checkpoints.save(number, states, {}, study.record, float(number))
             if late and number < until:
@@ -292,11 +296,10 @@ def initial_states(study: Study, seed: int, step: int) -> dict[str, TrainState]:
 
 
 def one_step(study: Study, seed: int, number: int, states: dict[str, TrainState]) -> dict:
-    """Every arm's step on one batch, in place; the seconds of the target and of each arm, and the arms' tau."""
-    names, clock, taus = study.arms(seed, number), time.perf_counter(), {}
+    """Every arm's step on one batch, in place; the seconds and the tau of each arm."""
+    names, seconds, taus = study.arms(seed, number), {}, {}
     states |= {name: jax.tree.map(jnp.copy, states["decay"]) for name in names if name not in states}
-    batch = batch_of(study, seed, number - 1)
-    seconds = {"target": time.perf_counter() - clock}
+    batch = batch_of(study, row_numbers(study, seed, number - 1))
     for name in names:
         clock = time.perf_counter()
         update = update_of(study.loss(ARMS[name]), study.target, study.steps)
@@ -319,18 +322,63 @@ def update_of(loss: LossConfig, target: Target, train: TrainOptimisation):
     return jax.jit(update, donate_argnums=0)
 
 
-def batch_of(study: Study, seed: int, number: int) -> Batch:
-    """The rows of a step, shuffled anew in each epoch, with the target's features."""
+def row_numbers(study: Study, seed: int, number: int) -> list[int]:
+    """The rows of a step, shuffled anew in each epoch."""
     count, size = len(study.rows["tokens"]), study.arguments.batch_size
     places = [divmod(number * size + i, count) for i in range(size)]
     order = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch, _ in places}
-    return with_features(study, {name: x[[order[e][i] for e, i in places]] for name, x in study.rows.items()})
+    return [int(order[epoch][i]) for epoch, i in places]
 
 
-def with_features(study: Study, rows: dict[str, np.ndarray]) -> Batch:
-    batch = jax.device_put(Batch(**rows, positions=document_positions(rows["document_ids"])), jax.devices()[0])
-    features = features_of(study.params, batch, config=study.target, layer_ids=study.taps)
-    return jax.block_until_ready(dataclasses.replace(batch, features=features))
+def batch_of(study: Study, numbers: list[int]) -> Batch:
+    """Rows with the features that were stored."""
+    stored = np.stack([np.load(path_of_features(study, n), mmap_mode="r")[n % FILE_ROWS] for n in numbers])
+    batch = batch_without_features(study, numbers)
+    return dataclasses.replace(
+        batch, features=jax.device_put(stored.view(jnp.dtype(study.arguments.dtype)), jax.devices()[0])
+    )
+
+
+def path_of_features(study: Study, number: int) -> Path:
+    return study.arguments.out / "features" / f"{number // FILE_ROWS * FILE_ROWS}.npy"
+
+
+def store_features(study: Study) -> None:
+    """The target reads every row, FILE_ROWS of them for each file; files that are there stay."""
+    count, size = len(study.rows["tokens"]), study.arguments.batch_size
+    width = len(study.taps) * study.target.hidden_size * jnp.dtype(study.arguments.dtype).itemsize
+    missing = sum(not path_of_features(study, first).exists() for first in range(0, count, FILE_ROWS))
+    check_writable(study.arguments.out / "features", missing * FILE_ROWS * study.rows["tokens"].shape[1] * width)
+    for first in range(0, count, FILE_ROWS):
+        path, end, found, seconds = path_of_features(study, first), min(first + FILE_ROWS, count), [], []
+        if path.exists():
+            continue
+        for start in range(first, end, size):
+            study.check_time(f"the target's features of row {first} of {count}")
+            clock = time.perf_counter()
+            batch = batch_without_features(study, list(range(start, min(start + size, end))))
+            found.append(np.asarray(with_features(study, batch).features))
+            seconds.append(time.perf_counter() - clock)
+        np.save(file := io.BytesIO(), np.concatenate(found).view(np.uint8))
+        write_bytes(path, file.getvalue())
+        row = {"rows": end, "seconds": statistics.median(seconds)}
+        with (study.arguments.out / "features.jsonl").open("a") as log:
+            log.write(json.dumps(row) + "\n")
+        print(f"features of {end} of {count} rows, {row['seconds']:.2f} s for {size}", flush=True)
+
+
+def batch_without_features(study: Study, numbers: list[int]) -> Batch:
+    return as_batch({name: x[numbers] for name, x in study.rows.items()})
+
+
+def as_batch(rows: dict[str, np.ndarray]) -> Batch:
+    return jax.device_put(Batch(**rows, positions=document_positions(rows["document_ids"])), jax.devices()[0])
+
+
+def with_features(study: Study, batch: Batch) -> Batch:
+    return dataclasses.replace(
+        batch, features=features_of(study.params, batch, config=study.target, layer_ids=study.taps)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layer_ids"))
@@ -430,7 +478,8 @@ def own_batches(study: Study) -> list[Batch]:
     rows = list(pack([Document(text, np.arange(len(text)) >= start) for text, start in texts], length))
     rows = [rows[i] for i in np.linspace(0, len(rows) - 1, min(len(rows), HELD_OUT_ROWS)).astype(int)]
     groups = [rows[first : first + size] for first in range(0, len(rows), size)]
-    return [with_features(study, {key: np.stack([row[key] for row in group]) for key in group[0]}) for group in groups]
+    stacked = [{key: np.stack([row[key] for row in group]) for key in group[0]} for group in groups]
+    return [with_features(study, as_batch(rows)) for rows in stacked]
 
 
 def of_blocks(study: Study, arm: Arm, params: dict) -> dict[str, float]:

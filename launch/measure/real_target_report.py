@@ -32,7 +32,7 @@ def report(out: Path) -> str:
     files = [json.loads(path.read_text()) for path in (out / "measured").glob("*/*.json")]
     files.sort(key=lambda file: (study["arms"].index(file["arm"]), file["seed"], file["step"]))
     found = [file | {"set": key} | values for file in files for key, values in file.get("sets", {}).items()]
-    logs = [json.loads(line) for path in out.glob("seed_*/steps.jsonl") for line in path.read_text().splitlines()]
+    logs, passes = lines(out.glob("seed_*/steps.jsonl")), lines(out.glob("features.jsonl"))
     greedy, sampled = ([r for r in found if r["step"] == study["steps"] and r["what"] == what] for what in ("t0", "t1"))
     sets = {name: f"{name} ({count})" for name, count in study["prompts"].items()}
     curve = f"{study['point_prompts']} prompts of each of {', '.join(study['curve_sets'])}"
@@ -45,7 +45,7 @@ def report(out: Path) -> str:
         ),
         "alpha at temperature 0": alphas(greedy),
         f"tau at temperature 0 by steps: {curve}": curves(found, study),
-        "Seconds of a step, medians, with one pass of the target for all arms, and with a pass for each": seconds(logs),
+        "Seconds of a step, medians, and of the target's pass over its rows, made once for all": seconds(logs, passes),
         "Speed": speeds(out / "speed.json"),
     }
     (out / "results.json").write_text(json.dumps({"study": study, "tables": tables}, indent=2) + "\n")
@@ -53,6 +53,10 @@ def report(out: Path) -> str:
     parts += [markdown(title, table) for title, table in tables.items() if table]
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
     return "\n\n".join(parts)
+
+
+def lines(paths) -> list[dict]:
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def by(key: str, rows: list[dict]) -> dict:
@@ -131,16 +135,11 @@ def curves(rows: list[dict], study: dict) -> dict:
             for name, own in by("arm", rows).items()}  # fmt: skip
 
 
-def seconds(logs: list[dict]) -> dict:
-    """Of the first seed, which has all arms."""
+def seconds(logs: list[dict], passes: list[dict]) -> dict:
     names = dict.fromkeys(name for row in logs for name in row["seconds"])
-    median = {name: statistics.median(row["seconds"][name] for row in logs if name in row["seconds"]) for name in names}
-    if not median:
-        return {}
-    together, arms = sum(median.values()), len(median) - 1
-    cells = {name: f"{value:.3f}" for name, value in median.items()}
-    cells |= {"together": f"{together:.3f}", "each with a pass": f"{together + (arms - 1) * median['target']:.3f}"}
-    return {"": cells}
+    measured = {name: [row["seconds"][name] for row in logs if name in row["seconds"]] for name in names}
+    measured = {"target": [row["seconds"] for row in passes]} | measured
+    return {"": {name: f"{statistics.median(values):.3f}" for name, values in measured.items() if values}}
 
 
 def speeds(path: Path) -> dict:
