@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # help must come before JAX is loaded
     import jax
     from flax import nnx
 
-    from specauf_jax.objectives import LabelScores
+    from specauf_jax.config import Objective
+    from specauf_jax.objectives import Scores
 
 ModelType = Literal["qwen3", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
@@ -201,10 +202,12 @@ class Head(abc.ABC):
         previous: jax.Array,
         labels: jax.Array,
         valid: jax.Array,
+        target_hidden: jax.Array | None,
+        objectives: dict[str, Objective],
         chunk: int,
-        stop: int | None,
-    ) -> dict[str, LabelScores]:
-        """What each branch says of the gold tokens.
+        skip: bool,
+    ) -> dict[str, Scores]:
+        """What each branch says of the gold tokens, and of the target's distribution where its objective is soft.
 
         Args:
           params: of the drafter.
@@ -214,10 +217,11 @@ class Head(abc.ABC):
           previous: int32 `[B, A, N]`, the token before each label.
           labels: int32 `[B, A, N]`.
           valid: bool `[B, A, N]`.
-          chunk, stop: as for `specauf_jax.kernels.lm_head.frozen_head_cross_entropy`.
+          objectives: branch → what it trains on.
+          target_hidden, chunk, skip: as for `specauf_jax.kernels.lm_head.frozen_head_scores`.
 
         Returns:
-          Branch → LabelScores of `[B, A, N]`.
+          Branch → LabelScores or SoftScores of `[B, A, N]`.
         """
 
     @abc.abstractmethod

@@ -4,6 +4,7 @@ Commands put them together (`specauf_jax.commands.train_settings` and its like);
 texts below the fields. `Objective` and the architectures (`specauf_jax.architecture`) are static data under `jit`.
 """
 
+import dataclasses
 import math
 import typing
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import tyro
 from specauf_jax.checks import choice, not_negative, positive, seed, unused
 from specauf_jax.errors import SpecaufError
 
-ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace"]
+ObjectiveName = Literal["full", "decay", "auf", "auf_decay", "griffin", "dpace", "survival", "first_error"]
+LossName = Literal["ce", "kl", "tv", "lk", "nla"]
+OptimizerName = Literal["adamw", "muon"]
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "layers"]
 HeadSlots = Literal["support", "all"]
@@ -22,44 +25,129 @@ HeadSlots = Literal["support", "all"]
 
 @dataclass(frozen=True)
 class Objective:
-    """Which slots of a block train, and how much."""
+    """Which slots of a block train, how much, and on what."""
 
     name: ObjectiveName = "auf"
+    loss: str = "ce"
+    """Loss of a slot, or a mix such as ce=0.1,tv=0.9: cross-entropy of the label (ce), or what compares with the
+    target's own distribution: KL divergence (kl), the probability that sampling rejects (tv), its mix with KL (lk), the
+    negative log of acceptance (nla)."""
+    temperature: float = 1.0
+    """kl, tv, lk, nla, survival: of the target's distribution; below 1 sharpens it."""
     gamma: float | None = None
-    """decay, auf_decay: time constant in slots; None takes 7, 5, 4 for K = 16, 10, 8 and K/2 otherwise."""
+    """decay, auf_decay, first_error: time constant in slots; None takes 7, 5, 4 for K = 16, 10, 8 and K/2 otherwise."""
+    failures: int = 1
+    """auf, auf_decay, griffin: a block stops at its n-th failure."""
+    floor: float = 0.0
+    """auf, auf_decay, griffin: weight of slots behind the stop. Above 0 every slot meets the LM head."""
     griffin_top_n: int = 3
     """griffin: a slot counts as right when the label is among the drafter's n best tokens."""
     dpace_alpha: float = 0.5
     """dpace: smoothing of the confidence, s = (1 - alpha) q + alpha."""
     dpace_denominator: Literal["slots", "rows"] = "slots"
     """dpace: divide by the number of valid slots, or (as SpecForge does) by the batch rows."""
+    focal: float = 1.0
+    """first_error: extra weight of a block's first failure."""
+    chain: float = 0.1
+    """first_error: weight of the expected accepted length."""
     witness: Literal["own", "base"] = "own"
-    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's (auf, auf_decay,
-    griffin, dpace)."""
+    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's (all but full and
+    decay)."""
 
     @property
     def stop(self) -> int | None:
-        """A block stops at the first label that is not among the drafter's so many best tokens; None: it never does."""
+        """A label that is not among the drafter's so many best tokens is a failure, and stops the block (`failures`);
+        None: nothing does."""
         return {"auf": 1, "auf_decay": 1, "griffin": self.griffin_top_n}.get(self.name)
+
+    @property
+    def skips(self) -> bool:
+        """Slots behind the stop have no weight, so that nothing need be computed for them."""
+        return self.stop is not None and self.floor == 0
+
+    @property
+    def losses(self) -> dict[LossName, float]:
+        """Loss → its weight in the mix.
+
+        Raises:
+          SpecaufError: `loss` is not of this form.
+        """
+        found: dict = {}
+        for part in self.loss.split(","):
+            name, equals, weight = part.partition("=")
+            try:
+                found[name] = float(weight) if equals else 1.0
+            except ValueError:
+                found[name] = math.nan
+        known = all(name in typing.get_args(LossName) and 0 < weight < math.inf for name, weight in found.items())
+        if not known or len(found) < self.loss.count(",") + 1 or (len(found) == 1 and "=" in self.loss):
+            raise SpecaufError(
+                f"objective.loss is {self.loss!r}",
+                f"one of {', '.join(typing.get_args(LossName))}, or several with positive weights, each once",
+                "write it as kl, or as ce=0.1,tv=0.9",
+            )
+        return found
+
+    @property
+    def soft(self) -> bool:
+        """It needs the target's distribution, not only the label."""
+        return self.name == "survival" or any(name != "ce" for name in self.losses)
 
     def __post_init__(self):
         choice(self, "name", typing.get_args(ObjectiveName))
         choice(self, "dpace_denominator", ("slots", "rows"))
         choice(self, "witness", ("own", "base"))
-        positive(self, "griffin_top_n")
+        positive(self, "griffin_top_n", "failures", "temperature")
+        not_negative(self, "focal", "chain")
         if self.gamma is not None:
             positive(self, "gamma")
         if not 0 <= self.dpace_alpha <= 1:
             raise SpecaufError(f"objective.dpace_alpha is {self.dpace_alpha}", "a number from 0 to 1", "set it to 0.5")
+        if not 0 <= self.floor <= 1:
+            raise SpecaufError(f"objective.floor is {self.floor}", "a number from 0 to 1", "set it to 0.1")
+        stopping = ("auf", "auf_decay", "griffin")
         readers = {
-            "gamma": ("decay", "auf_decay"),
+            "gamma": ("decay", "auf_decay", "first_error"),
+            "failures": stopping,
+            "floor": stopping,
             "griffin_top_n": ("griffin",),
             "dpace_alpha": ("dpace",),
             "dpace_denominator": ("dpace",),
-            "witness": ("auf", "auf_decay", "griffin", "dpace"),
+            "focal": ("first_error",),
+            "chain": ("first_error",),
+            "witness": (*stopping, "dpace", "survival", "first_error"),
         }
         unread = (field for field, names in readers.items() if self.name not in names)
         unused(self, *unread, when=f"under objective {self.name}")
+        if not self.soft:
+            unused(self, "temperature", when=f"under objective {self.name} with loss {self.loss}")
+
+
+def one_after_another(text: str, objective: Objective) -> list[tuple[float, Objective]]:
+    """The objectives of `decay@0,auf@0.8`, each with the share of the steps at which it begins.
+
+    That of `objective`'s name is `objective` itself; the others share its loss.
+
+    Raises:
+      SpecaufError: the text is not of this form.
+    """
+    stages = [part.partition("@")[::2] for part in text.split(",")]
+    try:
+        shares = [float(share) for _, share in stages]
+    except ValueError:
+        shares = []
+    if not shares or shares[0] != 0 or any(not a < b < 1 for a, b in zip(shares, shares[1:], strict=False)):
+        raise SpecaufError(
+            f"objectives is {text!r}", "NAME@SHARE,…, shares of the steps that rise from 0 and stay below 1",
+            "write it as decay@0,auf@0.8",
+        )  # fmt: skip
+    found = []
+    for (name, _), share in zip(stages, shares, strict=True):
+        other = Objective(name, objective.loss)  # type: ignore[arg-type]  # it checks the name
+        if other.soft:
+            other = dataclasses.replace(other, temperature=objective.temperature)
+        found.append((share, objective if name == objective.name else other))
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,6 +216,8 @@ class Optimisation:
     """Newest checkpoints to keep, beside the best one."""
     profile_steps: int = 0
     """Steps to trace for XProf, once the run is warm; 0 for none. Lands in out/profile."""
+    optimizer: OptimizerName = "adamw"
+    """muon orthogonalises the momentum of matrices, with steps as large as AdamW's, which the rest keeps."""
     mu_dtype: Dtype = "float32"
     """Of the optimiser's first moment; bfloat16 saves 2 bytes a parameter."""
 

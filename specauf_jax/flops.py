@@ -17,21 +17,23 @@ PEAK_FLOPS = {
 
 
 def step_flops(
-    drafter: ResolvedDrafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int
+    drafter: ResolvedDrafter, target: Target, *, rows: int, sequence_length: int, num_anchors: int, soft: bool = False
 ) -> dict[str, float]:
     """Floating-point operations of one optimiser step over the whole mesh, by part.
 
     Args:
       drafter: resolved.
-      target: the frozen target; only its layers up to the highest tap run.
+      target: the frozen target; only its layers up to the highest tap run, all of them for soft losses.
       rows, sequence_length, num_anchors: B, S, A of the step.
+      soft: the loss compares with the target's distribution, whose logits are a product of their own.
 
     Returns:
       target, context, blocks, attention, lm_head, and what the head adds.
     """
     S, A, K = sequence_length, num_anchors, drafter.block_size
     D, L, M, V = target.hidden_size, len(drafter.target_layer_ids), drafter.num_hidden_layers, target.vocab_size
-    layers_run, N = max(drafter.target_layer_ids) + 1, drafter.num_labels
+    layers_run = target.num_hidden_layers if soft else max(drafter.target_layer_ids) + 1
+    N = drafter.num_labels
     heads = drafter.num_attention_heads * drafter.head_dim
     groups = drafter.num_key_value_heads * drafter.head_dim
     causal = 2 * S * S * target.num_attention_heads * target.head_dim
@@ -42,7 +44,7 @@ def step_flops(
         "context": 2 * 2 * S * L * D * D + 3 * M * 2 * S * 2 * D * groups,
         "blocks": 3 * M * 2 * A * K * _layer_weights(drafter),
         "attention": 3 * M * 4 * A * K * visible * heads,
-        "lm_head": 2 * 2 * A * N * D * V,  # frozen: no gradient of its weights
+        "lm_head": (3 if soft else 2) * 2 * A * N * D * V,  # frozen: no gradient of its weights
     }
     parts |= {name: 3 * A * N * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}

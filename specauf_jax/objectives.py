@@ -1,9 +1,9 @@
 """The heart: which slots of a block train and how much, on plain arrays.
 
 An objective is a support (which slots live) with weights, times a loss per slot. What happened in a block (which slots
-were right, how sure the drafter was) gives the weights; the loss is the weighted cross-entropy. Nothing here knows of
-language models: any sequence of which only a right prefix is used can train this way. A robot that executes a planned
-sequence of moves until the first wrong one:
+were right, how sure the drafter was) gives the weights; the loss compares the drafter's distribution with a label, or
+with the target's own distribution. Nothing here knows of language models: any sequence of which only a right prefix is
+used can train this way. A robot that executes a planned sequence of moves until the first wrong one:
 
     >>> import jax, jax.numpy as jnp
     >>> from specauf_jax.config import Objective
@@ -18,8 +18,21 @@ sequence of moves until the first wrong one:
 
 Shapes: `[..., N]` are the slots of a block that have a label, in order, behind any leading axes (blocks, rows): N is
 K-1, or K where labels are shifted. `valid` is v_k: the slot's label may be trained.
+
+Losses of a slot, by the drafter's logits z, q = softmax(z), and the target's distribution p = softmax(y / T), which is
+data. a = Σ_v min(p_v, q_v) is the probability that sampling accepts the slot's draft. L_v below is 1 where q_v < p_v,
+else 0, and Q = Σ_v q_v L_v, so that d a / d z_u = q_u (L_u - Q).
+
+| loss | value | d loss / d z_u |
+|---|---|---|
+| ce | -log q_label | q_u - [u = label] |
+| kl | Σ_v p_v (log p_v - log q_v) | q_u - p_u |
+| tv | 1 - a | q_u (Q - L_u) |
+| lk | λ · kl + (1-λ) · tv, where λ = exp(-3 a) is detached (arXiv 2602.23881) | the same mix |
+| nla | -log a | q_u (Q - L_u) / a |
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -27,6 +40,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specauf_jax.config import Objective, decay_gamma
+from specauf_jax.errors import SpecaufError
 from specauf_jax.pytrees import pytree
 
 
@@ -36,23 +50,47 @@ class LabelScores(NamedTuple):
     cross_entropy: jax.Array  # float32 [..., N], in nats; differentiable
     rank: jax.Array  # int32 [..., N]: tokens that the drafter prefers to the label; 0 is exactly "argmax == label"
 
+    @property
+    def loss(self) -> jax.Array:
+        """Of a slot: float32 [..., N]; differentiable."""
+        return self.cross_entropy
 
-def accept_until_fail_mask(correct: jax.Array, valid: jax.Array) -> jax.Array:
-    """Slots up to and including the first failure (Spec-AUF, arXiv 2607.01893).
+
+class SoftScores(NamedTuple):
+    """What the logits say of the labels and of the target's own distribution."""
+
+    loss: jax.Array  # float32 [..., N]: the objective's mix of losses; alone differentiable in every branch
+    cross_entropy: jax.Array
+    rank: jax.Array
+    acceptance: jax.Array  # float32 [..., N]: a = Σ_v min(p_v, q_v)
+
+
+Scores = LabelScores | SoftScores
+
+
+def accept_until_fail_mask(correct: jax.Array, valid: jax.Array, failures: int = 1) -> jax.Array:
+    """Slots up to and including the first failure (Spec-AUF, arXiv 2607.01893), or the n-th.
 
     m_k = v_k · prod_{1 <= j < k} (v_j · c_j). Detached: no gradient passes through the mask.
 
     Args:
       correct: bool `[..., N]`, c_k: the drafter's own token is the label.
-      valid: bool `[..., N]`, v_k.
+      valid: bool `[..., N]`, v_k; behind a slot that is not valid nothing lives.
+      failures: n, static.
 
     Returns:
       bool `[..., N]`.
     """
-    survives = (correct & valid).astype(jnp.int32)
-    accepted = lax.cumprod(survives, axis=survives.ndim - 1)
-    reached = jnp.concatenate([jnp.ones_like(accepted[..., :1]), accepted[..., :-1]], axis=-1)
-    return lax.stop_gradient((reached > 0) & valid)
+    live = jnp.zeros_like(valid)
+    for _ in range(failures):
+        live = reached(((correct | live) & valid).astype(jnp.int32)).astype(bool) & valid
+    return lax.stop_gradient(live)
+
+
+def reached(survives: jax.Array) -> jax.Array:
+    """prod_{j < k} of `[..., N]`: 1 for the first slot."""
+    product = lax.cumprod(survives, axis=survives.ndim - 1)
+    return jnp.concatenate([jnp.ones_like(product[..., :1]), product[..., :-1]], axis=-1)
 
 
 def prefix_acceptance(draft: jax.Array, target: jax.Array) -> jax.Array:
@@ -94,25 +132,67 @@ def dpace_weights(probability: jax.Array, valid: jax.Array, alpha: float) -> jax
     return lax.cumsum(reach, axis=axis, reverse=True) * valid
 
 
-def slot_weights(objective: Objective, scores: LabelScores, valid: jax.Array, block_size: int) -> jax.Array:
-    """The weight of every slot's loss under `objective`; see `objective_sums` for the arguments.
+def survival_weights(acceptance: jax.Array, valid: jax.Array) -> jax.Array:
+    """The probability that sampling gets to a slot: w_k = v_k · prod_{j < k} v_j a_j. float32 `[..., N]`.
+
+    At temperature 0 for both distributions this is `accept_until_fail_mask`.
+
+    Args:
+      acceptance: float `[..., N]`, a_k in [0, 1].
+      valid: bool `[..., N]`.
+    """
+    return reached(acceptance * valid) * valid
+
+
+def first_error_weights(objective: Objective, scores: Scores, valid: jax.Array, block_size: int):
+    """Weights by position, more for the first failure, and those of the expected length (after arXiv 2606.11552).
+
+    w_k = exp(-(k-1)/gamma) · (1 + focal · [k is the first failure]) + chain · sum_{j >= k} prod_{i <= j} q_i
+
+    The last part is the gradient of the expected accepted length, sum_j prod_{i <= j} q_i, in log q_k. The paper's
+    abstract names the three parts; how they are put together and weighted here is inferred.
 
     Returns:
-      float32 `[..., N]`, without gradient.
+      float32 `[..., N]` weights, and what they are divided by: the sum of those without the chain.
     """
-    stop, live = objective.stop, valid
-    if stop is not None:  # GRIFFIN, arXiv 2502.11018, stops at the first label outside the top n; auf is n = 1
-        live = accept_until_fail_mask(scores.rank < stop, valid)
+    failure = accept_until_fail_mask(scores.rank == 0, valid) & (scores.rank > 0)
+    own = decay_weights(valid, decay_gamma(objective, block_size)) * (1 + objective.focal * failure)
+    return own + objective.chain * dpace_weights(jnp.exp(-scores.cross_entropy), valid, alpha=0.0), own.sum()
+
+
+def slot_weights(objective: Objective, scores: Scores, valid: jax.Array, block_size: int):
+    """The weight of every slot's loss under `objective`, and their denominator; see `objective_sums`.
+
+    Returns:
+      float32 `[..., N]` and float32 [], without gradient.
+    """
+    live = valid
+    if objective.stop is not None:  # GRIFFIN, arXiv 2502.11018, stops at the first label outside the top n; auf: n = 1
+        live = accept_until_fail_mask(scores.rank < objective.stop, valid, objective.failures)
+        live = jnp.where(live, 1.0, objective.floor) * valid
     match objective.name:
         case "decay" | "auf_decay":
-            live = decay_weights(live, decay_gamma(objective, block_size))
+            live = live * decay_weights(valid, decay_gamma(objective, block_size))
         case "dpace":
-            live = dpace_weights(jnp.exp(-scores.cross_entropy), live, objective.dpace_alpha)
-    return lax.stop_gradient(live.astype(jnp.float32))
+            live = dpace_weights(jnp.exp(-scores.cross_entropy), valid, objective.dpace_alpha)
+        case "survival":
+            assert isinstance(scores, SoftScores)
+            live = survival_weights(scores.acceptance, valid)
+    live = live.astype(jnp.float32)
+    denominator = live.sum()
+    if objective.name == "first_error":
+        live, denominator = first_error_weights(objective, scores, valid, block_size)
+    if objective.name == "dpace":
+        slots = objective.dpace_denominator == "slots"
+        denominator = valid.sum(dtype=jnp.float32) if slots else jnp.float32(valid.shape[0])
+    return lax.stop_gradient((live, denominator))
 
 
-def label_scores(logits: jax.Array, labels: jax.Array) -> LabelScores:
-    """Cross-entropy of each label, and how many tokens the drafter prefers to it.
+HARD = Objective("full")
+
+
+def label_scores(logits: jax.Array, labels: jax.Array, target_logits=None, objective: Objective = HARD) -> Scores:
+    """Each slot's loss, the label's cross-entropy, and how many tokens the drafter prefers to it.
 
     Of equal logits the lower token id is preferred. Counting compares in one pass where argmax would need a second,
     and tells of the top n too.
@@ -120,79 +200,118 @@ def label_scores(logits: jax.Array, labels: jax.Array) -> LabelScores:
     Args:
       logits: `[..., V]`; taken to float32, since bfloat16 ties would change the support.
       labels: int `[...]`.
+      target_logits: `[..., V]` of the target at the same places, without gradient; None for losses of labels alone.
+      objective: its `losses` and `temperature` count.
+
+    Returns:
+      SoftScores where the objective is `soft`, else LabelScores.
     """
-    return scores_and_probabilities(logits, labels)[0]
+    return scores_and_slope(logits, labels, target_logits, objective)[0]
 
 
-def scores_and_probabilities(logits, labels, vocabulary_axis: str | None = None):
-    """`label_scores`, and what their gradient is made of.
+def scores_and_slope(logits, labels, target_logits=None, objective: Objective = HARD, vocabulary_axis=None):
+    """`label_scores`, and the gradient of their loss.
 
     Args:
-      logits: `[..., V]`, or this device's part of the vocabulary.
+      logits, target_logits: `[..., V]`, or this device's part of the vocabulary.
       labels: int `[...]`.
+      objective: as for `label_scores`.
       vocabulary_axis: mesh axis over which V is spread, in a manual region; None where it is whole.
 
     Returns:
-      LabelScores; float32 `[..., V]` probabilities and bool `[..., V]` "is the label", of this part: the gradient of
-      the cross-entropy in the logits is their difference.
+      LabelScores or SoftScores; float32 `[..., V]` d loss / d logits of this part of the vocabulary, by the formulas
+      of this module.
     """
 
     def total(x):
+        x = x.sum(-1)
         return x if vocabulary_axis is None else lax.psum(x, vocabulary_axis)
+
+    def softmax(logits):
+        peak = lax.stop_gradient(logits.max(-1))
+        peak = peak if vocabulary_axis is None else lax.pmax(peak, vocabulary_axis)
+        powers = jnp.exp(logits - peak[..., None])
+        mass = total(powers)
+        return peak, jnp.log(mass), powers / mass[..., None]
 
     logits = logits.astype(jnp.float32)
     V = logits.shape[-1]
     token = jnp.arange(V, dtype=labels.dtype)
-    peak = lax.stop_gradient(logits.max(-1))
     if vocabulary_axis is not None:
         token += lax.axis_index(vocabulary_axis) * V
-        peak = lax.pmax(peak, vocabulary_axis)
     is_label = token == labels[..., None]
-    chosen = total(jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1))
+    chosen = total(jnp.where(is_label, logits, 0.0))
     preferred = (logits > chosen[..., None]) | ((logits == chosen[..., None]) & (token < labels[..., None]))
-    powers = jnp.exp(logits - peak[..., None])
-    mass = total(powers.sum(-1))
-    scores = LabelScores(peak + jnp.log(mass) - chosen, total(preferred.sum(-1, dtype=jnp.int32)))
-    return scores, powers / mass[..., None], is_label
+    peak, log_mass, q = softmax(logits)
+    cross_entropy, rank = peak + log_mass - chosen, total(preferred.astype(jnp.int32))
+    if not objective.soft:
+        return LabelScores(cross_entropy, rank), q - is_label
+    target_logits = lax.stop_gradient(target_logits).astype(jnp.float32) / objective.temperature
+    target_peak, target_log_mass, p = softmax(target_logits)
+    acceptance = total(jnp.minimum(p, q))
+    log_ratio = (target_logits - target_peak[..., None]) - (logits - peak[..., None])
+    divergence = total(p * log_ratio) + log_mass - target_log_mass
+    less = q < p
+    reject_slope = q * (total(jnp.where(less, q, 0.0))[..., None] - less)
+    share = lax.stop_gradient(jnp.exp(-3 * acceptance))
+    some = jnp.maximum(acceptance, jnp.finfo(jnp.float32).tiny)
+
+    def lk(kl, tv, share=share):
+        return share * kl + (1 - share) * tv
+
+    value_and_slope = {
+        "ce": (cross_entropy, q - is_label),
+        "kl": (divergence, q - p),
+        "tv": (1 - acceptance, reject_slope),
+        "lk": (lk(divergence, 1 - acceptance), lk(q - p, reject_slope, share[..., None])),
+        "nla": (-jnp.log(some), reject_slope / some[..., None]),
+    }
+    mixed = [(weight * value_and_slope[name][0], weight * value_and_slope[name][1])
+             for name, weight in objective.losses.items()]  # fmt: skip
+    loss, slope = (functools.reduce(jnp.add, parts) for parts in zip(*mixed, strict=True))
+    return SoftScores(loss, cross_entropy, rank, acceptance), slope
 
 
 @pytree
 class ObjectiveSums:
     """The two halves of a loss, to be summed over everything (mesh, accumulation) and divided once."""
 
-    numerator: jax.Array  # sum of weight · cross-entropy, float32 []
+    numerator: jax.Array  # sum of weight · loss, float32 []
     denominator: jax.Array  # float32 []
     weights: jax.Array  # float32 [..., N], detached
 
 
 def objective_sums(
     objective: Objective,
-    scores: LabelScores,
+    scores: Scores,
     valid: jax.Array,
     *,
     block_size: int,
-    witness: LabelScores | None = None,
+    witness: Scores | None = None,
 ) -> ObjectiveSums:
-    """Weighted cross-entropy of blocks, as sums.
+    """Weighted losses of blocks, as sums.
 
     Args:
       objective: which slots train.
-      scores: of every slot's label.
+      scores: of every slot's label; of the target's distribution too where the objective is `soft`.
       valid: bool `[..., N]`.
       block_size: K, for the default time constant of decay.
       witness: scores of another branch, whose hits and misses count in place of the own.
 
     Returns:
       ObjectiveSums. The denominator is the sum of weights; for dpace the number of valid slots, or
-      of rows (the leading axis).
+      of rows (the leading axis); for first_error that of weights without the chain.
+
+    Raises:
+      SpecaufError: the objective needs the target's distribution, of which `scores` do not tell.
     """
-    weights = slot_weights(objective, witness or scores, valid, block_size)
-    # A slot without weight must not pass on a non-finite cross-entropy: 0 · inf is nan.
-    numerator = jnp.sum(jnp.where(weights > 0, weights * scores.cross_entropy, 0.0))
-    if objective.name != "dpace":
-        denominator = weights.sum()
-    elif objective.dpace_denominator == "slots":
-        denominator = valid.sum(dtype=jnp.float32)
-    else:
-        denominator = jnp.float32(valid.shape[0])
+    if objective.soft and not (isinstance(scores, SoftScores) and isinstance(witness or scores, SoftScores)):
+        raise SpecaufError(
+            f"scores of labels alone for objective {objective.name} with loss {objective.loss}",
+            "scores of the target's distribution too",
+            "give label_scores the target's logits",
+        )
+    weights, denominator = slot_weights(objective, witness or scores, valid, block_size)
+    # A slot without weight must not pass on a loss that is not finite: 0 · inf is nan.
+    numerator = jnp.sum(jnp.where(weights > 0, weights * scores.loss, 0.0))
     return ObjectiveSums(numerator=numerator, denominator=denominator, weights=weights)

@@ -87,7 +87,10 @@ def grads_and_value(f, *arrays):
 
 
 def in_chunks(hidden, lm_head, labels, chunk):
-    return chunked_scores(lambda hidden: project(hidden, lm_head), (hidden,), labels, chunk=chunk)
+    def scores(labels, hidden):
+        return label_scores(project(hidden, lm_head), labels)
+
+    return chunked_scores(scores, (labels, hidden), chunk=chunk)
 
 
 def test_label_scores_in_chunks_equals_all_logits_at_once():

@@ -22,12 +22,12 @@ from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.speculate import prefill, propose
 from specauf_jax.decoding.state import Decoding, init_state
-from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy
+from specauf_jax.kernels.lm_head import frozen_head_scores
 from specauf_jax.models.heads import dflash, domino
 from specauf_jax.models.heads.domino import Domino, next_state, prefix_states
 from specauf_jax.models.layers import init_kv_cache
 from specauf_jax.models.target import TargetStep, init_target, target_features, target_head
-from specauf_jax.objectives import LabelScores, ObjectiveSums
+from specauf_jax.objectives import LabelScores, ObjectiveSums, label_scores
 from specauf_jax.training import loss as loss_module
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
 from specauf_jax.training.loss import LossConfig, block_hidden, loss_fn, loss_sums
@@ -479,24 +479,27 @@ def test_the_head_learns_from_the_final_branch_alone(accumulation):
 @functools.partial(jax.jit, static_argnames=("config", "target"))
 def trained_logits(params, target_params, batch, anchors, keep, *, config, target=TARGET):
     """Base and final logits `[B, A, N, V]` of training; of a plain drafter twice the same."""
-    seen = []
+    seen, logits_of = [], []  # of a Domino drafter the final ones, then the base ones
 
     def plain(hidden, lm_head, *arguments, **kwargs):
         seen.append((hidden @ lm_head, hidden @ lm_head))
-        return frozen_head_cross_entropy(hidden, lm_head, *arguments, **kwargs)
+        return frozen_head_scores(hidden, lm_head, *arguments, **kwargs)
 
-    def corrected(logits, arrays, labels, *, chunk):
-        found = logits(*arrays)
-        seen.append((found["base"], found["final"]))
-        return chunked_scores(logits, arrays, labels, chunk=chunk)
+    def corrected(logits, labels, *others):
+        logits_of.append(logits)
+        return label_scores(logits, labels, *others)
+
+    def whole(scores, arrays, *, chunk):
+        return scores(*arrays)
 
     batch = batch.replace(features=features_of(batch, target_params, target, config.drafter.target_layer_ids))
     with (
-        mock.patch.object(dflash, "frozen_head_cross_entropy", plain),
-        mock.patch.object(domino, "chunked_scores", corrected),
+        mock.patch.object(dflash, "frozen_head_scores", plain),
+        mock.patch.object(domino, "label_scores", corrected),
+        mock.patch.object(domino, "chunked_scores", whole),
     ):
         loss_sums(params, target_head(target_params), batch, anchors, keep, config=config)
-    return seen[0]
+    return seen[0] if seen else logits_of[::-1]
 
 
 @conventions

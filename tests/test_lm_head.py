@@ -12,11 +12,12 @@ import tiny
 
 from specauf_jax.config import Mesh, Objective
 from specauf_jax.kernels import lm_head as kernel
-from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy, project
+from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_scores, project
 from specauf_jax.objectives import accept_until_fail_mask, label_scores, objective_sums
 from specauf_jax.sharding import batch_sharding, make_mesh, replicated
 
 B, A, N, D, V = 8, 6, 5, 12, 24
+TOP_2 = Objective("griffin", griffin_top_n=2)
 
 
 def blocks(success: float, seed: int = 0, scale: float = 1.0):
@@ -29,27 +30,27 @@ def blocks(success: float, seed: int = 0, scale: float = 1.0):
     return hidden, lm_head, labels, rng.random((B, A, N)) < 0.9
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "chunk", "stop"))
-def loss_and_gradient(hidden, lm_head, labels, valid, *, objective, chunk=None, stop=None):
+@functools.partial(jax.jit, static_argnames=("objective", "chunk"))
+def loss_and_gradient(hidden, lm_head, labels, valid, *, objective, chunk=None):
     """Of an objective; through the kernel, or without a chunk through all logits at once."""
 
     def loss(hidden):
         if chunk is None:
             seen = label_scores(hidden @ lm_head, labels)
         else:
-            seen = frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=chunk, stop=stop)
+            seen = frozen_head_scores(hidden, lm_head, labels, valid, chunk=chunk, objective=objective)
         sums = objective_sums(objective, seen, valid, block_size=N + 1)
         return 0.3 * sums.numerator, (sums, seen)
 
     return jax.value_and_grad(loss, has_aux=True)(hidden)
 
 
-@pytest.mark.parametrize("name,stop,chunk", [("auf", 1, 1), ("auf", 1, 7), ("auf_decay", 1, 48), ("griffin", 3, 1000)])
-def test_slots_up_to_the_first_failure_give_the_dense_loss_and_gradient(name, stop, chunk):
-    objective = Objective(name, griffin_top_n=3)
+@pytest.mark.parametrize("name,chunk", [("auf", 1), ("auf", 7), ("auf_decay", 48), ("griffin", 1000)])
+def test_slots_up_to_the_first_failure_give_the_dense_loss_and_gradient(name, chunk):
+    objective = Objective(name)
     for success in (0.0, 0.7, 1.0):
         arrays = blocks(success)
-        (loss, (sums, seen)), grads = loss_and_gradient(*arrays, objective=objective, chunk=chunk, stop=stop)
+        (loss, (sums, seen)), grads = loss_and_gradient(*arrays, objective=objective, chunk=chunk)
         (dense, (its_sums, its_seen)), its_grads = loss_and_gradient(*arrays, objective=objective)
         assert tiny.largest_difference((loss, sums, grads), (dense, its_sums, its_grads)) < 1e-5
         weighed = np.asarray(sums.weights) > 0
@@ -62,8 +63,10 @@ def test_a_chunk_is_of_the_device_not_of_every_row(chunk, slots):
     """The largest array of logits, of all 8 rows together; a row needs one slot at least."""
     hidden, lm_head, labels, valid = blocks(0.7)
     for score in (
-        lambda x: frozen_head_cross_entropy(x, lm_head, labels, valid, chunk=chunk)[0].sum(),
-        lambda x: chunked_scores(lambda x: project(x, lm_head), (x,), labels, chunk=chunk).cross_entropy.sum(),
+        lambda x: frozen_head_scores(x, lm_head, labels, valid, chunk=chunk)[0].sum(),
+        lambda x: chunked_scores(
+            lambda labels, x: label_scores(project(x, lm_head), labels), (labels, x), chunk=chunk
+        ).cross_entropy.sum(),
     ):
         text = str(jax.make_jaxpr(jax.grad(score))(hidden))
         sizes = [math.prod(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+),24\]", text)]
@@ -85,7 +88,7 @@ def test_slots_behind_the_first_failure_are_not_looked_at():
     support = np.asarray(accept_until_fail_mask(correct, valid))
     behind = np.cumprod(np.concatenate([np.ones_like(correct[..., :1]), correct & valid], -1)[..., :-1], -1) == 0
     poisoned = np.where(behind[..., None], np.nan, hidden)
-    ce, rank = frozen_head_cross_entropy(poisoned, lm_head, labels, valid, chunk=7, stop=1)
+    ce, rank = frozen_head_scores(poisoned, lm_head, labels, valid, chunk=7, objective=Objective("auf"))
     assert not np.asarray(ce)[behind].any() and (np.asarray(rank)[behind] > V).all()
     np.testing.assert_array_equal((np.asarray(ce) > 0) & valid, support)
     assert behind.sum() > 20
@@ -101,7 +104,7 @@ def rounds(monkeypatch, chunk: int, blocks) -> int:
         return slots(*arguments, **options)
 
     monkeypatch.setattr(kernel, "_slots", counted)
-    jax.block_until_ready(frozen_head_cross_entropy(*blocks, chunk=chunk, stop=1))
+    jax.block_until_ready(frozen_head_scores(*blocks, chunk=chunk, objective=Objective("auf")))
     jax.effects_barrier()
     return len(count)
 
@@ -126,15 +129,15 @@ def visited(arrays) -> np.ndarray:
 def test_no_block_to_train():
     hidden, lm_head, labels, valid = blocks(0.5)
     (loss, _), grads = loss_and_gradient(
-        hidden, lm_head, labels, np.zeros_like(valid), objective=Objective("auf"), chunk=4, stop=1
+        hidden, lm_head, labels, np.zeros_like(valid), objective=Objective("auf"), chunk=4
     )
     assert loss == 0 and not np.asarray(grads).any()
 
 
 def print_differences():
     """Of a process with 8 devices: by how much each mesh differs from one device."""
-    for name, stop in (("auf", 1), ("decay", None)):
-        run = functools.partial(loss_and_gradient, objective=Objective(name), chunk=4, stop=stop)
+    for name in ("auf", "decay"):
+        run = functools.partial(loss_and_gradient, objective=Objective(name), chunk=4)
         expected = run(*blocks(0.7))
         for axes in ((2, 4, 1), (1, 2, 4), (1, 1, 8), (2, 2, 2)):
             mesh = make_mesh(Mesh(*axes))
@@ -156,9 +159,9 @@ def test_bfloat16_ranks_by_float32_logits():
     hidden, lm_head = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(lm_head, jnp.bfloat16)
     exact = np.asarray(hidden, np.float64) @ np.asarray(lm_head, np.float64)
     labels = exact.argsort(-1)[..., -2].astype(np.int32)
-    _, rank = frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=4)
+    _, rank = frozen_head_scores(hidden, lm_head, labels, valid, chunk=4)
     assert (np.asarray(rank) == 1).all()
     grads = jax.grad(
-        lambda h: frozen_head_cross_entropy(h, lm_head, labels, valid, chunk=4, stop=2)[0].sum(),
+        lambda h: frozen_head_scores(h, lm_head, labels, valid, chunk=4, objective=TOP_2)[0].sum(),
     )(hidden)
     assert grads.dtype == jnp.bfloat16

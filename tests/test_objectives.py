@@ -297,7 +297,7 @@ def test_no_gradient_passes_through_the_weights(objective):
 
     def total_weight(logits):
         ce, rank = label_scores(logits, labels)
-        return slot_weights(objective, LabelScores(ce, rank), valid, 8).sum()
+        return slot_weights(objective, LabelScores(ce, rank), valid, 8)[0].sum()
 
     assert not jax.jit(jax.grad(total_weight))(logits).any()
     grads, weights = gradient_and_weights(logits, labels, valid, objective)

@@ -106,8 +106,8 @@ def study(script, world, straight, monkeypatch):
 
 def test_the_study_compiles_each_step_once(script, study):
     """For both seeds, both auf arms, and after every continuation."""
-    losses = {study.loss(script.ARMS[name]) for name in ("decay", "auf", "decay_auf")}
-    updates = [script.update_of(loss, study.target, study.steps) for loss in losses]
+    arms = {study.loss(arm): arm for arm in (script.ARMS[name] for name in ("decay", "auf", "decay_auf"))}
+    updates = [script.update_of(loss, study.target, study.steps(arm)) for loss, arm in arms.items()]
     assert script.update_of.cache_info().currsize == 2
     assert [update._cache_size() for update in updates] == [1, 1]
 
@@ -116,10 +116,10 @@ def test_arms_learn_what_they_would_by_themselves(script, study, straight):
     """decay_auf: four steps of decay, then two of auf, by steps in which the target reads every batch anew."""
     state = script.initial_states(study, 0, 0)["decay"]
     for name, numbers in (("decay", range(4)), ("auf", range(4, 6))):
-        optimizer, loss = script.make_optimizer(study.steps), study.loss(script.ARMS[name])
+        optimizer, loss = script.make_optimizer(study.steps(script.ARMS[name])), study.loss(script.ARMS[name])
         step = jax.jit(script.make_train_step(loss, study.target, optimizer, seed=0))
         for number in numbers:
-            batch = script.batch_without_features(study, script.row_numbers(study, 0, number))
+            batch = script.rows_of(study, script.row_numbers(study, 0, number))
             state, _ = step(state, study.params, batch)
     found, _ = load_drafter(straight / "drafters/decay_auf_0")
     assert tiny.largest_difference(found, state.params) < 1e-5
@@ -139,7 +139,7 @@ def test_rows_of_an_epoch_come_once(script, study):
 def test_stored_features_are_the_targets(script, study):
     numbers = [len(study.rows["tokens"]) - 1, 0]
     found = script.batch_of(study, numbers)
-    expected = script.with_features(study, script.batch_without_features(study, numbers))
+    expected = script.with_features(study, script.rows_of(study, numbers))
     assert tiny.largest_difference(found, expected) < 1e-5
 
 

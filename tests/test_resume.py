@@ -89,6 +89,51 @@ def test_a_training_that_sigterm_stopped_goes_on_to_the_same_bits(world, tmp_pat
     assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
+def test_objectives_one_after_another(world, tmp_path, monkeypatch):
+    """Stopped behind the change and before it; the first part is that of the first objective alone."""
+    staged = {"objectives": "decay@0,auf@0.5", "objective": c.Objective("decay", gamma=2.0)}
+
+    def run(name, stop=None, changes=staged):
+        config = dataclasses.replace(settings(world, tmp_path / name, log_every=1), **changes)
+        with monkeypatch.context() as patch:
+            if stop:
+                patch.setattr("specauf_jax.training.loop.Watch.stopping", lambda *_: stop.pop(0))
+            train(config, QUIET)
+        return {
+            line["step"]: line for line in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        }
+
+    straight = run("straight")
+    alone = run("alone", changes={"objective": c.Objective("decay", gamma=2.0)})
+    assert [straight[step]["loss"] for step in range(1, 7)] == [alone[step]["loss"] for step in range(1, 7)]
+    assert straight[7]["tau"] == alone[7]["tau"] and straight[7]["loss"] != alone[7]["loss"]
+    assert ["common_token_accuracy" in straight[step] for step in (1, 6, 7, 12)] == [True, True, False, False]
+    for stop in ([False] * 3 + [True], [False] * 4 + [True]):  # at step 4, then at step 9
+        with pytest.raises(Stopped):
+            run("stopped", list(stop))
+    resumed = run("stopped")
+    weights = "drafter/model.safetensors"
+    assert (tmp_path / "straight" / weights).read_bytes() == (tmp_path / "stopped" / weights).read_bytes()
+    assert {step: line["loss"] for step, line in resumed.items()} == {s: line["loss"] for s, line in straight.items()}
+    origin = json.loads((tmp_path / "straight/drafter/specauf.json").read_text())
+    assert origin["objectives"] == "decay@0,auf@0.5"
+
+
+@pytest.mark.parametrize(
+    "text", ["decay", "decay@0.1,auf@0.5", "decay@0,auf@1", "decay@0,auf@0", "dcay@0", "@0", "decay@x"]
+)
+def test_objectives_that_are_no_schedule_are_refused(world, tmp_path, text):
+    with pytest.raises(SpecaufError, match="objectives is|name is"):
+        dataclasses.replace(settings(world, tmp_path / "run"), objectives=text)
+
+
+def test_settings_of_an_objective_that_does_not_come_are_refused(world, tmp_path):
+    with pytest.raises(SpecaufError, match="objective.name griffin with objectives decay@0,auf@0.8"):
+        dataclasses.replace(
+            settings(world, tmp_path / "run"), objectives="decay@0,auf@0.8", objective=c.Objective("griffin")
+        )
+
+
 def test_the_newest_checkpoints_and_the_best_are_kept(world, tmp_path, monkeypatch):
     scores = iter([1.0, 9.0, None, 3.0, 4.0, 5.0])
     monkeypatch.setattr("specauf_jax.training.loop.MetricsLog.score", lambda self, name, step: next(scores))

@@ -233,6 +233,25 @@ def test_the_first_learning_rate_is_positive_and_no_rate_exceeds_the_peak(steps,
     assert rates[0] > 0 and (rates >= 0).all() and rates.max() <= 0.5
 
 
+def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    params = {"layers": {"q_proj": {"kernel": rng.normal(size=(3, 8, 6))}, "norm": {"scale": np.ones((3, 8))}},
+              "fc": {"kernel": rng.normal(size=(5, 8))}, "lm_head": {"kernel": rng.normal(size=(8, 9))}}  # fmt: skip
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    settings = dict(steps=10, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.0, clip_norm=1e9)
+    muon, adam = make_optimizer(TrainOptimisation(**settings, optimizer="muon")), optax.nadamw(1e-2, b1=0.9, b2=0.95)
+    (ours, theirs) = (optimizer.update(grads, optimizer.init(params), params)[0] for optimizer in (muon, adam))
+    for matrices in (ours["layers"]["q_proj"]["kernel"], ours["fc"]["kernel"][None]):
+        for matrix in np.asarray(matrices):
+            values = np.linalg.svd(matrix, compute_uv=False)
+            scale = 0.2 * 1e-2 * np.sqrt(max(matrix.shape))
+            assert 0.6 * scale < values.min() and values.max() < 1.4 * scale  # five Newton-Schulz steps are not exact
+    for path in (("layers", "norm", "scale"), ("lm_head", "kernel")):
+        one, other = (functools.reduce(lambda tree, key: tree[key], path, tree) for tree in (ours, theirs))
+        np.testing.assert_allclose(one, other, rtol=1e-3)
+
+
 def test_gradients_are_clipped_to_the_global_norm():
     params = {"kernel": jnp.zeros(4), "scale": jnp.zeros(1)}
     grads = {"kernel": jnp.full(4, 30.0), "scale": jnp.full(1, 80.0)}

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from scipy.optimize import brentq
 
 from specauf_jax.config import Objective
-from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_cross_entropy, project
-from specauf_jax.objectives import LabelScores, objective_sums
+from specauf_jax.kernels.lm_head import chunked_scores, frozen_head_scores, project
+from specauf_jax.objectives import label_scores, objective_sums
 
 TOKAMAX = "tokamax"
 
@@ -62,14 +62,15 @@ def forms(arguments) -> dict:
     slots, chunk = arguments.slots, arguments.chunk
 
     def checkpointed(hidden, lm_head, labels, valid):
-        flat, flat_labels = hidden.reshape(1, -1, hidden.shape[-1]), labels.reshape(1, -1)
-        scores = chunked_scores(lambda hidden: project(hidden, lm_head), (flat,), flat_labels, chunk=chunk)
-        return LabelScores(*(x.reshape(labels.shape) for x in scores))
+        def scores(labels, hidden):
+            return label_scores(project(hidden, lm_head), labels)
+
+        return chunked_scores(scores, (labels, hidden), chunk=chunk)
 
     ways = {
         "recomputing all slots": checkpointed,
-        "all slots": functools.partial(frozen_head_cross_entropy, chunk=chunk),
-        "up to first failures": functools.partial(frozen_head_cross_entropy, chunk=chunk, stop=1),
+        "all slots": functools.partial(frozen_head_scores, chunk=chunk),
+        "up to first failures": functools.partial(frozen_head_scores, chunk=chunk, objective=Objective("auf")),
     }
 
     def value_and_gradient(form):

@@ -42,7 +42,6 @@ LAMBDA = 0.3
 NOT_OURS = {
     "dpace_cumulative": "half of D-PACE's weight: not an objective of this project",
     "dpace_continuation": "half of D-PACE's weight: not an objective of this project",
-    "spk_loss_kl": "distillation from the target's logits: not an objective of this project",
     "layer_out": "a layer's output inside the drafter: dflash_hidden checks all of them",
 }
 
@@ -238,6 +237,9 @@ def check_speculators(case: Case, target_logits) -> None:
     valid = blocks.valid[0]
     decay = objective_sums(DECAY, scores, valid, block_size=K)
     report.close("spk_loss_ce_decay7", decay.numerator / valid.sum())
+    soft, before = Objective("decay", "kl", gamma=7.0), anchors[0, :, None] + jnp.arange(K - 1)
+    scores = label_scores(hidden[0, :, 1:] @ case.head.lm_head, labels[:, 1:], target_logits[0][before], soft)
+    report.close("spk_loss_kl_decay7", objective_sums(soft, scores, valid, block_size=K).numerator / valid.sum())
     dpace = objective_sums(Objective("dpace"), scores, valid, block_size=K)
     report.close("spk_loss_ce_dpace", dpace.numerator / dpace.denominator)
     report.close("spk_eal", accepted_length(scores.rank == 0, valid))

@@ -27,7 +27,7 @@ import numpy as np
 
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.commands.loading import check_requests, read_data
-from specauf_jax.config import Objective, Sampling, TrainOptimisation
+from specauf_jax.config import Objective, OptimizerName, Sampling, TrainOptimisation
 from specauf_jax.data.dataset import open_dataset
 from specauf_jax.data.packing import Document, document_positions, pack
 from specauf_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +43,7 @@ from specauf_jax.files import check_writable, sole_user, write_bytes, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
-from specauf_jax.models.target import TargetStep, target_features, target_head
+from specauf_jax.models.target import TargetStep, target_features, target_head, target_states
 from specauf_jax.models.weights import load_target, save_drafter
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints
@@ -56,7 +56,7 @@ FILE_ROWS = 64  # rows of a file of features
 HELD_OUT_ROWS = 64  # that tell the accuracy
 CURVE_SETS = 3  # sets of prompts that are decoded at every point
 DOMINO = ("emb_dim=64", "gru_hidden_dim=256")
-SETTINGS = ("target", "data", "arms", "seeds", "steps", "batch_size", "anchors", "layers", "block_size",
+SETTINGS = ("target", "data", "arms", "every_seed", "seeds", "steps", "batch_size", "anchors", "layers", "block_size",
             "learning_rate", "dtype", "points", "point_prompts", "eval_tokens")  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class Arm:
     base: Objective = Objective()  # of Domino's base branch
     domino: bool = False
     block_size: int | None = None  # K, if not --block-size
+    optimizer: OptimizerName = "adamw"
     late: bool = False
     """Begins after four fifths of the steps, as the arm `decay` was then."""
 
@@ -84,6 +85,22 @@ ARMS = {
     "domino_b_auf_d": Arm(Objective("decay"), Objective("auf_decay"), domino=True),
     "decay_k16": Arm(Objective("decay"), block_size=16),
     "auf_k16": Arm(Objective("auf"), block_size=16),
+}
+STUDY = (*ARMS,)
+ARMS |= {  # beyond: `--arms` of launch/measure/objectives.sh
+    "auf_kl": Arm(Objective("auf", "kl")),
+    "auf_tv": Arm(Objective("auf", "ce=0.1,tv=0.9")),
+    "auf_lk": Arm(Objective("auf", "lk")),
+    "survival_tv": Arm(Objective("survival", "tv")),
+    "survival_kl": Arm(Objective("survival", "kl")),
+    "decay_kl": Arm(Objective("decay", "kl")),
+    "decay_tv": Arm(Objective("decay", "ce=0.1,tv=0.9")),
+    "dpace_kl": Arm(Objective("dpace", "kl")),
+    "auf_floor": Arm(Objective("auf", floor=0.1)),
+    "auf_second": Arm(Objective("auf", failures=2)),
+    "first_error": Arm(Objective("first_error")),
+    "auf_muon": Arm(Objective("auf"), optimizer="muon"),
+    "decay_muon": Arm(Objective("decay"), optimizer="muon"),
 }
 EVERY_SEED = ("decay", "dpace", "auf")
 
@@ -108,8 +125,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", nargs="+", required=True, help="datasets of the target's own answers, in rows of equal length")
     add("--benchmarks", type=Path, help="folder of NAME.jsonl with prompts, beside the held-out ones of the data")
     add("--seconds", type=float, default=math.inf, help="stop after so many: saved, exit code 0")
-    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help=f"of {', '.join(ARMS)}")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help=f"of {', '.join(EVERY_SEED)}; others take the first")
+    add("--arms", nargs="+", choices=ARMS, default=[*STUDY], metavar="ARM", help=f"of {', '.join(ARMS)}")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of --every-seed; the other arms take the first")
+    add("--every-seed", nargs="+", choices=ARMS, default=[*EVERY_SEED], metavar="ARM", help=" ".join(EVERY_SEED))
     add("--steps", type=int, default=1500)
     add("--batch-size", type=int, default=4, help="rows of a step")
     add("--anchors", type=int, default=64, help="of a row")
@@ -126,6 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--check", action="store_true", help="only read the arguments")
     arguments = parser.parse_args()
     arguments.arms = [name for name in ARMS if name in arguments.arms]
+    arguments.every_seed = [name for name in arguments.arms if name in arguments.every_seed]
     if any(ARMS[name].late for name in arguments.arms) and "decay" not in arguments.arms:
         parser.error("decay_auf begins as decay: name both arms")
     return arguments
@@ -154,11 +173,10 @@ class Study:
     prompts: dict[str, list[list[int]]]  # of each set: token ids
     record: dict  # what a checkpoint must agree with
 
-    @property
-    def steps(self) -> TrainOptimisation:
+    def steps(self, arm: Arm) -> TrainOptimisation:
         a = self.arguments
         return TrainOptimisation(a.steps, a.batch_size, learning_rate=a.learning_rate, dtype=a.dtype,
-                                 num_anchors=a.anchors)  # fmt: skip
+                                 num_anchors=a.anchors, optimizer=arm.optimizer)  # fmt: skip
 
     def drafter(self, arm: Arm) -> ResolvedDrafter:
         head = {"projector_type": "domino", "head": DOMINO} if arm.domino else {}
@@ -170,15 +188,20 @@ class Study:
         """Of every arm the same."""
         return self.drafter(ARMS["decay"]).target_layer_ids
 
+    @property
+    def soft(self) -> bool:
+        """An arm learns from the target's distribution."""
+        return any(self.loss(ARMS[name]).soft for name in self.arguments.arms)
+
     def loss(self, arm: Arm, **changes) -> LossConfig:
         length = self.rows["tokens"].shape[1]
-        loss = loss_config(self.drafter(arm), arm.objective, arm.base, self.steps, length)
+        loss = loss_config(self.drafter(arm), arm.objective, arm.base, self.steps(arm), length)
         return dataclasses.replace(loss, **changes)
 
     def arms(self, seed: int, step: int) -> list[str]:
         """Arms of a seed that have made this step."""
         first, late = seed == self.arguments.seeds[0], step > 4 * self.arguments.steps // 5
-        known = [name for name in ARMS if name in self.arguments.arms and (first or name in EVERY_SEED)]
+        known = [name for name in ARMS if name in self.arguments.arms and (first or name in self.arguments.every_seed)]
         return [name for name in known if late or not ARMS[name].late]
 
     def check_time(self, work: str) -> None:
@@ -289,10 +312,13 @@ def train(study: Study, seed: int, until: int) -> dict[str, TrainState]:
 
 def initial_states(study: Study, seed: int, step: int) -> dict[str, TrainState]:
     """Of all arms that have made this step (at 0: that will make the first one)."""
-    optimizer, device = make_optimizer(study.steps), jax.devices()[0]
-    fresh = {name: init_drafter(study.drafter(ARMS[name]), jax.random.key(seed)) for name in study.arms(seed, step)}
-    # On its device by name, as the step returns it: else the second step would be compiled anew.
-    return {name: jax.device_put(init_state(params, optimizer), device) for name, params in fresh.items()}
+    states = {}
+    for name in study.arms(seed, step):
+        params = init_drafter(study.drafter(ARMS[name]), jax.random.key(seed))
+        state = init_state(params, make_optimizer(study.steps(ARMS[name])))
+        # On its device by name, as the step returns it: else the second step would be compiled anew.
+        states[name] = jax.device_put(state, jax.devices()[0])
+    return states
 
 
 def one_step(study: Study, seed: int, number: int, states: dict[str, TrainState]) -> dict:
@@ -302,7 +328,7 @@ def one_step(study: Study, seed: int, number: int, states: dict[str, TrainState]
     batch = batch_of(study, row_numbers(study, seed, number - 1))
     for name in names:
         clock = time.perf_counter()
-        update = update_of(study.loss(ARMS[name]), study.target, study.steps)
+        update = update_of(study.loss(ARMS[name]), study.target, study.steps(ARMS[name]))
         states[name], metrics = update(states[name], study.params, batch, np.uint32(seed))
         loss, taus[name] = float(metrics["loss"]), float(metrics["tau"])
         if not math.isfinite(loss):
@@ -331,12 +357,12 @@ def row_numbers(study: Study, seed: int, number: int) -> list[int]:
 
 
 def batch_of(study: Study, numbers: list[int]) -> Batch:
-    """Rows with the features that were stored."""
+    """Rows with what was stored of the target."""
     stored = np.stack([np.load(path_of_features(study, n), mmap_mode="r")[n % FILE_ROWS] for n in numbers])
-    batch = batch_without_features(study, numbers)
-    return dataclasses.replace(
-        batch, features=jax.device_put(stored.view(jnp.dtype(study.arguments.dtype)), jax.devices()[0])
-    )
+    stored = jax.device_put(stored.view(jnp.dtype(study.arguments.dtype)), jax.devices()[0])
+    width = len(study.taps) * study.target.hidden_size
+    hidden = stored[..., width:] if study.soft else None
+    return dataclasses.replace(rows_of(study, numbers), features=stored[..., :width], target_hidden=hidden)
 
 
 def path_of_features(study: Study, number: int) -> Path:
@@ -346,7 +372,7 @@ def path_of_features(study: Study, number: int) -> Path:
 def store_features(study: Study) -> None:
     """The target reads every row, FILE_ROWS of them for each file; files that are there stay."""
     count, size = len(study.rows["tokens"]), study.arguments.batch_size
-    width = len(study.taps) * study.target.hidden_size * jnp.dtype(study.arguments.dtype).itemsize
+    width = (len(study.taps) + study.soft) * study.target.hidden_size * jnp.dtype(study.arguments.dtype).itemsize
     missing = sum(not path_of_features(study, first).exists() for first in range(0, count, FILE_ROWS))
     check_writable(study.arguments.out / "features", missing * FILE_ROWS * study.rows["tokens"].shape[1] * width)
     for first in range(0, count, FILE_ROWS):
@@ -356,8 +382,9 @@ def store_features(study: Study) -> None:
         for start in range(first, end, size):
             study.check_time(f"the target's features of row {first} of {count}")
             clock = time.perf_counter()
-            batch = batch_without_features(study, list(range(start, min(start + size, end))))
-            found.append(np.asarray(with_features(study, batch).features))
+            batch = with_features(study, rows_of(study, list(range(start, min(start + size, end)))))
+            states = (batch.features, batch.target_hidden) if study.soft else (batch.features,)
+            found.append(np.concatenate(jax.device_get(states), axis=-1))
             seconds.append(time.perf_counter() - clock)
         np.save(file := io.BytesIO(), np.concatenate(found).view(np.uint8))
         write_bytes(path, file.getvalue())
@@ -367,7 +394,7 @@ def store_features(study: Study) -> None:
         print(f"features of {end} of {count} rows, {row['seconds']:.2f} s for {size}", flush=True)
 
 
-def batch_without_features(study: Study, numbers: list[int]) -> Batch:
+def rows_of(study: Study, numbers: list[int]) -> Batch:
     return as_batch({name: x[numbers] for name, x in study.rows.items()})
 
 
@@ -376,14 +403,17 @@ def as_batch(rows: dict[str, np.ndarray]) -> Batch:
 
 
 def with_features(study: Study, batch: Batch) -> Batch:
-    return dataclasses.replace(
-        batch, features=features_of(study.params, batch, config=study.target, layer_ids=study.taps)
-    )
+    """A batch with what the target has to say; with its last states if an arm needs them."""
+    return targets_of(study.params, batch, config=study.target, layer_ids=study.taps, soft=study.soft)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer_ids"))
-def features_of(params, batch: Batch, **static):
-    return target_features(params, batch.tokens, batch.positions, batch.document_ids, **static)
+@functools.partial(jax.jit, static_argnames=("config", "layer_ids", "soft"))
+def targets_of(params, batch: Batch, *, soft: bool, **static) -> Batch:
+    rows = (batch.tokens, batch.positions, batch.document_ids)
+    if not soft:
+        return dataclasses.replace(batch, features=target_features(params, *rows, **static))
+    features, hidden = target_states(params, *rows, **static)
+    return dataclasses.replace(batch, features=features, target_hidden=hidden)
 
 
 # ---------------------------------------------------------------------------------------------

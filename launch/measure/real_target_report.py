@@ -139,7 +139,8 @@ def seconds(logs: list[dict], passes: list[dict]) -> dict:
     names = dict.fromkeys(name for row in logs for name in row["seconds"])
     measured = {name: [row["seconds"][name] for row in logs if name in row["seconds"]] for name in names}
     measured = {"target": [row["seconds"] for row in passes]} | measured
-    return {"": {name: f"{statistics.median(values):.3f}" for name, values in measured.items() if values}}
+    medians = {name: f"{statistics.median(values):.3f}" for name, values in measured.items() if values}
+    return {"": medians} if medians else {}
 
 
 def speeds(path: Path) -> dict:

@@ -29,13 +29,13 @@ from specauf_jax.files import as_path, output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.models.layers import cast
 from specauf_jax.models.resolve import fitted, resolve_drafter
-from specauf_jax.models.target import Head, init_target, target_features, target_head
+from specauf_jax.models.target import Head, init_target, target_head
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
 from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
-from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, sample_anchors
+from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, predicting_states, sample_anchors
 from specauf_jax.training.loss import LossConfig, block_hidden, loss_config, loss_fn
-from specauf_jax.training.step import PlacedStep, place_drafter_step
+from specauf_jax.training.step import PlacedStep, place_drafter_step, with_target
 
 _WARM_STEPS = 2
 
@@ -64,7 +64,7 @@ def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
     announce(recipe.target, mesh, console)
     own = recipe.objective
     with float32_precision(recipe.train.dtype):
-        chosen = {name: own if own.name == name else Objective(name) for name in config.objectives}
+        chosen = {name: own if own.name == name else Objective(name, own.loss) for name in config.objectives}
         S = read_manifest(recipe.data)["sequence_length"] if _has_data(recipe) else config.sequence_length
         losses = {name: loss_config(drafter, objective, recipe.base_objective, recipe.train, S)
                   for name, objective in chosen.items()}  # fmt: skip
@@ -138,10 +138,8 @@ def _parts(
     rng, head = jax.random.key(0), target_head(target_params)
 
     @jax.jit
-    def features(target_params, batch):
-        ids = config.drafter.target_layer_ids
-        tokens = batch.tokens, batch.positions, batch.document_ids
-        return target_features(target_params, *tokens, config=target, layer_ids=ids)
+    def targets(target_params, batch):
+        return with_target(batch, target_params, config=config, target=target)
 
     @jax.jit
     def drafter(params, head: Head, batch):
@@ -152,10 +150,12 @@ def _parts(
         eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
         drawn = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
         blocks = make_blocks(batch, *drawn, config=config.drafter)
-        return block_hidden(params, head, batch, blocks, config=config)[:, :, config.drafter.first_slot :], blocks
+        target_hidden = predicting_states(batch.target_hidden, blocks) if config.soft else None
+        hidden = block_hidden(params, head, batch, blocks, config=config)[:, :, config.drafter.first_slot :]
+        return hidden, blocks, target_hidden
 
     @jax.jit
-    def lm_head(params, hidden, lm_head, blocks):
+    def lm_head(params, hidden, lm_head, blocks, target_hidden):
         def total(params, hidden):
             scores = config.drafter.head.training_scores(
                 params,
@@ -165,19 +165,21 @@ def _parts(
                 previous=blocks.previous,
                 labels=blocks.labels,
                 valid=blocks.valid,
+                target_hidden=target_hidden,
+                objectives=config.objectives,
                 chunk=config.slot_chunk,
-                stop=config.stop,
+                skip=config.skip,
             )
-            return sum(branch.cross_entropy.sum() for branch in scores.values())
+            return sum(branch.loss.sum() for branch in scores.values())
 
         return jax.grad(total, argnums=(0, 1))(params, hidden)
 
-    part = dataclasses.replace(part, features=features(target_params, part))
-    seconds = {"target": _median(features, target_params, dataclasses.replace(part, features=None), repeats=repeats)}
+    seconds = {"target": _median(targets, target_params, part, repeats=repeats)}
+    part = targets(target_params, part)
     seconds["drafter"] = _median(drafter, params, head, part, repeats=repeats)
-    hidden, blocks = hidden_and_blocks(params, head, part)
+    hidden, *slots = hidden_and_blocks(params, head, part)
     matrix = jnp.asarray(head.lm_head, hidden.dtype)
-    seconds["lm_head"] = _median(lm_head, cast(params, config.dtype), hidden, matrix, blocks, repeats=repeats)
+    seconds["lm_head"] = _median(lm_head, cast(params, config.dtype), hidden, matrix, *slots, repeats=repeats)
     return {name: count * value for name, value in seconds.items()}
 
 
@@ -194,8 +196,8 @@ def _median(run: Callable, *arguments, repeats: int) -> float:
 def _measures(seconds, metrics, parts, compiled, loss: LossConfig, target: Target, batch: Batch) -> dict:
     B, S = batch.tokens.shape
     median, active = statistics.median(seconds), float(metrics["active_ratio"])
-    flops = step_flops(loss.drafter, target, rows=B, sequence_length=S, num_anchors=loss.num_anchors)
-    needed = sum(needed_flops(flops, active if loss.stop is not None else 1.0).values())
+    flops = step_flops(loss.drafter, target, rows=B, sequence_length=S, num_anchors=loss.num_anchors, soft=loss.soft)
+    needed = sum(needed_flops(flops, active if loss.skips else 1.0).values())
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     memory = compiled.memory_analysis()
     return {

@@ -82,8 +82,9 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
     place = f"for {mesh.size} devices of {config.topology}"
     with console.status(f"compiling {place}"):
         train, decode = _measured(config, _PROGRAMS, rows)
-    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": _loss(recipe, drafter, S).num_anchors}
-    train |= _time(step_flops(drafter, target, **counts), mesh.size * speed)
+    loss = _loss(recipe, drafter, S)
+    counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": loss.num_anchors}
+    train |= _time(step_flops(drafter, target, **counts, soft=loss.soft), mesh.size * speed)
     decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
     for program in (train, decode):
         program["fits"] = program["peak_bytes"] <= hbm
@@ -190,7 +191,10 @@ def _devices(config: Compile) -> list:
 
 
 def _loss(recipe: Train, drafter: ResolvedDrafter, sequence_length: int) -> LossConfig:
-    return loss_config(drafter, recipe.objective, recipe.base_objective, recipe.train, sequence_length)
+    """Of objectives one after another the one that needs most."""
+    losses = [loss_config(drafter, objective, recipe.base_objective, recipe.train, sequence_length)
+              for _, objective in recipe.stages]  # fmt: skip
+    return max(losses, key=lambda loss: (loss.soft, not loss.skips))
 
 
 def _train_step(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, sequence_length: int):

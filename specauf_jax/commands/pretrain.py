@@ -41,10 +41,10 @@ def _pretrain(config: Pretrain, out: AnyPath, console: Console) -> None:
             out=out,
             train=train,
             hosts=config.hosts,
-            flops=lambda _: {"target": sum(parts.values())},
+            flops=lambda *_: {"target": sum(parts.values())},
             config=run_record(config, manifest),
             environment=announce(out, mesh, console),
-            step=placed.step,
+            step=lambda _, *arguments: placed.step(*arguments),
             loader=make_loader(
                 data,
                 train.batch_size,

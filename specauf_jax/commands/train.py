@@ -59,30 +59,42 @@ def _train(config: Train, out: AnyPath, console: Console) -> None:
     drafter = _drafter(config, target, manifest)
     _check_branches(config, drafter)
     _warn_of_heads(drafter, target, console)
-    loss = loss_config(drafter, config.objective, config.base_objective, config.train, manifest["sequence_length"])
-    _check_rows(config, loss, manifest, console)
+    losses = {
+        first: loss_config(drafter, objective, config.base_objective, config.train, manifest["sequence_length"])
+        for first, objective in config.stages
+    }
+    _check_rows(config, losses[0], manifest, console)
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
     with float32_precision(config.train.dtype):
         record = run_record(config, manifest, drafter=write_drafter(drafter))
-        run = make_run(config, loss, target, manifest, mesh, record, console)
+        run = make_run(config, losses, target, manifest, mesh, record, console)
         state = train_loop(run, console)
     save_drafter(state.params, drafter, out / "drafter", provenance=drafter_origin(record, drafter, config.train.steps))
     console.print(f"drafter written to {out / 'drafter'}", highlight=False)
 
 
-def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, mesh, record, console: Console) -> Run:
-    """Parameters, jitted step and data of a training run, spread over the mesh."""
-    settings = config.train
-    placed_step = place_drafter_step(loss, target, settings, mesh)
+def make_run(
+    config: Train, losses: dict[int, LossConfig], target: Target, manifest: dict, mesh, record, console: Console
+) -> Run:
+    """Parameters, jitted steps and data of a training run, spread over the mesh.
+
+    `losses` gives the loss of the steps behind each number of steps.
+    """
+    settings, drafter = config.train, losses[0].drafter
+    stages = {first: place_drafter_step(loss, target, settings, mesh) for first, loss in losses.items()}
+    placed_step = stages[0]
     check_room(as_path(config.out), placed_step.state, settings.keep_last)
-    parts = step_flops(
-        loss.drafter,
-        target,
-        rows=settings.batch_size,
-        sequence_length=manifest["sequence_length"],
-        num_anchors=loss.num_anchors,
-    )
+
+    def stage(number: int) -> int:
+        return max(first for first in stages if first < number or first == 0)
+
+    def flops(number: int, means: dict) -> dict[str, float]:
+        loss = losses[stage(number)]
+        counts = {"rows": settings.batch_size, "sequence_length": manifest["sequence_length"]}
+        parts = step_flops(drafter, target, **counts, num_anchors=loss.num_anchors, soft=loss.soft)
+        return needed_flops(parts, means["active_ratio"] if loss.skips else 1.0)
+
     target_params, _ = load_target_with_bar(config.target, settings.dtype, console, mesh)
 
     def initialise():
@@ -92,10 +104,10 @@ def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, me
         out=as_path(config.out),
         train=settings,
         hosts=config.hosts,
-        flops=lambda means: needed_flops(parts, means["active_ratio"] if loss.stop is not None else 1.0),
+        flops=flops,
         config=record,
         environment=announce(as_path(config.out), mesh, console),
-        step=lambda state, batch: placed_step.step(state, target_params, batch),
+        step=lambda number, state, batch: stages[stage(number)].step(state, target_params, batch),
         loader=make_loader(
             config.data,
             settings.batch_size,
@@ -107,7 +119,7 @@ def make_run(config: Train, loss: LossConfig, target: Target, manifest: dict, me
         batch_sharding=placed_step.rows,
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
-        measure=_decode_measure(config, loss.drafter, target, target_params, manifest, mesh),
+        measure=_decode_measure(config, drafter, target, target_params, manifest, mesh),
         measure_every=settings.decode_every,
     )
 
@@ -148,7 +160,8 @@ def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
         return
     where = f"by a head without a base branch ({drafter.head.projector_type})"
     unused(config, "base_objective", when=where)
-    unused(config.objective, "witness", when=where)
+    for _, objective in config.stages:
+        unused(objective, "witness", when=where)
     unused(config.train, "lambda_base_decay_ratio", when=where)
 
 

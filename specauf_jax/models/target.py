@@ -108,18 +108,31 @@ def target_features(params: dict, tokens, positions, document_ids, *, config: Ta
     Runs no layer above the highest tap, no final norm and no LM head. Arguments as for
     `target_hidden`; `layer_ids` are 0-based and ascending.
     """
+    rows = (tokens, positions, document_ids)
+    return _tapped(module_of(CausalLM, config, params), *rows, config, layer_ids, max(layer_ids) + 1)[1]
+
+
+@jax.named_scope("target")
+def target_states(params: dict, tokens, positions, document_ids, *, config: Target, layer_ids):
+    """`target_features`, and `target_hidden` of the same pass: what soft losses need."""
     model = module_of(CausalLM, config, params)
+    rows = (tokens, positions, document_ids)
+    x, features = _tapped(model, *rows, config, layer_ids, config.num_hidden_layers)
+    return features, model.norm(x)
+
+
+def _tapped(model, tokens, positions, document_ids, config: Target, layer_ids, count: int):
+    """The residual stream after `count` layers, `[B, S, D]`, and the taps, `[B, S, L·D]`."""
     angles, start = rope_angles(positions, config), document_starts(document_ids)
     x = spread_rows(model.embed_tokens(tokens))
-    count = max(layer_ids) + 1
 
     def body(carry, layer, i):
         x, taps = carry
         x = spread_rows(layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))[0])
         return x, _tap(taps, x, i, layer_ids, count)
 
-    _, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
-    return taps.reshape(*x.shape[:-1], -1)
+    x, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
+    return x, taps[..., : len(layer_ids), :].reshape(*x.shape[:-1], -1)
 
 
 @dataclasses.dataclass(frozen=True)

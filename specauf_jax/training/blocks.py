@@ -17,6 +17,7 @@ class Batch:
     document_ids: jax.Array  # int32 [B, S]: 1, 2, … within a row, 0 for padding
     positions: jax.Array  # int32 [B, S]: within the document
     features: jax.Array | None = None  # [B, S, L·D]: tapped hidden states of any target
+    target_hidden: jax.Array | None = None  # [B, S, D]: its final-normed hidden states, for soft losses
 
 
 @pytree
@@ -73,6 +74,11 @@ def sample_anchors(
     return jnp.where(keep, index, 0), keep
 
 
+def at(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Each row of `[B, S, ...]` at its own indices `[B, ...]`."""
+    return jax.vmap(lambda row, i: row[i])(array, index)
+
+
 def make_blocks(batch: Batch, anchors, keep, *, config: ResolvedDrafter) -> BlockBatch:
     """Inputs and labels of the block at each anchor.
 
@@ -80,10 +86,6 @@ def make_blocks(batch: Batch, anchors, keep, *, config: ResolvedDrafter) -> Bloc
     never be asked for it) is not valid.
     """
     S = batch.tokens.shape[1]
-
-    def at(array, index):
-        return jax.vmap(lambda row, i: row[i])(array, index)
-
     index = anchors[..., None] + 1 + jnp.arange(config.num_labels)
     inside = index < S
     index = jnp.minimum(index, S - 1)
@@ -102,3 +104,9 @@ def make_blocks(batch: Batch, anchors, keep, *, config: ResolvedDrafter) -> Bloc
         labels=labels,
         valid=valid,
     )
+
+
+def predicting_states(hidden: jax.Array, blocks: BlockBatch) -> jax.Array:
+    """Of `[B, S, D]` the states at the places before the labels, which predict them: `[B, A, N, D]`."""
+    index = blocks.anchors[..., None] + jnp.arange(blocks.labels.shape[-1])
+    return at(hidden, jnp.minimum(index, hidden.shape[1] - 1))

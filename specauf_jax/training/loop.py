@@ -35,10 +35,12 @@ class Run:
     out: AnyPath
     train: Optimisation
     hosts: Hosts
-    flops: Callable[[dict], dict[str, float]]  # a step's measures → its operations, by what the metrics tell apart
+    flops: Callable[
+        [int, dict], dict[str, float]
+    ]  # a step's number and measures → its operations, as metrics name them
     config: dict  # stored with every checkpoint, and compared on resume
     environment: dict
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict]]  # jitted
+    step: Callable[[int, TrainState, Batch], tuple[TrainState, dict]]  # jitted, of the step's number
     initialise: Callable[[], TrainState]  # jitted; not called where a checkpoint is restored
     like: TrainState  # shapes and shardings
     loader: Loader  # of each batch this process's `local_rows`
@@ -74,7 +76,7 @@ def train_loop(run: Run, console: Console) -> TrainState:
                 # In the steady loop nothing goes between host and device but what is sent by name.
                 with jax.transfer_guard("disallow"):
                     batch = log.waited_for(lambda: put_batch(next(run.loader), run))
-                    state, metrics = run.step(state, batch)
+                    state, metrics = run.step(number, state, batch)
                     log.add(number, metrics)
                     last = number == run.train.steps
                     stopping = watch.stopping(run.batch_sharding.mesh) and not last
@@ -208,23 +210,26 @@ class MetricsLog:
         self.settle()
         now = time.perf_counter()
         seconds, window, self._window = now - self._clock, self._window, []
-        means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
+        # What only some steps told, as their objective changed, is no mean of all.
+        means = {
+            name: sum(m[name] for m in window) / len(window) for name in window[0] if all(name in m for m in window)
+        }
         means["learning_rate"] = float(learning_rate_schedule(self._run.train)(step - 1))
         # The first step of a process compiles: its time is real, but no step's.
         self._productive += seconds if self._warm else 0.0
         self._warm = True
-        means |= self._speed(seconds / len(window), means)
+        means |= self._speed(step, seconds / len(window), means)
         means |= {"data_wait": self._waited / seconds, "goodput": self._productive / (now - self._began)}
         self._emit(step, means)
         self.restart_clock()
         shown = "  ".join(f"{name} {means[name]:.3f}" for name in self._run.shown)
         return f"{shown}  {means['tokens_per_s']:,.0f} tokens/s"
 
-    def _speed(self, step_s: float, means: dict) -> dict[str, float]:
+    def _speed(self, step: int, step_s: float, means: dict) -> dict[str, float]:
         tokens = self._run.train.batch_size * self._run.config["sequence_length"]
         speed = {"step_s": step_s, "tokens_per_s": tokens / step_s}
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-        for part, count in self._run.flops(means).items():
+        for part, count in self._run.flops(step, means).items():
             rate = count / step_s / jax.device_count()
             speed[f"tflop_per_s_{part}"] = rate / 1e12
             if peak:

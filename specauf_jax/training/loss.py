@@ -12,10 +12,17 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
-from specauf_jax.objectives import LabelScores, objective_sums
+from specauf_jax.objectives import Scores, objective_sums
 from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import gather_head
-from specauf_jax.training.blocks import Batch, BlockBatch, eligible_anchors, make_blocks, sample_anchors
+from specauf_jax.training.blocks import (
+    Batch,
+    BlockBatch,
+    eligible_anchors,
+    make_blocks,
+    predicting_states,
+    sample_anchors,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +39,25 @@ class LossConfig:
     remat: Remat = "none"
 
     @property
-    def stop(self) -> int | None:
-        """`Objective.stop`, where slots behind it skip the LM head; None where every slot meets it."""
-        return self.objective.stop if self.head_slots == "support" and self.drafter.head.skips_slots else None
+    def skip(self) -> bool:
+        """Slots behind an objective's stop may skip the LM head."""
+        return self.head_slots == "support" and self.drafter.head.skips_slots
+
+    @property
+    def skips(self) -> bool:
+        """They do, under this objective."""
+        return self.skip and self.objective.skips
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """Branch → its objective."""
+        both = {"final": self.objective, "base": self.base_objective}
+        return {name: both[name] for name in self.drafter.head.branches}
+
+    @property
+    def soft(self) -> bool:
+        """The target's own distribution is needed, so that the target runs to its last layer."""
+        return any(objective.soft for objective in self.objectives.values())
 
 
 def loss_config(
@@ -57,7 +80,7 @@ def loss_config(
 class BranchSums:
     """Sums over a batch of one set of logits, float32 []; every measure is a ratio of two of them."""
 
-    numerator: jax.Array  # weighted cross-entropy
+    numerator: jax.Array  # weighted loss
     denominator: jax.Array
     blocks: jax.Array  # kept blocks
     emitted: jax.Array  # tokens that a round would emit, summed over kept blocks
@@ -122,7 +145,7 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
     Args:
       drafter_params: as from `init_drafter`.
       head: the target's frozen embedding `[V, D]` and LM head `[D, V]`.
-      batch: rows with `features` `[B, S, L·D]` of any target.
+      batch: rows with `features` `[B, S, L·D]` of any target, and `target_hidden` `[B, S, D]` for soft losses.
       rng: key for the anchors.
       config: static.
       lambda_base: float [] λ, for a head with a base branch (Domino, arXiv 2605.29707): the loss is
@@ -156,8 +179,10 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
         previous=blocks.previous,
         labels=blocks.labels,
         valid=blocks.valid,
+        target_hidden=_target_hidden(batch, blocks) if config.soft else None,
+        objectives=config.objectives,
         chunk=config.slot_chunk,
-        stop=config.stop,
+        skip=config.skip,
     )
     with jax.named_scope("objective"):
         witness = scores["base"] if config.objective.witness == "base" else None
@@ -165,6 +190,16 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
         if "base" in scores:
             sums["base"] = _branch(config.base_objective, scores["base"], None, blocks, config)
     return {name: branch.numerator for name, branch in sums.items()}, LossAux(**sums)
+
+
+def _target_hidden(batch: Batch, blocks: BlockBatch) -> jax.Array:
+    if batch.target_hidden is None:
+        raise SpecaufError(
+            "a batch without target_hidden for a loss that compares with the target's distribution",
+            "the target's final-normed hidden states, [B, S, D]",
+            "take specauf_jax.target_states",
+        )
+    return predicting_states(lax.stop_gradient(batch.target_hidden), blocks)
 
 
 def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBatch, *, config: LossConfig):
@@ -188,7 +223,7 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
     )
 
 
-def _branch(objective: Objective, scores: LabelScores, witness, blocks: BlockBatch, config: LossConfig) -> BranchSums:
+def _branch(objective: Objective, scores: Scores, witness, blocks: BlockBatch, config: LossConfig) -> BranchSums:
     """Sums of one set of logits, from what they say of the labels."""
     K = config.drafter.block_size
     sums = objective_sums(objective, scores, blocks.valid, block_size=K, witness=witness)
@@ -202,7 +237,7 @@ def _branch(objective: Objective, scores: LabelScores, witness, blocks: BlockBat
         blocks=_total(blocks.keep),
         emitted=_total(jnp.where(blocks.keep, accepted + 1, 0)),
         valid=_total(blocks.valid),
-        correct=_total(correct) if config.stop is None else None,
+        correct=None if config.skips else _total(correct),
         support=_total(support),
         support_correct=_total(correct & support),
     )

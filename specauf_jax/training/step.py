@@ -17,7 +17,15 @@ from specauf_jax.config import Optimisation, TrainOptimisation
 from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.layers import cast
-from specauf_jax.models.target import init_target, target_features, target_head, target_hidden, target_shapes
+from specauf_jax.models.target import (
+    init_target,
+    target_features,
+    target_head,
+    target_hidden,
+    target_shapes,
+    target_states,
+)
+from specauf_jax.objectives import label_scores
 from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
@@ -34,18 +42,31 @@ class TrainState:
 
 
 def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
-    """Clipped AdamW with linear warm-up and cosine decay to 0; norms are not decayed."""
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(
+    """Clipped AdamW or Muon with linear warm-up and cosine decay to 0; norms are not decayed."""
+
+    def of_each(kind):
+        """A function from parameters to `kind` of each one's path."""
+        return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: kind([k.key for k in path]), params)
+
+    def dimensions(path):
+        """Of the matrices, or stacks of them, that Muon takes; AdamW keeps norms, biases, embedding and LM head."""
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if path[-1] == "kernel" and "lm_head" not in path else None
+
+    shared = {"weight_decay": train.weight_decay, "mu_dtype": train.mu_dtype}
+    if train.optimizer == "adamw":
+        mask = of_each(lambda path: path[-1] != "scale")
+        rule = optax.adamw(learning_rate_schedule(train), b1=0.9, b2=0.95, mask=mask, **shared)
+    else:
+        rule = optax.contrib.muon(
             learning_rate_schedule(train),
-            b1=0.9,
-            b2=0.95,
-            weight_decay=train.weight_decay,
-            mu_dtype=train.mu_dtype,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params),
-        ),
-    )
+            adam_b1=0.9,
+            adam_b2=0.95,
+            adam_weight_decay=train.weight_decay,
+            consistent_rms=0.2,  # AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate serves both
+            muon_weight_dimension_numbers=of_each(dimensions),
+            **shared,
+        )
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), rule)
 
 
 def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
@@ -67,6 +88,18 @@ def lambda_base_schedule(train: TrainOptimisation):
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """State before the first step."""
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def with_target(batch: Batch, target_params: dict, *, config: LossConfig, target: Target) -> Batch:
+    """A batch with what the loss needs of the target, where it does not bring it."""
+    if batch.features is not None and not (config.soft and batch.target_hidden is None):
+        return batch
+    params, rows = cast(target_params, config.dtype), (batch.tokens, batch.positions, batch.document_ids)
+    ids = config.drafter.target_layer_ids
+    if not config.soft:
+        return dataclasses.replace(batch, features=target_features(params, *rows, config=target, layer_ids=ids))
+    features, hidden = target_states(params, *rows, config=target, layer_ids=ids)
+    return dataclasses.replace(batch, features=features, target_hidden=hidden)
 
 
 def make_train_step(
@@ -96,21 +129,11 @@ def make_train_step(
     """
 
     def part_gradients(params, target_params, cotangents, batch, anchors, keep):
-        features, head = batch.features, target_head(target_params)
-        if features is None:
-            features = target_features(
-                cast(target_params, config.dtype),
-                batch.tokens,
-                batch.positions,
-                batch.document_ids,
-                config=target,
-                layer_ids=config.drafter.target_layer_ids,
-            )
-        batch = dataclasses.replace(batch, features=features)
+        batch, head = with_target(batch, target_params, config=config, target=target), target_head(target_params)
         _, pull, aux = jax.vjp(
             lambda params: loss_sums(params, head, batch, anchors, keep, config=config), params, has_aux=True
         )
-        return [pull(cotangent)[0] for cotangent in cotangents(aux)], aux, _any_nonfinite(features)
+        return [pull(cotangent)[0] for cotangent in cotangents(aux)], aux, _any_nonfinite(batch.features)
 
     def step(state: TrainState, target_params: dict, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -155,7 +178,9 @@ def make_pretrain_step(
             hidden = target_hidden(compute, batch.tokens, batch.positions, batch.document_ids, config=target)
             lm_head = target_head(compute).lm_head
             ce, rank = chunked_scores(
-                lambda hidden: project(hidden, lm_head), (hidden[:, :-1],), batch.tokens[:, 1:], chunk=chunk
+                lambda labels, hidden: label_scores(project(hidden, lm_head), labels),
+                (batch.tokens[:, 1:], hidden[:, :-1]),
+                chunk=chunk,
             )
             same_document = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
             valid = batch.loss_mask[:, 1:] & same_document

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from specauf_jax.architecture import Head
-from specauf_jax.kernels.lm_head import frozen_head_cross_entropy
+from specauf_jax.kernels.lm_head import frozen_head_scores
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,11 @@ class DFlash(Head):
     def modules(self, drafter, rngs):
         return {}
 
-    def training_scores(self, params, hidden, *, embedding, lm_head, previous, labels, valid, chunk, stop):
-        return {"final": frozen_head_cross_entropy(hidden, lm_head, labels, valid, chunk=chunk, stop=stop)}
+    def training_scores(
+        self, params, hidden, *, embedding, lm_head, previous, labels, valid, target_hidden, objectives, chunk, skip
+    ):
+        options = {"objective": objectives["final"], "target_hidden": target_hidden, "chunk": chunk, "skip": skip}
+        return {"final": frozen_head_scores(hidden, lm_head, labels, valid, **options)}
 
     def roll(self, params, hidden, *, embedding, anchor, logits, choose):
         return choose(logits, None), logits

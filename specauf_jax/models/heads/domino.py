@@ -17,6 +17,7 @@ from specauf_jax.architecture import Head
 from specauf_jax.checks import not_negative, positive
 from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.heads.dflash import DFlash
+from specauf_jax.objectives import label_scores
 from specauf_jax.sharding import gather_head, spread_rows
 
 
@@ -70,16 +71,21 @@ class Domino(Head):
             "embed_proj": EmbedProj(D + self.gru_hidden_dim, self.emb_dim, V, rngs=rngs),
         }
 
-    def training_scores(self, params, hidden, *, embedding, lm_head, previous, labels, valid, chunk, stop):
+    def training_scores(
+        self, params, hidden, *, embedding, lm_head, previous, labels, valid, target_hidden, objectives, chunk, skip
+    ):
         states = prefix_states(params, lax.stop_gradient(embedding[previous]).astype(hidden.dtype))
         features = self.correction_features(params, hidden, states, jnp.arange(labels.shape[-1]))
         up = gather_head(params["embed_proj"]["up"]["kernel"])
+        soft = any(objective.soft for objective in objectives.values())
 
-        def logits(hidden, features):
+        def scores(labels, hidden, features, *target_hidden):
             base = project(hidden, lm_head)
-            return {"final": base + project(features, up), "base": base}
+            target_logits = project(*target_hidden, lm_head) if soft else None
+            logits = {"final": base + project(features, up), "base": base}
+            return {name: label_scores(x, labels, target_logits, objectives[name]) for name, x in logits.items()}
 
-        return chunked_scores(logits, (hidden, features), labels, chunk=chunk)
+        return chunked_scores(scores, (labels, hidden, features, *([target_hidden] if soft else [])), chunk=chunk)
 
     def roll(self, params, hidden, *, embedding, anchor, logits, choose):
         start = jnp.zeros((anchor.shape[0], self.gru_hidden_dim), hidden.dtype)
