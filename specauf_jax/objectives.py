@@ -249,10 +249,11 @@ def scores_and_slope(logits, labels, target_logits=None, objective: Objective = 
     target_logits = lax.stop_gradient(target_logits).astype(jnp.float32) / objective.temperature
     target_peak, target_log_mass, p = softmax(target_logits)
     acceptance = total(jnp.minimum(p, q))
-    log_ratio = (target_logits - target_peak[..., None]) - (logits - peak[..., None])
+    # Not as a difference of shifted logits, for which XLA's CPU backend is four times as slow.
+    log_ratio = target_logits - logits - (target_peak - peak)[..., None]
     divergence = total(p * log_ratio) + log_mass - target_log_mass
-    less = q < p
-    reject_slope = q * (total(jnp.where(less, q, 0.0))[..., None] - less)
+    below = total(jnp.where(q < p, q, 0.0))[..., None]
+    reject_slope = q * jnp.where(q < p, below - 1, below)
     share = lax.stop_gradient(jnp.exp(-3 * acceptance))
     some = jnp.maximum(acceptance, jnp.finfo(jnp.float32).tiny)
 

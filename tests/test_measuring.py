@@ -394,7 +394,8 @@ def test_device(tmp_path):
     assert list(summary) == ["attention", "lm_head", "train", "decode"]
     assert all(outcome.startswith("measured in ") for outcome in summary.values())
     read = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in summary}
-    assert {"recomputing all slots", "all slots", "up to first failures"} <= read["lm_head"]["seconds"]["0.5"].keys()
+    forms = {"recomputing all slots, ce", "all slots, ce", "up to first failures, ce"}
+    assert forms <= read["lm_head"]["seconds"]["0.5"].keys()
     assert read["attention"]["forms"].keys() == {"block_attention", "chunked", "dot_product_attention"}
     assert read["train"]["training"].keys() == {"auf", "decay"}
     assert read["decode"]["batch_sizes"]["1"]["exact"] is True

@@ -232,9 +232,9 @@ def _slots(objective: Objective, states: tuple, lm_head, labels, *, gradient: bo
       labels: int `[...]`.
       vocabulary_axis: mesh axis over which V is spread, in a manual region; None where it is whole.
     """
-    logits = [project(x, lm_head) for x in states]
-    target_logits = logits[1] if objective.soft else None
-    scores, slope = scores_and_slope(logits[0], labels, target_logits, objective, vocabulary_axis)
+    logits, *target_logits = project(jnp.stack(states), lm_head)  # which is read once
+    target = target_logits[0] if objective.soft else None
+    scores, slope = scores_and_slope(logits, labels, target, objective, vocabulary_axis)
     if not gradient:
         return scores
     pulled = jnp.einsum("...v,dv->...d", slope.astype(lm_head.dtype), lm_head, preferred_element_type=jnp.float32)
