@@ -437,3 +437,54 @@ def test_device_refuses(bad, tmp_path):
     done = subprocess.run(["bash", MEASURE / "device.sh", *bad], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "found" in done.stderr and "expected" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# Plans through mazes
+
+
+def test_mazes_have_one_path_and_plans_follow_it():
+    script = load("prefix_task.py")
+    mazes = script.Mazes(5, 4, 0)
+    assert (mazes.open.sum((1, 2)) == 2 * 15).all()  # 16 cells, and no loop
+    for maze in range(5):
+        for cell in range(16):
+            moves, valid = (x[0] for x in mazes.plans(np.array([maze]), np.array([cell]), 16))
+            place, length = cell, int(valid.sum())
+            for move in moves[:length]:
+                assert mazes.open[maze, place, move]
+                place += int(script.STEPS[move] @ [4, 1])
+            assert place == mazes.goal[maze] and valid[:length].all() and (length == 0) == (cell == place)
+    assert len(np.unique(mazes.open.reshape(5, -1), axis=0)) == 5
+
+
+@pytest.mark.parametrize("wrong,per_plan", [(None, 4.0), (0, 1.0), (2, 3.0)])
+def test_moves_of_plans_whose_first_wrong_move_is_known(wrong, per_plan):
+    """The supervisor's move counts; only an episode's last plan may be shorter."""
+    script = load("prefix_task.py")
+    mazes = script.Mazes(20, 5, 1)
+    maze, places = np.arange(20), []
+
+    def planner(maps):
+        cell = maps[..., 5].reshape(20, -1).argmax(-1)
+        places.append(cell)
+        moves, _ = mazes.plans(maze, cell, 4)
+        if wrong is not None:
+            moves[:, wrong] = (moves[:, wrong] + 1) % 4
+        return moves
+
+    found = script.episodes(planner, mazes, 4)
+    first = np.where(mazes.goal == 0, 24, 0)
+    lengths = np.array([mazes.plans(np.array([i]), first[i : i + 1], 25)[1].sum() for i in maze])
+    np.testing.assert_allclose(found["plans"], np.ceil(lengths / per_plan).mean())
+    np.testing.assert_allclose(found["moves_per_plan"], lengths.sum() / np.ceil(lengths / per_plan).sum())
+    assert (found["accuracy"] == 1) == (wrong is None)
+
+
+def test_prefix_task(tmp_path, capsys):
+    small = ["--steps", 3, "--batch-size", 8, "--mazes", 20, "--held-out", 5, "--size", 3, "--moves", 3, "--channels", 4,
+             "--layers", 1, "--seeds", 2]  # fmt: skip
+    assert run("prefix_task.py", *small, "--objectives", "full", "auf", "--out", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())["found"]
+    assert [len(found[name]) for name in ("full", "auf")] == [2, 2] and found["full"] != found["auf"]
+    assert "| auf |" in capsys.readouterr().out
