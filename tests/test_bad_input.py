@@ -758,7 +758,7 @@ def test_disk_full_at_a_checkpoint(here, capsys):
     """What was saved before is whole, and the same command goes on from it."""
     remove("run/checkpoints/2")()
     before = contents(here / "run/checkpoints/1")
-    with room_for(3000):
+    with room_for(4000):
         said = refused(capsys, arguments("train", out="run"), 74)
     assert "no checkpoint could be written" in said and "space" in said
     assert contents(here / "run/checkpoints/1") == before

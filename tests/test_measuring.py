@@ -482,8 +482,8 @@ def test_moves_of_plans_whose_first_wrong_move_is_known(wrong, per_plan):
 
 
 def test_prefix_task(tmp_path, capsys):
-    small = ["--steps", 3, "--batch-size", 8, "--mazes", 20, "--held-out", 5, "--size", 3, "--moves", 3, "--channels", 4,
-             "--layers", 1, "--seeds", 2]  # fmt: skip
+    small = ["--steps", 3, "--batch-size", 8, "--mazes", 20, "--held-out", 5, "--size", 3, "--moves", 3, "--layers", 1,
+             "--channels", 4, "--seeds", 2]  # fmt: skip
     assert run("prefix_task.py", *small, "--objectives", "full", "auf", "--out", tmp_path / "out.json") == 0
     found = json.loads((tmp_path / "out.json").read_text())["found"]
     assert [len(found[name]) for name in ("full", "auf")] == [2, 2] and found["full"] != found["auf"]
