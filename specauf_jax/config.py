@@ -91,7 +91,12 @@ class Objective:
     @property
     def soft(self) -> bool:
         """It needs the target's distribution, not only the label."""
-        return self.name == "survival" or any(name != "ce" for name in self.losses)
+        return self.name == "survival" or self.soft_loss
+
+    @property
+    def soft_loss(self) -> bool:
+        """A part of the loss does."""
+        return any(name != "ce" for name in self.losses)
 
     def __post_init__(self):
         choice(self, "name", typing.get_args(ObjectiveName))

@@ -306,13 +306,21 @@ def objective_sums(
     Raises:
       SpecaufError: the objective needs the target's distribution, of which `scores` do not tell.
     """
-    if objective.soft and not (isinstance(scores, SoftScores) and isinstance(witness or scores, SoftScores)):
-        raise SpecaufError(
-            f"scores of labels alone for objective {objective.name} with loss {objective.loss}",
-            "scores of the target's distribution too",
-            "give label_scores the target's logits",
-        )
-    weights, denominator = slot_weights(objective, witness or scores, valid, block_size)
+    witness = witness or scores
+    if objective.soft_loss:
+        _check_soft(scores, f"loss {objective.loss}")
+    if objective.name == "survival":
+        _check_soft(witness, "objective survival")
+    weights, denominator = slot_weights(objective, witness, valid, block_size)
     # A slot without weight must not pass on a loss that is not finite: 0 · inf is nan.
     numerator = jnp.sum(jnp.where(weights > 0, weights * scores.loss, 0.0))
     return ObjectiveSums(numerator=numerator, denominator=denominator, weights=weights)
+
+
+def _check_soft(scores: Scores, what: str) -> None:
+    if not isinstance(scores, SoftScores):
+        raise SpecaufError(
+            f"{what}, and scores of labels alone",
+            "scores of the target's distribution too, of the base branch where it is the witness",
+            "give label_scores the target's logits and this objective, or the base branch survival or a soft loss",
+        )

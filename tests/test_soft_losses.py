@@ -19,7 +19,6 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.kernels.lm_head import frozen_head_scores
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden, target_states
 from specauf_jax.objectives import (
-    LabelScores,
     SoftScores,
     accept_until_fail_mask,
     label_scores,
@@ -339,8 +338,15 @@ def test_settings_that_do_nothing_or_cannot_be_are_refused(settings):
 
 def test_soft_losses_need_the_target():
     z, y, labels, valid = random_blocks()
-    with pytest.raises(SpecaufError, match="scores of labels alone"):
-        objective_sums(Objective("auf", "kl"), LabelScores(*label_scores(z, labels)), valid, block_size=K)
+    hard, soft = label_scores(z, labels), label_scores(z, labels, y, Objective("auf", "kl"))
+    for objective, scores, witness in (
+        (Objective("auf", "kl"), hard, None), (Objective("survival"), hard, None),
+        (Objective("survival", "kl", witness="base"), soft, hard),
+    ):  # fmt: skip
+        with pytest.raises(SpecaufError, match="scores of labels alone"):
+            objective_sums(objective, scores, valid, block_size=K, witness=witness)
+    sums = objective_sums(Objective("auf", "kl", witness="base"), soft, valid, block_size=K, witness=hard)
+    np.testing.assert_array_equal(sums.weights, objective_sums(Objective("auf"), hard, valid, block_size=K).weights)
     assert isinstance(label_scores(z, labels, y, Objective("survival")), SoftScores)
 
 
