@@ -33,13 +33,15 @@ class Objective:
     target's own distribution: KL divergence (kl), the probability that sampling rejects (tv), its mix with KL (lk), the
     negative log of acceptance (nla)."""
     temperature: float = 1.0
-    """kl, tv, lk, nla, survival: of the target's distribution; below 1 sharpens it."""
+    """kl, tv, lk, nla, survival: of the target's distribution alone; below 1 sharpens it. At 1 tv is what sampling at
+    temperature 1 rejects."""
     gamma: float | None = None
     """decay, auf_decay, first_error: time constant in slots; None takes 7, 5, 4 for K = 16, 10, 8 and K/2 otherwise."""
     failures: int = 1
     """auf, auf_decay, griffin: a block stops at its n-th failure."""
     floor: float = 0.0
-    """auf, auf_decay, griffin: weight of slots behind the stop. Above 0 every slot meets the LM head."""
+    """auf, auf_decay, griffin: weight of slots behind the stop. Above 0 every slot meets the LM head, and counts in the
+    support's measures."""
     griffin_top_n: int = 3
     """griffin: a slot counts as right when the label is among the drafter's n best tokens."""
     dpace_alpha: float = 0.5
@@ -102,6 +104,7 @@ class Objective:
         choice(self, "name", typing.get_args(ObjectiveName))
         choice(self, "dpace_denominator", ("slots", "rows"))
         choice(self, "witness", ("own", "base"))
+        _ = self.losses  # checks them
         positive(self, "griffin_top_n", "failures", "temperature")
         not_negative(self, "focal", "chain")
         if self.gamma is not None:
@@ -146,13 +149,15 @@ def one_after_another(text: str, objective: Objective) -> list[tuple[float, Obje
             f"objectives is {text!r}", "NAME@SHARE,…, shares of the steps that rise from 0 and stay below 1",
             "write it as decay@0,auf@0.8",
         )  # fmt: skip
-    found = []
-    for (name, _), share in zip(stages, shares, strict=True):
-        other = Objective(name, objective.loss)  # type: ignore[arg-type]  # it checks the name
-        if other.soft:
-            other = dataclasses.replace(other, temperature=objective.temperature)
-        found.append((share, objective if name == objective.name else other))
-    return found
+    return [(share, another(objective, name)) for (name, _), share in zip(stages, shares, strict=True)]
+
+
+def another(objective: Objective, name) -> Objective:
+    """The objective of this name with the same loss; of the same name, itself."""
+    if name == objective.name:
+        return objective
+    other = Objective(name, objective.loss)
+    return dataclasses.replace(other, temperature=objective.temperature) if other.soft else other
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,7 @@ class Optimisation:
     """Of the optimiser's first moment; bfloat16 saves 2 bytes a parameter."""
 
     def __post_init__(self):
+        choice(self, "optimizer", typing.get_args(OptimizerName))
         positive(self, "batch_size", "accumulation", "log_every", "checkpoint_every", "keep_last")
         positive(self, "learning_rate", "clip_norm")
         not_negative(self, "steps", "weight_decay", "profile_steps")

@@ -136,10 +136,18 @@ def test_rows_of_an_epoch_come_once(script, study):
     assert orders[0] != orders[1]
 
 
-def test_stored_features_are_the_targets(script, study):
+@pytest.mark.parametrize("dtype,soft", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_stored_features_are_the_targets(script, world, tmp_path, monkeypatch, dtype, soft):
+    arms = ["--arms", "auf_kl" if soft else "auf", "--dtype", dtype, "--seeds", 0]
+    line = [*world, *SMALL, *arms, "--out", tmp_path / "study"]
+    monkeypatch.setattr(sys, "argv", ["real_target.py", *map(str, line)])
+    (tmp_path / "study").mkdir()
+    study = script.open_study(script.parse_arguments())
+    script.store_features(study)
     numbers = [len(study.rows["tokens"]) - 1, 0]
     found = script.batch_of(study, numbers)
     expected = script.with_features(study, script.rows_of(study, numbers))
+    assert found.features.dtype == dtype and (found.target_hidden is not None) == soft
     assert tiny.largest_difference(found, expected) < 1e-5
 
 

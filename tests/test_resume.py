@@ -116,7 +116,7 @@ def test_objectives_one_after_another(world, tmp_path, monkeypatch):
     assert (tmp_path / "straight" / weights).read_bytes() == (tmp_path / "stopped" / weights).read_bytes()
     assert {step: line["loss"] for step, line in resumed.items()} == {s: line["loss"] for s, line in straight.items()}
     origin = json.loads((tmp_path / "straight/drafter/specauf.json").read_text())
-    assert origin["objectives"] == "decay@0,auf@0.5"
+    assert origin["objectives"] == "decay@0,auf@0.5" and origin["objective"]["name"] == "auf"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,19 @@ def test_objectives_one_after_another(world, tmp_path, monkeypatch):
 def test_objectives_that_are_no_schedule_are_refused(world, tmp_path, text):
     with pytest.raises(SpecaufError, match="objectives is|name is"):
         dataclasses.replace(settings(world, tmp_path / "run"), objectives=text)
+
+
+@pytest.mark.parametrize("text", ["decay@0,auf@0.04", "decay@0,auf@0.96", "decay@0,auf@0.5,decay@0.51"])
+def test_an_objective_without_a_step_is_refused(world, tmp_path, text):
+    with pytest.raises(SpecaufError, match=f"objectives {text} of 12 steps begin behind 0, "):
+        dataclasses.replace(settings(world, tmp_path / "run"), objectives=text)
+
+
+def test_survival_by_a_base_branch_that_knows_no_acceptance_is_refused(world, tmp_path):
+    survival = c.Objective("survival", witness="base")
+    for base in (c.Objective("auf"), c.Objective("auf", "kl", temperature=0.5)):
+        with pytest.raises(SpecaufError, match="survival with witness base"):
+            dataclasses.replace(settings(world, tmp_path / "run"), objective=survival, base_objective=base)
 
 
 def test_settings_of_an_objective_that_does_not_come_are_refused(world, tmp_path):

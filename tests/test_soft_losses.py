@@ -322,8 +322,9 @@ def test_a_mesh_gives_what_one_device_gives():
     "loss", ["", "mse", "ce=", "ce=0", "ce=-1", "ce=inf", "ce=1", "ce,ce", "ce=0.1,,tv=1", "tv=x,ce=1"]
 )
 def test_a_mix_that_is_none_is_refused(loss):
-    with pytest.raises(SpecaufError, match="objective.loss is"):
-        _ = Objective("full", loss).losses
+    for support in ("full", "survival"):
+        with pytest.raises(SpecaufError, match="objective.loss is"):
+            Objective(support, loss)
 
 
 @pytest.mark.parametrize(
@@ -412,6 +413,32 @@ def test_accumulation_and_stored_states_change_nothing(objective):
     assert tiny.largest_difference(whole[0], PARAMS) > 1e-3
 
 
+@pytest.mark.parametrize("shift_label", [True, False])
+def test_the_teacher_of_dominos_slots(shift_label):
+    """The base branch's loss, whose logits are the body's own, from plain loops."""
+    drafter = tiny.domino_config(shift_label=shift_label)
+    params = tiny.drafter_params(drafter)
+    config = LossConfig(
+        drafter=drafter, objective=Objective("decay"), base_objective=Objective("full", "kl"), num_anchors=5
+    )
+    batch = tiny.random_batch(ROWS)
+    features, hidden = states(batch, drafter.target_layer_ids)
+    batch, head, rng = (
+        batch.replace(features=features, target_hidden=hidden),
+        target_head(TARGET_PARAMS),
+        jax.random.key(3),
+    )
+    anchors, keep = sample_anchors(rng, eligible_anchors(batch.loss_mask, batch.document_ids), batch.document_ids, 5)
+    blocks = make_blocks(batch, anchors, keep, config=drafter)
+    z = block_hidden(params, head, batch, blocks, config=config)[:, :, drafter.first_slot :] @ head.lm_head
+    z, y = np.asarray(z, np.float64), np.asarray(hidden @ head.lm_head, np.float64)
+    valid = np.argwhere(np.asarray(blocks.valid))
+    total = sum(slot_losses(z[b, a, n], y[b, anchors[b, a] + n], 0, 1.0)[0]["kl"] for b, a, n in valid)
+    _, aux = jax.jit(loss_fn, static_argnames="config")(params, head, batch, rng, config=config)
+    np.testing.assert_allclose(aux.base.numerator, total, rtol=1e-5)
+    assert z.shape[2] == drafter.block_size - (not shift_label) and len(valid) > 50
+
+
 def test_domino_learns_from_distributions_too():
     """Of both branches, the base one hard: as from all logits at once."""
     drafter = tiny.domino_config()
@@ -431,6 +458,7 @@ def test_domino_learns_from_distributions_too():
 
     assert tiny.largest_difference(run(3), run(10**6)) < 1e-5
     soft = run(3)[0][1].final.numerator
+    assert abs(float(run(3)[0][1].base.numerator)) > 0
     hard = loss_fn(
         params, head, batch, jax.random.key(0), config=dataclasses.replace(config, objective=Objective("decay"))
     )

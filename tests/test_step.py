@@ -26,6 +26,7 @@ from specauf_jax.training.step import (
     make_optimizer,
     make_pretrain_step,
     make_train_step,
+    with_target,
 )
 
 TARGET, DRAFTER = tiny.target_config(), tiny.drafter_config()
@@ -141,6 +142,39 @@ def test_features_that_a_batch_brings_are_not_computed_again():
     assert tiny.largest_difference(other.params, own.params) > 1e-3
 
 
+def test_a_target_in_bfloat16_computes_in_bfloat16():
+    """No product with float32 operands: neither those of its layers nor those of soft losses."""
+    batch, params = tiny.random_batch(ROWS), jax.tree.map(lambda x: x.astype(jnp.bfloat16), TARGET_PARAMS)
+    config = dataclasses.replace(AUF, objective=Objective("auf", "kl"), dtype="bfloat16")
+    step = make_train_step(config, TARGET, OPTIMIZER)
+    found = products(jax.make_jaxpr(step)(start(), params, batch).jaxpr)
+    assert found == {("bfloat16", "bfloat16")}
+    filled = with_target(batch, params, config=config, target=TARGET)
+    assert filled.features.dtype == filled.target_hidden.dtype == jnp.bfloat16
+
+
+def products(jaxpr) -> set:
+    """Operand types of all products, in what a program calls too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.add(tuple(str(x.aval.dtype) for x in equation.invars))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found |= products(inner)
+    return found
+
+
+def test_what_a_batch_brings_stays():
+    config, batch = dataclasses.replace(AUF, objective=Objective("auf", "kl")), with_features(tiny.random_batch(ROWS))
+    zeros = batch.replace(features=jnp.zeros_like(batch.features))
+    filled = with_target(zeros, TARGET_PARAMS, config=config, target=TARGET)
+    assert not np.asarray(filled.features).any() and np.asarray(filled.target_hidden).any()
+    assert with_target(zeros, TARGET_PARAMS, config=AUF, target=TARGET).target_hidden is None
+
+
 def test_only_the_drafter_is_trained():
     target_params = jax.tree.map(jnp.array, TARGET_PARAMS)
     new, _ = train_step()(start(), target_params, tiny.random_batch(ROWS))
@@ -239,9 +273,14 @@ def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam
               "fc": {"kernel": rng.normal(size=(5, 8))}, "lm_head": {"kernel": rng.normal(size=(8, 9))}}  # fmt: skip
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    settings = dict(steps=10, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.0, clip_norm=1e9)
-    muon, adam = make_optimizer(TrainOptimisation(**settings, optimizer="muon")), optax.nadamw(1e-2, b1=0.9, b2=0.95)
+    settings = dict(steps=10, learning_rate=1e-2, warmup_ratio=0.0, weight_decay=0.3, clip_norm=1e9)
+    muon, adam = (make_optimizer(TrainOptimisation(**settings, optimizer=name)) for name in ("muon", "adamw"))
     (ours, theirs) = (optimizer.update(grads, optimizer.init(params), params)[0] for optimizer in (muon, adam))
+    for path in (("layers", "q_proj", "kernel"), ("fc", "kernel")):  # decayed as AdamW does
+        tree, before = ours, params
+        for key in path[:-1]:
+            tree, before = tree[key], before[key]
+        tree["kernel"] = tree["kernel"] + 1e-2 * 0.3 * before["kernel"]
     for matrices in (ours["layers"]["q_proj"]["kernel"], ours["fc"]["kernel"][None]):
         for matrix in np.asarray(matrices):
             values = np.linalg.svd(matrix, compute_uv=False)
@@ -249,7 +288,7 @@ def test_muon_orthogonalises_matrices_layer_by_layer_and_leaves_the_rest_to_adam
             assert 0.6 * scale < values.min() and values.max() < 1.4 * scale  # five Newton-Schulz steps are not exact
     for path in (("layers", "norm", "scale"), ("lm_head", "kernel")):
         one, other = (functools.reduce(lambda tree, key: tree[key], path, tree) for tree in (ours, theirs))
-        np.testing.assert_allclose(one, other, rtol=1e-3)
+        np.testing.assert_array_equal(one, other)
 
 
 def test_gradients_are_clipped_to_the_global_norm():

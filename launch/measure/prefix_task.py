@@ -46,6 +46,8 @@ def main() -> None:
     add("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
     objectives = {name: Objective(name) for name in arguments.objectives}
+    if soft := [name for name, objective in objectives.items() if objective.soft]:
+        parser.error(f"{', '.join(soft)} learns from a target's distribution; here are labels alone")
     found: dict[str, list[dict]] = {name: [] for name in objectives}
     for seed in range(arguments.seeds):
         mazes, held_out = (Mazes(count, arguments.size, [seed, which])

@@ -19,7 +19,7 @@ from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.loading import load_target_with_bar
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.config import Objective
+from specauf_jax.config import another
 from specauf_jax.data.dataset import read_manifest
 from specauf_jax.data.loader import make_loader
 from specauf_jax.distributed import is_primary
@@ -64,7 +64,7 @@ def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
     announce(recipe.target, mesh, console)
     own = recipe.objective
     with float32_precision(recipe.train.dtype):
-        chosen = {name: own if own.name == name else Objective(name, own.loss) for name in config.objectives}
+        chosen = {name: another(own, name) for name in config.objectives}
         S = read_manifest(recipe.data)["sequence_length"] if _has_data(recipe) else config.sequence_length
         losses = {name: loss_config(drafter, objective, recipe.base_objective, recipe.train, S)
                   for name, objective in chosen.items()}  # fmt: skip

@@ -20,7 +20,8 @@ class BenchmarkTrain:
     """Drafter folder in z-lab layout, whose weights the step starts from: they decide how many slots `auf` needs. None
     takes the recipe's `init_from`, or random weights."""
     objectives: tuple[ObjectiveName, ...] = ("auf", "decay")
-    """One after another within each repeat. The recipe's own keeps its settings, the others take their defaults."""
+    """One after another within each repeat. The recipe's own (of several one after another that of --objective)
+    keeps its settings, the others share its loss."""
     repeats: int = 5
     """Timed steps of every objective, after those that warm up."""
     sequence_length: int = 3072

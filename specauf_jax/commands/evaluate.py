@@ -20,6 +20,7 @@ from specauf_jax.evaluation.prompts import Prompt, answer, read_prompts
 from specauf_jax.evaluation.timing import Timed, timed_pass
 from specauf_jax.files import output_file, write_text
 from specauf_jax.sharding import make_mesh
+from specauf_jax.training.origin import objective_title
 
 
 def evaluate(config: Evaluate, console: Console) -> dict:
@@ -141,7 +142,7 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
         "temperature": config.sampling.temperature,
         "block_size": models.decoding.block_size,
         "seed": config.seed,
-        "objective": (origin.get("objective") or {}).get("name"),
+        "objective": objective_title(origin),
         "drafter": origin,
         "config": dataclasses.asdict(config),
         "conventions": {

@@ -117,6 +117,7 @@ def make_run(
         initialise=initialise,
         like=placed_step.state,
         batch_sharding=placed_step.rows,
+        changes=frozenset(first + 1 for first in stages if first),
         score="decode_tau" if settings.decode_every else "tau",
         shown=("tau", "loss"),
         measure=_decode_measure(config, drafter, target, target_params, manifest, mesh),

@@ -33,7 +33,22 @@ class Train:
 
     def __post_init__(self):
         unused(self.base_objective, "witness", when="in base_objective, whose branch has only its own")
-        names = [objective.name for _, objective in self.stages]
+        firsts, names = zip(*((first, objective.name) for first, objective in self.stages), strict=True)
+        if self.train.steps and (len({*firsts}) < len(firsts) or firsts[-1] >= self.train.steps):
+            raise SpecaufError(
+                f"objectives {self.objectives} of {self.train.steps} steps begin behind {', '.join(map(str, firsts))}",
+                "a step at least for each",
+                "change the shares, or raise --train.steps",
+            )
+        base = self.base_objective
+        for _, objective in self.stages:
+            tells = base.soft and base.temperature == objective.temperature
+            if objective.name == "survival" and objective.witness == "base" and not tells:
+                raise SpecaufError(
+                    "objective survival with witness base, and a base objective that tells of no acceptance",
+                    "a base_objective of survival or a soft loss, at the same temperature",
+                    "change --base-objective, or --objective.witness",
+                )
         if self.objectives and self.objective != Objective() and self.objective.name not in names:
             raise SpecaufError(
                 f"objective.name {self.objective.name} with objectives {self.objectives}",

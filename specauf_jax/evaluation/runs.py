@@ -28,8 +28,8 @@ CURVES = {  # key of metrics.jsonl: heading and explanation
     "support_accuracy": ("Support accuracy", """The same over those positions alone to which the objective gives weight:
         runs with different objectives are asked different questions here."""),
     "active_ratio": ("Active ratio", "Share of the supervised positions to which the objective gives weight."),
-    "loss": ("Loss", """Mean cross-entropy under the objective's weights, in nats: its course tells something, its level
-        differs with the objective."""),
+    "loss": ("Loss", """Mean loss under the objective's weights, of the label's cross-entropy in nats: its course tells
+        something, its level differs with the objective."""),
 }  # fmt: skip
 # Blue, orange, green, pink, sky, vermilion, grey: told apart with any colour vision (Okabe and Ito).
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a")

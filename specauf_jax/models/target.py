@@ -30,7 +30,15 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: Target, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=normal, rngs=rngs)
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=normal,
+            promote_dtype=lambda arrays, **_: (
+                arrays
+            ),  # in the parameters' own precision: all that follows takes it over
+            rngs=rngs,
+        )
         self.layers = stack_layers(config, rngs)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
         if not config.tie_word_embeddings:

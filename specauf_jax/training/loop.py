@@ -45,6 +45,7 @@ class Run:
     like: TrainState  # shapes and shardings
     loader: Loader  # of each batch this process's `local_rows`
     batch_sharding: NamedSharding
+    changes: frozenset[int]  # steps with which another program begins, to be compiled
     score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
     shown: tuple[str, ...]  # measures on the progress bar
     measure: Callable[[TrainState], dict] | None = None  # slower measures, every `measure_every` steps
@@ -81,7 +82,8 @@ def train_loop(run: Run, console: Console) -> TrainState:
                     last = number == run.train.steps
                     stopping = watch.stopping(run.batch_sharding.mesh) and not last
                 saving = last or stopping or number % run.train.checkpoint_every == 0
-                if saving or number == first + 1 or number % run.train.log_every == 0:
+                changing = number in run.changes or number + 1 in run.changes  # lines of their own
+                if saving or changing or number == first + 1 or number % run.train.log_every == 0:
                     text = log.write(number)
                     progress.update(bar, completed=number, text=text)
                     if not console.is_terminal and number % (10 * run.train.log_every) == 0:
@@ -210,13 +212,10 @@ class MetricsLog:
         self.settle()
         now = time.perf_counter()
         seconds, window, self._window = now - self._clock, self._window, []
-        # What only some steps told, as their objective changed, is no mean of all.
-        means = {
-            name: sum(m[name] for m in window) / len(window) for name in window[0] if all(name in m for m in window)
-        }
+        means = {name: sum(m[name] for m in window) / len(window) for name in window[0]}
         means["learning_rate"] = float(learning_rate_schedule(self._run.train)(step - 1))
-        # The first step of a process compiles: its time is real, but no step's.
-        self._productive += seconds if self._warm else 0.0
+        # The first step of a process and of a program compiles: its time is real, but no step's.
+        self._productive += seconds if self._warm and step not in self._run.changes else 0.0
         self._warm = True
         means |= self._speed(step, seconds / len(window), means)
         means |= {"data_wait": self._waited / seconds, "goodput": self._productive / (now - self._began)}

@@ -179,7 +179,7 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
         previous=blocks.previous,
         labels=blocks.labels,
         valid=blocks.valid,
-        target_hidden=_target_hidden(batch, blocks) if config.soft else None,
+        target_hidden=_target_hidden(batch, blocks, config) if config.soft else None,
         objectives=config.objectives,
         chunk=config.slot_chunk,
         skip=config.skip,
@@ -192,14 +192,14 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     return {name: branch.numerator for name, branch in sums.items()}, LossAux(**sums)
 
 
-def _target_hidden(batch: Batch, blocks: BlockBatch) -> jax.Array:
+def _target_hidden(batch: Batch, blocks: BlockBatch, config: LossConfig) -> jax.Array:
     if batch.target_hidden is None:
         raise SpecaufError(
             "a batch without target_hidden for a loss that compares with the target's distribution",
             "the target's final-normed hidden states, [B, S, D]",
             "take specauf_jax.target_states",
         )
-    return predicting_states(lax.stop_gradient(batch.target_hidden), blocks)
+    return predicting_states(lax.stop_gradient(batch.target_hidden).astype(config.dtype), blocks)
 
 
 def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBatch, *, config: LossConfig):

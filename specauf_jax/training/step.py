@@ -42,30 +42,24 @@ class TrainState:
 
 
 def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
-    """Clipped AdamW or Muon with linear warm-up and cosine decay to 0; norms are not decayed."""
+    """Clipped AdamW with linear warm-up and cosine decay to 0, or Muon for matrices and AdamW for the rest; norms are
+    not decayed."""
 
     def of_each(kind):
         """A function from parameters to `kind` of each one's path."""
         return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: kind([k.key for k in path]), params)
 
-    def dimensions(path):
-        """Of the matrices, or stacks of them, that Muon takes; AdamW keeps norms, biases, embedding and LM head."""
-        return optax.contrib.MuonDimensionNumbers(-2, -1) if path[-1] == "kernel" and "lm_head" not in path else None
-
-    shared = {"weight_decay": train.weight_decay, "mu_dtype": train.mu_dtype}
-    if train.optimizer == "adamw":
-        mask = of_each(lambda path: path[-1] != "scale")
-        rule = optax.adamw(learning_rate_schedule(train), b1=0.9, b2=0.95, mask=mask, **shared)
-    else:
-        rule = optax.contrib.muon(
-            learning_rate_schedule(train),
-            adam_b1=0.9,
-            adam_b2=0.95,
-            adam_weight_decay=train.weight_decay,
+    rate, shared = learning_rate_schedule(train), {"weight_decay": train.weight_decay, "mu_dtype": train.mu_dtype}
+    rule = optax.adamw(rate, b1=0.9, b2=0.95, mask=of_each(lambda path: path[-1] != "scale"), **shared)
+    if train.optimizer == "muon":
+        muon = optax.contrib.muon(
+            rate,
             consistent_rms=0.2,  # AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate serves both
-            muon_weight_dimension_numbers=of_each(dimensions),
+            muon_weight_dimension_numbers=of_each(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1)),
             **shared,
         )
+        matrices = of_each(lambda path: "muon" if path[-1] == "kernel" and "lm_head" not in path else "adamw")
+        rule = optax.partition({"muon": muon, "adamw": rule}, matrices)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), rule)
 
 
@@ -91,7 +85,7 @@ def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainSt
 
 
 def with_target(batch: Batch, target_params: dict, *, config: LossConfig, target: Target) -> Batch:
-    """A batch with what the loss needs of the target, where it does not bring it."""
+    """A batch with what the loss needs of the target; what it brings stays."""
     if batch.features is not None and not (config.soft and batch.target_hidden is None):
         return batch
     params, rows = cast(target_params, config.dtype), (batch.tokens, batch.positions, batch.document_ids)
@@ -99,7 +93,11 @@ def with_target(batch: Batch, target_params: dict, *, config: LossConfig, target
     if not config.soft:
         return dataclasses.replace(batch, features=target_features(params, *rows, config=target, layer_ids=ids))
     features, hidden = target_states(params, *rows, config=target, layer_ids=ids)
-    return dataclasses.replace(batch, features=features, target_hidden=hidden)
+    return dataclasses.replace(
+        batch,
+        features=features if batch.features is None else batch.features,
+        target_hidden=hidden if batch.target_hidden is None else batch.target_hidden,
+    )
 
 
 def make_train_step(
@@ -133,7 +131,9 @@ def make_train_step(
         _, pull, aux = jax.vjp(
             lambda params: loss_sums(params, head, batch, anchors, keep, config=config), params, has_aux=True
         )
-        return [pull(cotangent)[0] for cotangent in cotangents(aux)], aux, _any_nonfinite(batch.features)
+        inputs = [batch.features, batch.target_hidden] if config.soft else [batch.features]
+        bad = jnp.stack([_any_nonfinite(x) for x in inputs]).any()
+        return [pull(cotangent)[0] for cotangent in cotangents(aux)], aux, bad
 
     def step(state: TrainState, target_params: dict, batch: Batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
