@@ -54,7 +54,6 @@ def _pretrain(config: Pretrain, out: AnyPath, console: Console) -> None:
             initialise=placed.initialise,
             like=placed.state,
             batch_sharding=placed.rows,
-            changes=frozenset(),
             score="-loss",
             shown=("loss", "accuracy"),
         )

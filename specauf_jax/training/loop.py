@@ -45,11 +45,11 @@ class Run:
     like: TrainState  # shapes and shardings
     loader: Loader  # of each batch this process's `local_rows`
     batch_sharding: NamedSharding
-    changes: frozenset[int]  # steps with which another program begins, to be compiled
     score: str  # the measure whose highest value (of "-name": lowest) marks the best checkpoint
     shown: tuple[str, ...]  # measures on the progress bar
     measure: Callable[[TrainState], dict] | None = None  # slower measures, every `measure_every` steps
     measure_every: int = 0
+    changes: frozenset[int] = frozenset()  # steps with which another program begins, to be compiled
 
 
 def train_loop(run: Run, console: Console) -> TrainState:
