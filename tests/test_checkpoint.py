@@ -56,6 +56,9 @@ def step(state, batch):
     }
 
 
+jitted = jax.jit(step)
+
+
 def initial():
     params = {"w": jnp.zeros(20_000), "half": jnp.zeros(3, jnp.bfloat16)}
     return TrainState(step=jnp.int32(0), params=params, opt_state={"bits": jnp.arange(40, dtype=jnp.uint8)})
@@ -68,10 +71,10 @@ def make_run(out, steps=6, **changes) -> Run:
         "out": out,
         "train": c.Optimisation(steps=steps, batch_size=2, checkpoint_every=2, keep_last=9),
         "hosts": c.Hosts(),
-        "flops": lambda _: {"target": 1e9},
+        "flops": lambda *_: {"target": 1e9},
         "config": CONFIG,
         "environment": {},
-        "step": jax.jit(step),
+        "step": lambda number, *arguments: jitted(*arguments),
         "initialise": initial,
         "like": placed(shapes, parameter_sharding(shapes, mesh)),
         "loader": Counting(),
