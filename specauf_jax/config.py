@@ -131,8 +131,8 @@ class Objective:
             unused(self, "temperature", when=f"under objective {self.name} with loss {self.loss}")
 
 
-def one_after_another(text: str, objective: Objective) -> list[tuple[float, Objective]]:
-    """The objectives of `decay@0,auf@0.8`, each with the share of the steps at which it begins.
+def one_after_another(text: str, objective: Objective, steps: int) -> list[tuple[int, Objective]]:
+    """The objectives of `decay@0,auf@0.8`, each with the number of steps before it.
 
     That of `objective`'s name is `objective` itself; the others share its loss.
 
@@ -149,7 +149,7 @@ def one_after_another(text: str, objective: Objective) -> list[tuple[float, Obje
             f"objectives is {text!r}", "NAME@SHARE,…, shares of the steps that rise from 0 and stay below 1",
             "write it as decay@0,auf@0.8",
         )  # fmt: skip
-    return [(share, another(objective, name)) for (name, _), share in zip(stages, shares, strict=True)]
+    return [(round(share * steps), another(objective, name)) for (name, _), share in zip(stages, shares, strict=True)]
 
 
 def another(objective: Objective, name) -> Objective:

@@ -43,13 +43,20 @@ from specauf_jax.files import check_writable, sole_user, write_bytes, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
-from specauf_jax.models.target import TargetStep, target_features, target_head, target_states
+from specauf_jax.models.target import TargetStep, target_head
 from specauf_jax.models.weights import load_target, save_drafter
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints
 from specauf_jax.training.loss import LossConfig, loss_config, loss_fn
 from specauf_jax.training.origin import drafter_origin
-from specauf_jax.training.step import TrainState, init_state, lambda_base_schedule, make_optimizer, make_train_step
+from specauf_jax.training.step import (
+    TrainState,
+    init_state,
+    lambda_base_schedule,
+    make_optimizer,
+    make_train_step,
+    with_target,
+)
 
 LOG_EVERY = 10
 FILE_ROWS = 64  # rows of a file of features
@@ -87,7 +94,7 @@ ARMS = {
     "auf_k16": Arm(Objective("auf"), block_size=16),
 }
 STUDY = (*ARMS,)
-ARMS |= {  # beyond: `--arms` of launch/measure/objectives.sh
+ARMS |= {  # others, for --arms
     "auf_kl": Arm(Objective("auf", "kl")),
     "auf_tv": Arm(Objective("auf", "ce=0.1,tv=0.9")),
     "auf_lk": Arm(Objective("auf", "lk")),
@@ -191,7 +198,8 @@ class Study:
     @property
     def soft(self) -> bool:
         """An arm learns from the target's distribution."""
-        return any(self.loss(ARMS[name]).soft for name in self.arguments.arms)
+        arms = [ARMS[name] for name in self.arguments.arms]
+        return any(objective.soft for arm in arms for objective in (arm.objective, arm.base))
 
     def loss(self, arm: Arm, **changes) -> LossConfig:
         length = self.rows["tokens"].shape[1]
@@ -405,16 +413,11 @@ def as_batch(rows: dict[str, np.ndarray]) -> Batch:
 
 def with_features(study: Study, batch: Batch) -> Batch:
     """A batch with what the target has to say; with its last states if an arm needs them."""
-    return targets_of(study.params, batch, config=study.target, layer_ids=study.taps, soft=study.soft)
+    arm = ARMS["decay_kl" if study.soft else "decay"]
+    return targets_of(batch, study.params, config=study.loss(arm), target=study.target)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layer_ids", "soft"))
-def targets_of(params, batch: Batch, *, soft: bool, **static) -> Batch:
-    rows = (batch.tokens, batch.positions, batch.document_ids)
-    if not soft:
-        return dataclasses.replace(batch, features=target_features(params, *rows, **static))
-    features, hidden = target_states(params, *rows, **static)
-    return dataclasses.replace(batch, features=features, target_hidden=hidden)
+targets_of = jax.jit(with_target, static_argnames=("config", "target"))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -61,5 +61,4 @@ class Train:
         """Objectives one after another, each with the number of steps before it."""
         if self.objectives is None:
             return [(0, self.objective)]
-        stages = one_after_another(self.objectives, self.objective)
-        return [(round(share * self.train.steps), objective) for share, objective in stages]
+        return one_after_another(self.objectives, self.objective, self.train.steps)

@@ -25,19 +25,18 @@ from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import spread_rows
 
 
+def _as_they_are(arrays, **_):
+    """An embedding is looked up in the parameters' own precision, which all layers take over; nnx would keep float32."""
+    return arrays
+
+
 class CausalLM(nnx.Module):
     """Parameters of the target, under Hugging Face's names; layers are stacked."""
 
     def __init__(self, config: Target, *, rngs: nnx.Rngs):
         normal = nnx.initializers.normal(0.02)
         self.embed_tokens = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            embedding_init=normal,
-            promote_dtype=lambda arrays, **_: (
-                arrays
-            ),  # in the parameters' own precision: all that follows takes it over
-            rngs=rngs,
+            config.vocab_size, config.hidden_size, embedding_init=normal, promote_dtype=_as_they_are, rngs=rngs
         )
         self.layers = stack_layers(config, rngs)
         self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)

@@ -15,8 +15,8 @@ def drafter_origin(record: dict, drafter: ResolvedDrafter, step: int) -> dict:
     base = {"base_objective": record["base_objective"]} if "base" in drafter.head.branches else {}
     objective, objectives = record["objective"], record.get("objectives")
     if objectives:  # that of the last step
-        stages = one_after_another(objectives, Objective(**objective))
-        current = [o for share, o in stages if not share or round(share * record["train"]["steps"]) < step][-1]
+        stages = one_after_another(objectives, Objective(**objective), record["train"]["steps"])
+        current = [stage for before, stage in stages if before < max(step, 1)][-1]
         objective, base = dataclasses.asdict(current), base | {"objectives": objectives}
     return base | {
         "objective": objective,
