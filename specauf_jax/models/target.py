@@ -26,7 +26,7 @@ from specauf_jax.sharding import spread_rows
 
 
 def _as_they_are(arrays, **_):
-    """An embedding is looked up in the parameters' own precision, which all layers take over; nnx would keep float32."""
+    """Embeddings in the parameters' own precision, which all layers take over; nnx would make them float32."""
     return arrays
 
 
