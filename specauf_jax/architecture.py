@@ -9,7 +9,7 @@ import abc
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import tyro
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # help must come before JAX is loaded
     from flax import nnx
 
     from specauf_jax.config import Objective
-    from specauf_jax.objectives import Scores
+    from specauf_jax.objectives import ConfidenceScores, Scores
 
 ModelType = Literal["qwen3", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
@@ -135,16 +135,26 @@ class Drafter:
     sliding_window: int | None = None
     """Of sliding_attention layers: a slot sees itself and the sliding_window - 1 positions before it."""
     projector_type: str = "dflash"
-    """What makes drafts of the body's hidden states: dflash (the target's LM head alone), or domino (a recurrent
-    correction of its logits, slot by slot). One file each in specauf_jax/models/heads."""
+    """What makes drafts of the body's hidden states: dflash (the target's LM head alone), domino (a recurrent
+    correction of its logits, slot by slot), or dspark (a correction by the token before, and a confidence). One file
+    each in specauf_jax/models/heads."""
     head: tuple[str, ...] = ()
     """NAME=VALUE of that file's settings, where not the defaults. dflash: shift_label=false. domino: emb_dim=256
-    gru_hidden_dim=1024 shift_label=true pure_draft_prefix_len=1."""
+    gru_hidden_dim=1024 shift_label=true pure_draft_prefix_len=1. dspark: markov_rank=256 markov_head_type=vanilla (or
+    gated, rnn) enable_confidence_head=true confidence_head_alpha=1.0 confidence_head_with_markov=true
+    shift_label=true."""
 
     def __post_init__(self):
         check_drafter(self)
         if "sliding_attention" not in (self.layer_types or ()):
             unused(self, "sliding_window", when="without sliding_attention among layer_types")
+
+
+class Speculator(NamedTuple):
+    """A head in speculators' layout."""
+
+    kind: str  # speculators_model_type
+    architecture: str
 
 
 @dataclass(frozen=True)
@@ -163,18 +173,22 @@ class Head(abc.ABC):
     """Its name for people."""
     architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
     """Names in config.json: the one that serving engines know, and the one that SpecForge trains where it differs."""
-    layouts: ClassVar[tuple[str, ...]] = ("zlab", "specforge")
-    """Layouts of files that can hold it."""
+    speculator: ClassVar[Speculator | None] = None
+    """What it is in speculators' layout; None where that has no place for it."""
     tensors: ClassVar[dict[str, str]] = {}
     """Names of its tensors in files, by our names, where the general rule (`models/tensors.py`) does not give them."""
     top_level: ClassVar[tuple[str, ...]] = ()
     """Settings that are written at the top level of config.json too, beside dflash_config."""
-    absent: ClassVar[dict[str, bool]] = {}
+    absent: ClassVar[dict[str, bool | float]] = {}
     """What it means where config.json leaves out a setting; others must be there."""
+    attention_mode: ClassVar[bool] = False
+    """Whether its config.json says gqa or mha too, which its sizes tell."""
     early_prefix: ClassVar[str | None] = None
     """What stood before its tensors' names in early files."""
     branches: ClassVar[tuple[str, ...]] = ("final",)
-    """Sets of logits that train, each with an objective of its own; decoding follows `final`."""
+    """Sets of logits that can train, each with an objective of its own; decoding follows `final`."""
+    lambda_base_decay_ratio: ClassVar[float] = 1.0
+    """Share of the steps over which a base branch trains, where the settings leave it open; 0 for not at all."""
     skips_slots: ClassVar[bool] = False
     """Whether training may leave out the slots behind a block's first failure."""
     num_anchors: ClassVar[int] = 512
@@ -186,6 +200,11 @@ class Head(abc.ABC):
     @abc.abstractmethod
     def first_slot(self) -> int:
         """The slot that predicts the token after the anchor: 1, or 0 where slot k predicts the token k + 1 after it."""
+
+    @property
+    def confidence_weight(self) -> float:
+        """What the loss of its confidence counts; 0 for a head that says none."""
+        return 0.0
 
     @abc.abstractmethod
     def modules(self, drafter: ResolvedDrafter, rngs: nnx.Rngs) -> dict[str, nnx.Module]:
@@ -206,7 +225,7 @@ class Head(abc.ABC):
         objectives: dict[str, Objective],
         chunk: int,
         skip: bool,
-    ) -> dict[str, Scores]:
+    ) -> dict[str, Scores | ConfidenceScores]:
         """What each branch says of the gold tokens, and of the target's distribution where its objective is soft.
 
         Args:
@@ -217,11 +236,13 @@ class Head(abc.ABC):
           previous: int32 `[B, A, N]`, the token before each label.
           labels: int32 `[B, A, N]`.
           valid: bool `[B, A, N]`.
-          objectives: branch → what it trains on.
-          target_hidden, chunk, skip: as for `specauf_jax.kernels.lm_head.frozen_head_scores`.
+          objectives: branch → what it trains on, of the branches that train.
+          target_hidden: as for `specauf_jax.kernels.lm_head.frozen_head_scores`; None where nothing compares with the
+            target's distribution.
+          chunk, skip: likewise.
 
         Returns:
-          Branch → LabelScores or SoftScores of `[B, A, N]`.
+          Branch → LabelScores or SoftScores of `[B, A, N]`; `confidence` → ConfidenceScores where it has a weight.
         """
 
     @abc.abstractmethod
@@ -242,6 +263,19 @@ class Head(abc.ABC):
         Returns:
           int32 `[B, K-1]` drafts, and the float32 `[B, K-1, V]` logits that they were chosen from.
         """
+
+    def confidence(self, params: dict, hidden: jax.Array, previous: jax.Array) -> jax.Array | None:
+        """How sure it is that the target will accept each draft, if those before it are accepted.
+
+        Args:
+          params: of the drafter.
+          hidden: `[..., N, D]`, the body's, of the slots that predict the drafts.
+          previous: int32 `[..., N]`, the token before each draft.
+
+        Returns:
+          float32 `[..., N]` logits of the probability; None for a head that says none.
+        """
+        return None
 
     def draft_flops(self, drafter: ResolvedDrafter) -> dict[str, float]:
         """Floating-point operations of its own for one draft, by part."""

@@ -23,15 +23,15 @@ def positive(config, *names: str) -> None:
 
 
 def at_least(config, least: int, *names: str) -> None:
-    """Fields of at least `least`."""
+    """Fields of at least `least`, or None."""
     for name in names:
         value = getattr(config, name)
-        if not value >= least:
+        if value is not None and not value >= least:
             raise SpecaufError(f"{name} is {value}", f"{least} or more", f"change {name}")
 
 
 def not_negative(config, *names: str) -> None:
-    """Fields of at least 0."""
+    """Fields of at least 0, or None."""
     at_least(config, 0, *names)
 
 

@@ -259,7 +259,8 @@ class TrainOptimisation(Optimisation):
     """Slots whose logits exist at one time, of every device."""
     head_slots: HeadSlots = "support"
     """Which slots meet the LM head under auf, auf_decay and griffin: those up to each block's first failure, or all,
-    which costs a few times as much and tells common_token_accuracy. Domino and the other objectives need all."""
+    which costs a few times as much and tells common_token_accuracy. Other heads than dflash, and the other objectives,
+    need all."""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it: nothing, all but products with weights (dots), or
     all of each drafter layer (layers). Changes memory and speed, not results."""
@@ -271,8 +272,9 @@ class TrainOptimisation(Optimisation):
     decode_prompts: int = 16
     """Prompts to decode, spread over the files."""
     decode_tokens: int = 64
-    lambda_base_decay_ratio: float = 1.0
-    """domino: share of the steps over which the base branch's weight in the loss falls from 1 to 0."""
+    lambda_base_decay_ratio: float | None = None
+    """domino, dspark: share of the steps over which the base branch's weight in the loss falls from 1 to 0, or 0 for no
+    base branch; None takes 1 for domino, 0 for dspark."""
 
     def __post_init__(self):
         super().__post_init__()

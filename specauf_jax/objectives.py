@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from specauf_jax.config import Objective, decay_gamma
@@ -66,6 +67,13 @@ class SoftScores(NamedTuple):
 
 
 Scores = LabelScores | SoftScores
+
+
+class ConfidenceScores(NamedTuple):
+    """What a confidence head says of the probability that sampling accepts a slot's draft."""
+
+    loss: jax.Array  # float32 [..., N]: binary cross-entropy against a, in nats; differentiable
+    error: jax.Array  # float32 [..., N]: |said - a|
 
 
 def accept_until_fail_mask(correct: jax.Array, valid: jax.Array, failures: int = 1) -> jax.Array:
@@ -204,9 +212,16 @@ def label_scores(logits: jax.Array, labels: jax.Array, target_logits=None, objec
       objective: its `losses` and `temperature` count.
 
     Returns:
-      SoftScores where the objective is `soft`, else LabelScores.
+      SoftScores where there are `target_logits`, else LabelScores.
     """
     return scores_and_slope(logits, labels, target_logits, objective)[0]
+
+
+def confidence_scores(logit: jax.Array, acceptance: jax.Array) -> ConfidenceScores:
+    """Scores of float `[..., N]` logits of the probability of acceptance, `SoftScores.acceptance`, which is data."""
+    logit, acceptance = logit.astype(jnp.float32), lax.stop_gradient(acceptance)
+    error = jnp.abs(jax.nn.sigmoid(lax.stop_gradient(logit)) - acceptance)
+    return ConfidenceScores(optax.sigmoid_binary_cross_entropy(logit, acceptance), error)
 
 
 def scores_and_slope(logits, labels, target_logits=None, objective: Objective = HARD, vocabulary_axis=None):
@@ -244,7 +259,7 @@ def scores_and_slope(logits, labels, target_logits=None, objective: Objective = 
     preferred = (logits > chosen[..., None]) | ((logits == chosen[..., None]) & (token < labels[..., None]))
     peak, log_mass, q = softmax(logits)
     cross_entropy, rank = peak + log_mass - chosen, total(preferred.astype(jnp.int32))
-    if not objective.soft:
+    if target_logits is None:
         return LabelScores(cross_entropy, rank), q - is_label
     target_logits = lax.stop_gradient(target_logits).astype(jnp.float32) / objective.temperature
     target_peak, target_log_mass, p = softmax(target_logits)

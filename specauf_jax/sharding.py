@@ -33,7 +33,8 @@ _PARAMETER_AXES = {
     "up_proj": ("fsdp", "tensor"),
     "down_proj": ("tensor", "fsdp"),
     "lm_head": ("fsdp", "tensor"),
-    "up": ("fsdp", "tensor"),  # of a head, into the vocabulary
+    "up": ("fsdp", "tensor"),  # of Domino's head, into the vocabulary
+    "markov_w2": ("fsdp", "tensor"),  # of DSpark's, likewise
 }
 _OTHER_MATRICES = ("fsdp", None)
 

@@ -384,13 +384,14 @@ def test_supports_and_weights_are_constants_to_the_gradient():
 
 def test_lambda_falls_linearly_from_one_to_zero_and_stays_there():
     def shares(steps, ratio, at):
-        schedule = lambda_base_schedule(c.TrainOptimisation(steps=steps, lambda_base_decay_ratio=ratio))
+        schedule = lambda_base_schedule(c.TrainOptimisation(steps=steps, lambda_base_decay_ratio=ratio), Domino())
         return [float(schedule(jnp.asarray(step, jnp.int32))) for step in at]
 
     np.testing.assert_allclose(shares(100, 1.0, [0, 1, 25, 99, 100]), [1, 0.99, 0.75, 0.01, 0], atol=1e-6)
     np.testing.assert_allclose(shares(100, 0.4, [0, 10, 39, 40, 41, 100]), [1, 0.75, 0.025, 0, 0, 0], atol=1e-6)
     assert shares(100, 0.4, [0, 40, 41, 100, 1000]) == [1, 0, 0, 0, 0]
-    assert shares(100, 0.0, [0, 1, 100]) == [1, 0, 0]  # the first step cannot decay
+    assert shares(100, 0.0, [0, 1, 100]) == [0, 0, 0]  # no base branch
+    assert shares(100, None, [0, 25, 100]) == [1, 0.75, 0]
 
 
 SETTINGS = c.TrainOptimisation(steps=10, learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1)
@@ -405,7 +406,12 @@ HEADS = ("prefix_gru", "embed_proj")
 def train_step(accumulation):
     config = loss_config("auf_decay", "auf", num_anchors=5)
     step = make_train_step(
-        config, TARGET, OPTIMIZER, accumulation=accumulation, seed=7, lambda_base=lambda_base_schedule(SETTINGS)
+        config,
+        TARGET,
+        OPTIMIZER,
+        accumulation=accumulation,
+        seed=7,
+        lambda_base=lambda_base_schedule(SETTINGS, Domino()),
     )
     return jax.jit(step)
 
@@ -579,7 +585,7 @@ def test_training_logits_equal_decoding_logits(changes):
 
     def trained(drafter):
         config = LossConfig(drafter=drafter, objective=Objective(), slot_chunk=7)
-        return trained_logits(params, TARGET_PARAMS, batch, index, index > 0, config=config)[1][:, 0, : K - 1]
+        return trained_logits(params, TARGET_PARAMS, batch, index, index > 0, config=config)[-1][:, 0, : K - 1]
 
     np.testing.assert_allclose(trained(drafter), proposal.logits, atol=1e-5 * float(jnp.abs(proposal.logits).max()))
     np.testing.assert_array_equal(trained(drafter).argmax(-1), proposal.tokens)
@@ -632,7 +638,7 @@ def drafted_by_training(drafter, params, texts, anchors):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         batch = Batch(tokens=jnp.asarray(tokens), loss_mask=ones > 0, document_ids=ones, positions=positions)
         at = jnp.asarray(anchors)[:, None]
-        _, final = trained_logits(params, serving_target(), batch, at, at >= 0, config=config, target=SERVING)
+        *_, final = trained_logits(params, serving_target(), batch, at, at >= 0, config=config, target=SERVING)
         drafts.append(np.asarray(final)[:, 0, n].argmax(-1))
         tokens[rows, anchors + 1 + n] = drafts[-1]
     return np.stack(drafts, 1)
@@ -701,7 +707,8 @@ def test_one_text_learnt_by_heart_decodes_at_tau_k(shift_label, monkeypatch):
     """The gate of test_overfit, with λ falling over the whole run."""
     head = Domino(shift_label=shift_label, emb_dim=8, gru_hidden_dim=16)
     drafter = dataclasses.replace(test_overfit.DRAFTER, head=head)
-    share = lambda_base_schedule(c.TrainOptimisation(steps=200))
+    share = lambda_base_schedule(c.TrainOptimisation(steps=200), head)
     monkeypatch.setattr(test_overfit, "DRAFTER", drafter)
+    monkeypatch.setattr(test_overfit, "LossConfig", functools.partial(LossConfig, base_objective=Objective()))
     monkeypatch.setattr(test_overfit, "make_train_step", functools.partial(make_train_step, lambda_base=share))
     test_overfit.test_one_text_learnt_by_heart_decodes_at_tau_k("auf")

@@ -1,11 +1,14 @@
 """Measures of decoding, by hand."""
 
+import dataclasses
+
 import pytest
 
 from specauf_jax.decoding.generate import Generation
 from specauf_jax.evaluation.measure import (
     acceptance_measures,
     alpha,
+    calibration,
     in_loop,
     outside_loops,
     tau_macro,
@@ -52,9 +55,18 @@ def test_acceptance_measures_of_two_prompts():
         "tau_macro": 2.0,
         "tau_outside_loops": pytest.approx(7 / 3),
         "alpha": [2 / 3, 0.5, 1.0],
+        "calibration": None,
         "rounds": 3,
         "tokens": 6,
         "prompts": 2,
+    }
+    sure = [
+        dataclasses.replace(generations[0], survival=[1.5, 1.0, 0.5]),
+        dataclasses.replace(generations[1], survival=[0.9, 0.5, 0.25]),
+    ]
+    assert calibration(sure) == {
+        "predicted": [pytest.approx(0.8), pytest.approx(0.5), pytest.approx(0.25)],
+        "observed": [pytest.approx(2 / 3), pytest.approx(1 / 3), pytest.approx(1 / 3)],
     }
     turns = acceptance_measures(generations, block_size=4, prompts=[5, 5])
     assert (turns["tau_macro"], turns["prompts"]) == (pytest.approx(7 / 3), 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -587,8 +588,34 @@ def test_speculators_layout(tmp_path):
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["aux_hidden_state_layer_ids"] == [1, 2] and values["draft_vocab_size"] == 17
     assert values["speculators_config"]["verifier"]["architectures"] == ["Qwen3ForCausalLM"]
-    with pytest.raises(SpecaufError, match="a drafter in speculators' layout"):
-        load_drafter(tmp_path / "out")
+    params, config = load_drafter(tmp_path / "out")
+    assert config == dataclasses.replace(DRAFTER, num_target_layers=None)
+    assert tiny.same_bits(params, tiny.drafter_params())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"speculators_model_type": "eagle3"}, "speculators_model_type 'eagle3'"),
+        ({"speculators_model_type": ["dflash"]}, "speculators_model_type"),
+        ({"draft_vocab_size": 9}, "draft_vocab_size is 9"),
+        ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
+        ({"sample_from_anchor": 1}, "sample_from_anchor is 1"),
+        ({"transformer_layer_config": []}, "transformer_layer_config is []"),
+    ],
+)
+def test_what_speculators_layout_can_hold_and_we_cannot_read(tmp_path, values, said):
+    save_target(tiny.target_params(), TARGET, tmp_path / "target")
+    out = tmp_path / "out"
+    save_drafter(tiny.drafter_params(), DRAFTER, out, layout="speculators", verifier=str(tmp_path / "target"))
+    found = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(found | values))
+    with pytest.raises(SpecaufError, match=re.escape(said)):
+        load_drafter(out)
+    found["transformer_layer_config"]["sliding_window"] = 8
+    (out / "config.json").write_text(json.dumps(found))
+    with pytest.raises(SpecaufError, match="sliding_window is 8"):
+        load_drafter(out)
 
 
 def test_only_its_own_kind_is_replaced(drafter):

@@ -13,6 +13,7 @@ import numpy as np
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.heads.domino import Domino
+from specauf_jax.models.heads.dspark import DSpark
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import target_shapes
 from specauf_jax.training.blocks import Batch
@@ -49,6 +50,13 @@ def domino_config(target: Target | None = None, **changes) -> ResolvedDrafter:
     names = [field.name for field in dataclasses.fields(Domino)]
     head = {"emb_dim": 6, "gru_hidden_dim": 10} | {name: changes.pop(name) for name in names if name in changes}
     return dataclasses.replace(drafter_config(target, **changes), head=Domino(**head))
+
+
+def dspark_config(target: Target | None = None, **changes) -> ResolvedDrafter:
+    """A `drafter_config` with DSpark's head, of small widths; `changes` may be the head's too."""
+    names = [field.name for field in dataclasses.fields(DSpark)]
+    head = {"markov_rank": 6} | {name: changes.pop(name) for name in names if name in changes}
+    return dataclasses.replace(drafter_config(target, **changes), head=DSpark(**head))
 
 
 def target_params(config: Target | None = None, seed: int = 0) -> dict:

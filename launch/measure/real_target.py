@@ -350,7 +350,7 @@ def update_of(loss: LossConfig, target: Target, train: TrainOptimisation):
     """`(state, target_params, batch with features, seed) -> (state, metrics)`, compiled once for all seeds."""
 
     def update(state, target_params, batch, seed):
-        options = {"seed": seed, "lambda_base": lambda_base_schedule(train)}
+        options = {"seed": seed, "lambda_base": lambda_base_schedule(train, loss.drafter.head)}
         return make_train_step(loss, target, make_optimizer(train), **options)(state, target_params, batch)
 
     return jax.jit(update, donate_argnums=0)

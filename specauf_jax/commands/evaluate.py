@@ -147,6 +147,7 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
         "config": dataclasses.asdict(config),
         "conventions": {
             "tau": "mean of accepted + 1 over rounds; the last round counts in full, though a stop may cut its tokens",
+            "calibration": "share of rounds in which n = 1..K-1 drafts stand, by the confidence and in fact",
             "tau_outside_loops": "rounds whose anchor does not stand in a stretch of period <= 16 over 16 tokens",
             "tokens_per_s": "new tokens by seconds in the decoding loop, prefill apart; median over repeats",
         },
@@ -175,3 +176,8 @@ def _show(results: dict, console: Console) -> None:
             f"{part['speedup']:.2f}",
         )
     console.print(table)
+    if found := results["overall"]["calibration"]:
+        table = Table("drafts that stand", *(f"{n} or more" for n in range(1, len(found["observed"]) + 1)))
+        for name, shares in found.items():
+            table.add_row(name, *(f"{share:.3f}" for share in shares))
+        console.print(table)

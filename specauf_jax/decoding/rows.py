@@ -49,11 +49,14 @@ class Generation:
 
     `accepted` holds, for each round, the drafts that the target agreed with, before any stop cut
     the round's tokens: a round emits accepted + 1 tokens, the last one perhaps fewer.
+    `survival` holds, for each n = 1..K-1, the predicted probability that n drafts stand, summed over the rounds; empty
+    for a drafter that predicts none.
     """
 
     prompt: list[int]
     tokens: list[int]
     accepted: list[int]
+    survival: list[float] = dataclasses.field(default_factory=list)
 
 
 @pytree
@@ -63,6 +66,7 @@ class Running:
     state: DecodeState
     accepted: jax.Array  # int32 [B, T]: of each row's rounds, at most one a token
     rounds: jax.Array  # int32 [B]: how many each row had
+    survival: jax.Array  # float32 [B, K-1]: of each row, the predictions of all rounds added up; [B, 0] for none
 
 
 class Rows:
@@ -112,8 +116,9 @@ class Rows:
         enough = min(idle + max(1, B // _SHARE), B) if waiting else B
         self.running, rounds = _stretch(*self._params, self.running, jnp.int32(enough), config=self._config)
         state = self.running.state
-        tokens, length, done, accepted, count, rounds = to_host(
-            (state.tokens, state.length, state.done, self.running.accepted, self.running.rounds, rounds)
+        running = self.running
+        tokens, length, done, accepted, count, survival, rounds = to_host(
+            (state.tokens, state.length, state.done, running.accepted, running.rounds, running.survival, rounds)
         )
         self.rounds += int(rounds)
         finished = []
@@ -121,7 +126,8 @@ class Rows:
             if request is not None and done[row]:
                 begin = len(request.prompt)
                 answer = tokens[row, begin : length[row]].tolist()
-                found = Generation(list(request.prompt), answer, accepted[row, : count[row]].tolist())
+                history = accepted[row, : count[row]].tolist()
+                found = Generation(list(request.prompt), answer, history, survival[row].tolist())
                 finished.append((request, found))
                 self._requests[row] = None
         return finished
@@ -196,8 +202,20 @@ def _idle(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> Runni
     tokens, ones = jnp.zeros((batch_size, room), jnp.int32), jnp.ones(batch_size, jnp.int32)
     keys, how = jax.random.split(jax.random.key(0), batch_size), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
     state = init_state(tokens, ones, ones, keys, how, **_caches(config, batch_size, room, dtype))
-    running = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros(batch_size, jnp.int32))
+    running = _fresh(state, config)
     return _spread(running, _row_axes(running, config), mesh)
+
+
+def _fresh(state: DecodeState, config: Decoding) -> Running:
+    """Rows before their first round."""
+    B = len(state.length)
+    predicted = config.block_size - 1 if config.model is not None and config.model.head.confidence_weight else 0
+    return Running(
+        state=state,
+        accepted=jnp.zeros_like(state.tokens),
+        rounds=jnp.zeros(B, jnp.int32),
+        survival=jnp.zeros((B, predicted), jnp.float32),
+    )
 
 
 def _caches(config, rows: int, room: int, dtype) -> dict:
@@ -220,7 +238,7 @@ def _admit(drafter_params, target_params, running: Running, prompts, count, begu
         tokens, length, limit, draws, *how = _take(rows, at, mesh)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), draws)
         state = init_state(tokens, length, limit, keys, how, **caches)
-        fresh = Running(state=state, accepted=jnp.zeros_like(tokens), rounds=jnp.zeros_like(length))
+        fresh = _fresh(state, config)
         fresh = _spread(fresh, _row_axes(fresh, config), mesh)
         state = prefill(drafter_params, target_params, fresh.state, config=config, chunk_size=chunk_size, begin=begin)
         return _put(running, dataclasses.replace(fresh, state=state), at, mesh, config)
@@ -252,7 +270,10 @@ def _stretch(drafter_params, target_params, running: Running, enough, *, config:
         rows = jnp.arange(len(running.rounds))
         at = jnp.where(done.active, running.rounds, running.accepted.shape[1])  # behind the end: dropped
         accepted = running.accepted.at[rows, at].set(done.accepted, mode="drop")
-        return Running(state=state, accepted=accepted, rounds=running.rounds + done.active), i + 1
+        survival = running.survival
+        if done.survival is not None:
+            survival += jnp.where(done.active[:, None], done.survival, 0)
+        return Running(state=state, accepted=accepted, rounds=running.rounds + done.active, survival=survival), i + 1
 
     return lax.while_loop(lambda carry: carry[0].state.done.sum() < enough, body, (running, jnp.int32(0)))
 

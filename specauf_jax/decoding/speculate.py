@@ -81,7 +81,9 @@ def propose(
     tokens, logits = drafter.head.roll(
         drafter_params, hidden, embedding=head.embedding, anchor=anchor, logits=head.logits(hidden), choose=choose
     )
-    return Proposal(tokens=tokens, logits=logits)
+    said = drafter.head.confidence(drafter_params, hidden, jnp.concatenate([anchor, tokens[:, :-1]], axis=1))
+    survival = None if said is None else jnp.cumprod(jax.nn.sigmoid(said), axis=1)
+    return Proposal(tokens=tokens, logits=logits, survival=survival)
 
 
 def _choose(logits, state: DecodeState, keys) -> jax.Array:
@@ -126,7 +128,7 @@ def commit(state: DecodeState, proposal: Proposal, verdict: Verdict, *, config: 
     written = jax.vmap(lambda row, i, x: row.at[i].set(x, mode="drop"))(state.tokens, index, tokens)
     done = state.done | stopped | (length >= state.limit)
     accepted = jnp.where(active, verdict.accepted, 0)
-    result = Round(active=active, accepted=accepted, tokens=tokens, emitted=emitted)
+    result = Round(active=active, accepted=accepted, tokens=tokens, emitted=emitted, survival=proposal.survival)
     return dataclasses.replace(state, tokens=written, length=length, done=done), result
 
 

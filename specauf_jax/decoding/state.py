@@ -80,6 +80,7 @@ class Proposal:
 
     tokens: jax.Array  # int32 [B, K-1]
     logits: jax.Array | None  # float32 [B, K-1, V]; None for drafts that were not drawn: all of q is on them
+    survival: jax.Array | None = None  # float32 [B, K-1]: predicted probability that this many drafts stand
 
 
 @pytree
@@ -98,6 +99,7 @@ class Round:
     accepted: jax.Array  # int32 [B]: drafts that the target agreed with, before any stop; 0 if not active
     tokens: jax.Array  # int32 [B, K]: committed tokens, the first `emitted` of each row
     emitted: jax.Array  # int32 [B]: accepted + 1, less what a stop cut off; 0 if not active
+    survival: jax.Array | None = None  # float32 [B, K-1], of the proposal
 
 
 def init_state(tokens, length, limit, keys, how, *, target_cache, drafter_cache: KVCache | None = None) -> DecodeState:

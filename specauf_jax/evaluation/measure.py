@@ -31,6 +31,23 @@ def alpha(accepted: Sequence[Sequence[int]], block_size: int) -> list[float | No
     return [after / before if before else None for before, after in zip(reached, reached[1:], strict=False)]
 
 
+def calibration(generations: Sequence) -> dict[str, list[float]] | None:
+    """For each n = 1..K-1: how often a drafter's confidence said that n drafts would stand, and how often they did.
+
+    Args:
+      generations: with `accepted` and `survival`.
+
+    Returns:
+      `predicted` and `observed`, means over all rounds; None for a drafter that predicts nothing.
+    """
+    rounds = np.asarray([a for g in generations for a in g.accepted])
+    predicted = np.sum([g.survival for g in generations], axis=0)
+    if not (len(rounds) and predicted.size):
+        return None
+    observed = [float((rounds >= n).mean()) for n in range(1, predicted.size + 1)]
+    return {"predicted": (predicted / len(rounds)).tolist(), "observed": observed}
+
+
 def in_loop(tokens: Sequence[int]) -> bool:
     """Whether the last LOOP_SPAN tokens repeat what stands p tokens before them, for some p up to LOOP_SPAN."""
     tail = list(tokens[-2 * LOOP_SPAN :])
@@ -66,6 +83,7 @@ def acceptance_measures(generations: Sequence, block_size: int, prompts: Sequenc
         "tau_macro": tau_macro(list(by_prompt.values())),
         "tau_outside_loops": tau_micro([outside_loops(g.prompt, g.tokens, g.accepted) for g in generations]),
         "alpha": alpha(accepted, block_size),
+        "calibration": calibration(generations),
         "rounds": sum(len(history) for history in accepted),
         "tokens": sum(len(g.tokens) for g in generations),
         "prompts": len(by_prompt),

@@ -15,6 +15,9 @@ from specauf_jax.models.hf_keys import check_keys
 
 TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 DRAFTER_ARCHITECTURES = tuple(dict.fromkeys(name for head in head_types().values() for name in head.architectures))
+_SPECULATORS = {head.speculator.kind: head for head in head_types().values() if head.speculator}
+SPECULATORS = tuple(head.speculator.architecture for head in head_types().values() if head.speculator)
+"""Architectures in speculators' layout."""
 _UNNAMED = "dflash"  # the projector type of a file that names none
 _MOST = 2**31 - 1
 _MOST_LAYERS = 4096
@@ -37,7 +40,10 @@ TARGET_KEYS = (
 """Keys of a target's config.json that are read here."""
 _LABELS = ("shift_label", "sample_from_anchor", "query_zero_predicts_next")
 """Names of one flag: in SpecForge, in speculators and vLLM, in DeepSpec."""
-_DFLASH_KEYS = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", *_LABELS)
+_DFLASH_KEYS = (
+    *("block_size", "mask_token_id", "target_layer_ids", "num_target_layers", "projector_type", "attention_mode"),
+    *_LABELS,
+)
 """Keys that stand in dflash_config, or at the top level; with them the settings of the head."""
 DRAFTER_KEYS = (
     *(*TARGET_KEYS, *_DFLASH_KEYS, "dflash_config"),
@@ -99,17 +105,13 @@ def write_target(config: Target, eos_token_id: int | None = None) -> dict:
 def read_drafter(values: dict, where: str) -> ResolvedDrafter:
     """The architecture that a drafter's config.json describes; arguments and errors as for `read_target`."""
     if "speculators_model_type" in values:
-        raise SpecaufError(
-            f"{where}: a drafter in speculators' layout",
-            "z-lab's layout, whose layer ids are one lower",
-            "convert it, or export it again with --layout zlab",
-        )
+        values = _from_speculators(values, where)
     architecture = _architecture(values, where)
     if architecture not in DRAFTER_ARCHITECTURES:
         raise SpecaufError(
             f"{where}: architecture {architecture!r}",
             " or ".join(DRAFTER_ARCHITECTURES),
-            "pass the folder of a DFlash or Domino drafter",
+            f"pass the folder of a {' or '.join(head.title for head in head_types().values())} drafter",
         )
     _refuse(values, where, "attention_bias", "mlp_bias", "quantization_config")
     check_keys(values, where, DRAFTER_KEYS)
@@ -139,6 +141,9 @@ def read_drafter(values: dict, where: str) -> ResolvedDrafter:
     )
     for place, name in ((values, where), (section, inside)):
         _check_causal(place, found, name)
+    if dflash.get("attention_mode", mode := _attention_mode(found)) != mode:
+        raise SpecaufError(f"{inside}: attention_mode is {dflash['attention_mode']!r}", f"{mode!r}, as the sizes say",
+                           "correct the file")  # fmt: skip
     return found
 
 
@@ -159,21 +164,25 @@ def write_drafter(config: ResolvedDrafter, architecture: str = "DFlashDraftModel
     head = config.head
     if head.projector_type != _UNNAMED:
         dflash["projector_type"] = head.projector_type
+    if head.attention_mode:
+        dflash["attention_mode"] = _attention_mode(config)
     dflash |= {name: x for name, x in head_settings(head).items() if (name, x) not in head.absent.items()}
     return values | {name: getattr(head, name) for name in head.top_level}
 
 
 def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architecture: str) -> dict:
-    """config.json of a plain DFlash drafter, in speculators' layout: its layer ids are one higher.
+    """config.json of a drafter in speculators' layout: its layer ids are one higher.
 
     Args:
       config: resolved.
       verifier: name or path of the target, from which speculators takes embedding and LM head.
       verifier_architecture: as in the target's config.json.
     """
-    return {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
+    head = config.head
+    assert head.speculator is not None
+    return {name: getattr(head, name) for name in head.top_level} | {
+        "architectures": [head.speculator.architecture],
+        "speculators_model_type": head.speculator.kind,
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "block_size": config.block_size,
         "draft_vocab_size": config.vocab_size,
@@ -183,7 +192,7 @@ def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architect
         "tie_word_embeddings": False,
         "transformer_layer_config": _shared_json(config, "qwen3") | {"tie_word_embeddings": False},
         "speculators_config": {
-            "algorithm": "dflash",
+            "algorithm": head.speculator.kind,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.num_labels}],
             "verifier": {"name_or_path": verifier, "architectures": [verifier_architecture]},
@@ -191,8 +200,39 @@ def write_speculators(config: ResolvedDrafter, verifier: str, verifier_architect
     }
 
 
+def _from_speculators(values: dict, where: str) -> dict:
+    """The same drafter's config.json in z-lab's layout."""
+    kind = values["speculators_model_type"]
+    if kind not in list(_SPECULATORS):
+        raise SpecaufError(
+            f"{where}: speculators_model_type {kind!r}", f"one of {', '.join(_SPECULATORS)}", "use another drafter"
+        )
+    head, body = _SPECULATORS[kind], _object(values, where, "transformer_layer_config")
+    if values.get("draft_vocab_size") not in (None, body.get("vocab_size")):
+        raise SpecaufError(
+            f"{where}: draft_vocab_size is {values['draft_vocab_size']!r}",
+            f"the target's {body.get('vocab_size')!r}: a drafter of the whole vocabulary",
+            "train one without --draft-vocab-size",
+        )
+    if body.get("sliding_window") is not None:  # theirs starts at the anchor for all slots
+        raise SpecaufError(
+            f"{where}: sliding_window is {body['sliding_window']!r}", "full attention", "use another drafter"
+        )
+    names = ("block_size", "mask_token_id", *(field.name for field in dataclasses.fields(head)))
+    dflash = {name: values[name] for name in names if name in values} | {
+        "projector_type": head.projector_type,
+        "shift_label": _flag(values, where, "sample_from_anchor"),
+        "target_layer_ids": [i - 1 for i in _list(values, where, "aux_hidden_state_layer_ids", int)],
+    }
+    return body | {"architectures": [head.architectures[0]], "dflash_config": dflash}
+
+
 # ---------------------------------------------------------------------------------------------
 # Parts of a drafter's file
+
+
+def _attention_mode(config: ResolvedDrafter) -> str:
+    return "gqa" if config.num_key_value_heads < config.num_attention_heads else "mha"
 
 
 def dflash_settings(values: dict, where: str) -> dict:
@@ -231,10 +271,13 @@ def _read_head(kind: type[Head], dflash: dict, where: str) -> Head:
         if field.name not in dflash:
             raise SpecaufError(f"{inside} has no {field.name}", f"every setting of {kind.title}'s head",
                                "add it, as it was trained")  # fmt: skip
-        if isinstance(field.default, bool):
-            found[field.name] = _flag(dflash, inside, field.name)
-        else:
-            found[field.name] = _number(dflash, inside, field.name, least=0)
+        match field.default:
+            case bool():
+                found[field.name] = _flag(dflash, inside, field.name)
+            case str():
+                found[field.name] = dflash[field.name]  # one of a few words, as the head itself says
+            case value:
+                found[field.name] = _number(dflash, inside, field.name, least=0, kind=type(value))
     return _build(kind, where, **found)
 
 

@@ -97,7 +97,7 @@ def save_target(params: dict, config: Target, folder, *, eos_token_id: int | Non
 def load_drafter(
     folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> tuple[dict, ResolvedDrafter]:
-    """Parameters and architecture of a DFlash or Domino drafter in z-lab's (or SpecForge's) layout.
+    """Parameters and architecture of a drafter in the layout of z-lab, SpecForge or speculators.
 
     Args: as for `load_target`.
 
@@ -138,8 +138,8 @@ def save_drafter(
       config: resolved.
       folder: to write.
       provenance: facts for people and checks (objective, steps, …), stored in specauf.json beside.
-      layout: zlab (SGLang, vLLM, tpu-inference, sglang-jax, SpecForge), specforge (the same, but a
-        Domino drafter under the architecture name that SpecForge trains), or speculators.
+      layout: zlab (SGLang, vLLM, tpu-inference, sglang-jax, SpecForge), specforge (the same, but a head whose
+        architecture has another name in SpecForge under that), or speculators.
       dtype: of the file.
       verifier: folder of the target, for speculators, which names it.
 
@@ -148,10 +148,10 @@ def save_drafter(
     """
     _check_kind(params, config)
     head = config.head
-    if layout not in head.layouts:
-        raise SpecaufError(f"a {head.title} drafter for the layout of {layout}", f"one of {', '.join(head.layouts)}",
-                           "use --layout zlab")  # fmt: skip
     if layout == "speculators":
+        if head.speculator is None:
+            raise SpecaufError(f"a {head.title} drafter for the layout of speculators", "zlab or specforge",
+                               "use --layout zlab")  # fmt: skip
         windows = any(config.windows)  # theirs starts at the anchor for all slots
         if windows or verifier is None:
             raise SpecaufError(
@@ -286,7 +286,7 @@ def check_target_folder(folder) -> None:
 
 def check_drafter_folder(folder) -> None:
     """Refuse a folder whose place a drafter cannot take."""
-    _check_replaceable(as_path(folder), (*hf_config.DRAFTER_ARCHITECTURES, "DFlashSpeculator"))
+    _check_replaceable(as_path(folder), (*hf_config.DRAFTER_ARCHITECTURES, *hf_config.SPECULATORS))
 
 
 def _check_replaceable(folder: AnyPath, architectures: tuple[str, ...]) -> None:

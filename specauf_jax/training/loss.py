@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from specauf_jax.architecture import Head as DraftHead
 from specauf_jax.architecture import ResolvedDrafter
-from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation
+from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation, decay_gamma
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_blocks
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head
-from specauf_jax.objectives import Scores, objective_sums
+from specauf_jax.objectives import ConfidenceScores, decay_weights, objective_sums
 from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import gather_head
 from specauf_jax.training.blocks import (
@@ -31,7 +32,7 @@ class LossConfig:
 
     drafter: ResolvedDrafter
     objective: Objective  # of the branch that decoding follows
-    base_objective: Objective = Objective()  # of a base branch, where the head has one
+    base_objective: Objective | None = None  # of the base branch; None where there is none, or it does not train
     num_anchors: int = 512
     slot_chunk: int = 256
     head_slots: HeadSlots = "support"
@@ -51,13 +52,14 @@ class LossConfig:
     @property
     def objectives(self) -> dict[str, Objective]:
         """Branch → its objective."""
-        both = {"final": self.objective, "base": self.base_objective}
-        return {name: both[name] for name in self.drafter.head.branches}
+        final = {"final": self.objective}
+        return final if self.base_objective is None else final | {"base": self.base_objective}
 
     @property
     def soft(self) -> bool:
         """The target's own distribution is needed, so that the target runs to its last layer."""
-        return any(objective.soft for objective in self.objectives.values())
+        soft = any(objective.soft for objective in self.objectives.values())
+        return soft or self.drafter.head.confidence_weight > 0
 
 
 def loss_config(
@@ -67,13 +69,21 @@ def loss_config(
     return LossConfig(
         drafter=drafter,
         objective=objective,
-        base_objective=base,
+        base_objective=base if lambda_base_decay_ratio(train, drafter.head) else None,
         num_anchors=train.num_anchors or min(drafter.head.num_anchors, sequence_length - 1),
         slot_chunk=train.slot_chunk,
         head_slots=train.head_slots,
         dtype=train.dtype,
         remat=train.remat,
     )
+
+
+def lambda_base_decay_ratio(train: TrainOptimisation, head: DraftHead) -> float:
+    """Share of the steps over which the base branch trains; 0 for a head without one."""
+    if "base" not in head.branches:
+        return 0.0
+    given = train.lambda_base_decay_ratio
+    return head.lambda_base_decay_ratio if given is None else given
 
 
 @pytree
@@ -103,20 +113,36 @@ class BranchSums:
 
 
 @pytree
-class LossAux:
-    """The sums of every branch."""
+class ConfidenceSums:
+    """Sums over a batch of what a confidence head says, float32 []; slots count by position, as under `decay`."""
 
-    final: BranchSums
-    base: BranchSums | None = None  # Domino
-
-    def branches(self) -> dict[str, BranchSums]:
-        """Those that there are, by name."""
-        return {"final": self.final} if self.base is None else {"final": self.final, "base": self.base}
+    numerator: jax.Array  # weighted loss, times the weight that the head gives it
+    denominator: jax.Array
+    error: jax.Array  # weighted |said - a|
 
     def measures(self) -> dict[str, jax.Array]:
-        """Those of the final branch; of the base branch as `base_…`."""
-        base = {} if self.base is None else self.base.measures()
-        return self.final.measures() | {f"base_{name}": value for name, value in base.items()}
+        """Names of the measures of launch/measure/README.md."""
+        return {"loss": safe_ratio(self.numerator, self.denominator), "error": safe_ratio(self.error, self.denominator)}
+
+
+@pytree
+class LossAux:
+    """The sums of everything that trains."""
+
+    final: BranchSums
+    base: BranchSums | None = None
+    confidence: ConfidenceSums | None = None
+
+    def parts(self) -> dict[str, BranchSums | ConfidenceSums]:
+        """Those that there are, by name, `final` first."""
+        both = {"base": self.base, "confidence": self.confidence}
+        return {"final": self.final} | {name: part for name, part in both.items() if part is not None}
+
+    def measures(self) -> dict[str, jax.Array]:
+        """Those of the final branch; of the others as `base_…` and `confidence_…`."""
+        found = {name: part.measures() for name, part in self.parts().items()}
+        final = found.pop("final")
+        return final | {f"{part}_{name}": x for part, measures in found.items() for name, x in measures.items()}
 
 
 def safe_ratio(numerator, denominator):
@@ -125,13 +151,16 @@ def safe_ratio(numerator, denominator):
 
 
 def branch_factors(aux: LossAux, lambda_base) -> dict[str, jax.Array]:
-    """What each branch's numerator counts in the loss: its share (1-λ, λ; 1 of a single one) over its denominator."""
-    shares = {"final": 1.0} if aux.base is None else {"final": 1 - lambda_base, "base": lambda_base}
-    return {name: safe_ratio(shares[name], branch.denominator) for name, branch in aux.branches().items()}
+    """What each part's numerator counts in the loss, its share over its denominator.
+
+    The final and the base branch share 1-λ and λ; 1 of a single one, and of a confidence head.
+    """
+    shares = {"final": 1.0 if aux.base is None else 1 - lambda_base, "base": lambda_base, "confidence": 1.0}
+    return {name: safe_ratio(shares[name], part.denominator) for name, part in aux.parts().items()}
 
 
 def weighted(numerators: dict[str, jax.Array], factors: dict[str, jax.Array]) -> jax.Array:
-    """The loss: Σ over branches of factor · numerator, float32 []."""
+    """The loss: Σ over parts of factor · numerator, float32 []."""
     return jnp.stack([numerators[name] for name in factors]) @ jnp.stack(list(factors.values()))
 
 
@@ -148,8 +177,9 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
       batch: rows with `features` `[B, S, L·D]` of any target, and `target_hidden` `[B, S, D]` for soft losses.
       rng: key for the anchors.
       config: static.
-      lambda_base: float [] λ, for a head with a base branch (Domino, arXiv 2605.29707): the loss is
+      lambda_base: float [] λ, where a base branch trains (Domino, arXiv 2605.29707): the loss is
         (1-λ) · final + λ · base. Training lets it fall from 1 to 0 (`specauf_jax.training.step.lambda_base_schedule`).
+        A confidence head's own loss comes beside (DSpark, arXiv 2607.05147).
 
     Returns:
       float32 [] loss, and LossAux.
@@ -166,9 +196,15 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
     Args: as for `loss_fn`, with anchors int32 `[B, A]` and keep bool `[B, A]`.
 
     Returns:
-      Branch → float32 [] numerator (differentiable), and LossAux.
+      Part of the loss → float32 [] numerator (differentiable), and LossAux.
     """
-    drafter = config.drafter
+    drafter, objectives = config.drafter, config.objectives
+    if config.objective.witness == "base" and "base" not in objectives:
+        raise SpecaufError(
+            "the base branch as the witness of the final one, and no base branch that trains",
+            "base_objective of a LossConfig whose head has a base branch",
+            "give one, or take witness own",
+        )
     blocks = make_blocks(batch, anchors, keep, config=drafter)
     hidden = block_hidden(drafter_params, head, batch, blocks, config=config)[:, :, drafter.first_slot :]
     scores = drafter.head.training_scores(
@@ -180,16 +216,16 @@ def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, 
         labels=blocks.labels,
         valid=blocks.valid,
         target_hidden=_target_hidden(batch, blocks, config) if config.soft else None,
-        objectives=config.objectives,
+        objectives=objectives,
         chunk=config.slot_chunk,
         skip=config.skip,
     )
     with jax.named_scope("objective"):
-        witness = scores["base"] if config.objective.witness == "base" else None
-        sums = {"final": _branch(config.objective, scores["final"], witness, blocks, config)}
-        if "base" in scores:
-            sums["base"] = _branch(config.base_objective, scores["base"], None, blocks, config)
-    return {name: branch.numerator for name, branch in sums.items()}, LossAux(**sums)
+        branches = {name: _branch(objective, scores, name, blocks, config) for name, objective in objectives.items()}
+        said = scores.get("confidence")
+        confidence = _confidence(said, blocks, config) if isinstance(said, ConfidenceScores) else None
+    aux = LossAux(**branches, confidence=confidence)
+    return {name: part.numerator for name, part in aux.parts().items()}, aux
 
 
 def _target_hidden(batch: Batch, blocks: BlockBatch, config: LossConfig) -> jax.Array:
@@ -223,9 +259,10 @@ def block_hidden(drafter_params: dict, head: Head, batch: Batch, blocks: BlockBa
     )
 
 
-def _branch(objective: Objective, scores: Scores, witness, blocks: BlockBatch, config: LossConfig) -> BranchSums:
+def _branch(objective: Objective, branches: dict, name: str, blocks: BlockBatch, config: LossConfig) -> BranchSums:
     """Sums of one set of logits, from what they say of the labels."""
-    K = config.drafter.block_size
+    K, scores = config.drafter.block_size, branches[name]
+    witness = branches["base"] if name == "final" and objective.witness == "base" else None
     sums = objective_sums(objective, scores, blocks.valid, block_size=K, witness=witness)
     correct = (scores.rank == 0) & blocks.valid
     support = sums.weights > 0
@@ -240,6 +277,15 @@ def _branch(objective: Objective, scores: Scores, witness, blocks: BlockBatch, c
         correct=None if config.skips else _total(correct),
         support=_total(support),
         support_correct=_total(correct & support),
+    )
+
+
+def _confidence(scores: ConfidenceScores, blocks: BlockBatch, config: LossConfig) -> ConfidenceSums:
+    weights = decay_weights(blocks.valid, decay_gamma(config.objective, config.drafter.block_size))
+    return ConfidenceSums(
+        numerator=config.drafter.head.confidence_weight * (weights * scores.loss).sum(),
+        denominator=weights.sum(),
+        error=(weights * scores.error).sum(),
     )
 
 

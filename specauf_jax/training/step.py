@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from specauf_jax.architecture import Head as DraftHead
 from specauf_jax.architecture import Target
 from specauf_jax.config import Optimisation, TrainOptimisation
 from specauf_jax.kernels.lm_head import chunked_scores, project
@@ -29,7 +30,14 @@ from specauf_jax.objectives import label_scores
 from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import batch_sharding, parameter_sharding, placed, replicated
 from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
-from specauf_jax.training.loss import LossConfig, branch_factors, loss_sums, safe_ratio, weighted
+from specauf_jax.training.loss import (
+    LossConfig,
+    branch_factors,
+    lambda_base_decay_ratio,
+    loss_sums,
+    safe_ratio,
+    weighted,
+)
 
 
 @pytree
@@ -74,9 +82,10 @@ def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
     )
 
 
-def lambda_base_schedule(train: TrainOptimisation):
-    """Step → λ of Domino's loss: from 1 linearly to 0 over `lambda_base_decay_ratio` of the steps."""
-    return optax.linear_schedule(1.0, 0.0, max(round(train.lambda_base_decay_ratio * train.steps), 1))
+def lambda_base_schedule(train: TrainOptimisation, head: DraftHead) -> optax.Schedule:
+    """Step → λ of the base branch: from 1 linearly to 0 over `lambda_base_decay_ratio` of the steps."""
+    ratio = lambda_base_decay_ratio(train, head)
+    return optax.linear_schedule(1.0, 0.0, max(round(ratio * train.steps), 1)) if ratio else lambda step: 0.0
 
 
 def init_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
@@ -123,7 +132,7 @@ def make_train_step(
       optimizer: as from `make_optimizer`.
       accumulation: parts of a batch; divides its rows.
       seed: of the anchors, with the step.
-      lambda_base: step → λ, for Domino.
+      lambda_base: step → λ, where a base branch trains.
     """
 
     def part_gradients(params, target_params, cotangents, batch, anchors, keep):
@@ -142,7 +151,7 @@ def make_train_step(
         share = lambda_base(state.step)
 
         # A branch's gradient is divided by its own denominator, which is known when all parts are summed: of several
-        # parts every branch keeps its own gradient until then, of a single part one backward pass gives the sum.
+        # parts of the batch every branch keeps its gradient until then, of one a single backward pass gives the sum.
         def cotangents(aux):
             factors = branch_factors(aux, share)
             if accumulation == 1:
@@ -156,9 +165,9 @@ def make_train_step(
         weights = [1.0] if accumulation == 1 else list(factors.values())
         grads = jax.tree.map(lambda *branches: sum(w * g for w, g in zip(weights, branches, strict=True)), *grads)
         metrics = aux.measures() | {"anchor_coverage": safe_ratio(aux.final.blocks, eligible.sum(dtype=jnp.float32))}
-        if aux.base is not None:
-            metrics |= {"final_loss": metrics["loss"], "lambda_base": share}
-            metrics["loss"] = weighted({name: branch.numerator for name, branch in aux.branches().items()}, factors)
+        if len(factors) > 1:
+            metrics |= {"final_loss": metrics["loss"]} | ({} if aux.base is None else {"lambda_base": share})
+            metrics["loss"] = weighted({name: part.numerator for name, part in aux.parts().items()}, factors)
         return _update(state, optimizer, grads, metrics, {"features": bad})
 
     return step
@@ -270,7 +279,7 @@ def place_drafter_step(
         optimizer,
         accumulation=train.accumulation,
         seed=train.seed,
-        lambda_base=lambda_base_schedule(train),
+        lambda_base=lambda_base_schedule(train, loss.drafter.head),
     )
     target_params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, train.dtype), target_shapes(target))
     return _place(

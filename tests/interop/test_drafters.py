@@ -271,7 +271,7 @@ def trained(name):
     optimizer = make_optimizer(settings)
     step = make_train_step(LossConfig(drafter=config, objective=Objective("decay"), base_objective=Objective("decay"),
                                       num_anchors=16),
-                           TARGET, optimizer, lambda_base=lambda_base_schedule(settings))  # fmt: skip
+                           TARGET, optimizer, lambda_base=lambda_base_schedule(settings, config.head))  # fmt: skip
 
     @jax.jit
     def train(state, target_params, batch):

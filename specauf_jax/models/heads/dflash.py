@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.architecture import Head
+from specauf_jax.architecture import Head, Speculator
 from specauf_jax.kernels.lm_head import frozen_head_scores
 
 
@@ -15,7 +15,7 @@ class DFlash(Head):
 
     projector_type = "dflash"
     title = "DFlash"
-    layouts = ("zlab", "specforge", "speculators")
+    speculator = Speculator("dflash", "DFlashSpeculator")
     absent = {"shift_label": False}
     skips_slots = True
 

@@ -77,15 +77,18 @@ class Domino(Head):
         states = prefix_states(params, lax.stop_gradient(embedding[previous]).astype(hidden.dtype))
         features = self.correction_features(params, hidden, states, jnp.arange(labels.shape[-1]))
         up = gather_head(params["embed_proj"]["up"]["kernel"])
-        soft = any(objective.soft for objective in objectives.values())
 
         def scores(labels, hidden, features, *target_hidden):
             base = project(hidden, lm_head)
-            target_logits = project(*target_hidden, lm_head) if soft else None
             logits = {"final": base + project(features, up), "base": base}
-            return {name: label_scores(x, labels, target_logits, objectives[name]) for name, x in logits.items()}
+            target = project(*target_hidden, lm_head) if target_hidden else None
+            return {
+                name: label_scores(logits[name], labels, target if objective.soft else None, objective)
+                for name, objective in objectives.items()
+            }
 
-        return chunked_scores(scores, (labels, hidden, features, *([target_hidden] if soft else [])), chunk=chunk)
+        states = () if target_hidden is None else (target_hidden,)
+        return chunked_scores(scores, (labels, hidden, features, *states), chunk=chunk)
 
     def roll(self, params, hidden, *, embedding, anchor, logits, choose):
         start = jnp.zeros((anchor.shape[0], self.gru_hidden_dim), hidden.dtype)
