@@ -26,6 +26,7 @@ from specauf_jax.models.drafter import drafter_shapes, init_drafter
 from specauf_jax.models.heads import head_types
 from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.heads.domino import Domino
+from specauf_jax.models.heads.dspark import DSpark
 from specauf_jax.models.hf_config import write_drafter, write_target
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
@@ -217,6 +218,33 @@ def test_a_sound_drafter(doctor, name):
     engines = "SGLang" if domino else "SGLang, vLLM, sglang-jax"
     closing = f"tau {given['tau']:.2f}; as it is for {engines}"
     assert doctor.said.out.rstrip().endswith(closing) and not doctor.said.err
+
+
+@pytest.mark.parametrize(
+    ("head", "changes", "expected"),
+    [
+        ({}, {}, {"vLLM": "yes", "sglang-jax": "yes", "SpecForge": "differently", "speculators": "converted"}),
+        ({"markov_head_type": "gated"}, {}, {"vLLM": "no", "sglang-jax": "no", "SpecForge": "differently"}),
+        ({"shift_label": False}, {}, {"vLLM": "yes", "sglang-jax": "differently", "SpecForge": "converted"}),
+        (
+            {"enable_confidence_head": False},
+            {"dflash__markov_head_type": "fir"},
+            {"vLLM": "yes", "z-lab": "differently"},
+        ),
+    ],
+)
+def test_a_dspark_drafter(doctor, head, changes, expected):
+    """Read, not decoded: random weights."""
+    drafter = resolve_drafter(
+        a.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=MASK, target_layer_ids=IDS), TARGET
+    )
+    drafter = dataclasses.replace(drafter, head=DSpark(markov_rank=8, **head))
+    save_drafter(init_drafter(drafter, jax.random.key(0)), drafter, doctor.drafter)
+    doctor.edit(**changes)
+    code, result = doctor("--max-prompts", "0")
+    assert serves(result).items() >= expected.items()
+    assert levels(result, "tensors") == []
+    assert bool(errors(result)) == bool(changes) == bool(code)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def compare_generation(arguments) -> dict:
     params = serving_params(drafter_params), serving_params(target_params)
     stops = tokenizer.stops
     decoding = sa.Decoding(sa.TargetStep(target, drafter.target_layer_ids), drafter, stop_tokens=stops)
-    theirs, model = peers.read_drafter(arguments.drafter), peers.read_target(arguments.target)
+    theirs, model = peers.read_drafter(Path(arguments.drafter)), peers.read_target(arguments.target)
     texts: dict[str, list] = {}
 
     def ours():

@@ -1,12 +1,14 @@
 """Small random models in the peers' own classes, and how they are asked."""
 
+import json
 import math
 
 import numpy as np
 import torch
-from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel, OnlineDominoModel
+from specforge.algorithms.common.dflash_family_model import OnlineDFlashModel, OnlineDominoModel, OnlineDSparkModel
 from specforge.modeling.draft import dflash
 from specforge.modeling.draft.domino import DominoDraftModel
+from specforge.modeling.draft.dspark import DSparkDraftModel
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -43,9 +45,10 @@ def read_target(folder):
     return model.eval()
 
 
-def read_drafter(folder, domino=False, attention="sdpa"):
+def read_drafter(folder, attention="sdpa"):
     """specforge's reading of a drafter's folder, in float32; every tensor must be met."""
-    kind = DominoDraftModel if domino else dflash.DFlashDraftModel
+    projector = json.loads((folder / "config.json").read_text())["dflash_config"].get("projector_type", "dflash")
+    kind = {"dflash": dflash.DFlashDraftModel, "domino": DominoDraftModel, "dspark": DSparkDraftModel}[projector]
     model, seen = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
@@ -64,7 +67,8 @@ def read_speculators(folder):
 
 def training(drafter, target, anchors, keep, backend="sdpa", **settings):
     """specforge's training model around a drafter and its target, with the given anchors in place of random ones."""
-    model = OnlineDominoModel if isinstance(drafter, DominoDraftModel) else OnlineDFlashModel
+    models = {DominoDraftModel: OnlineDominoModel, DSparkDraftModel: OnlineDSparkModel}
+    model = models.get(type(drafter), OnlineDFlashModel)
     online = model(drafter, target.lm_head, target.model.embed_tokens, drafter.mask_token_id,
                    block_size=drafter.block_size, attention_backend=backend, **settings)  # fmt: skip
     online._sample_anchor_positions = lambda *_: (torch.as_tensor(anchors), torch.as_tensor(keep))

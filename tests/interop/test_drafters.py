@@ -1,5 +1,6 @@
 """Drafters: specforge and speculators compute the same numbers from the same files, and draft the same words."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,12 +12,13 @@ import tiny
 import torch
 from peers import relative_error
 from specforge.modeling.draft.dflash import extract_context_feature
+from speculators.losses.eager import tv_loss
 from speculators.models.dflash import core
 
 from specauf_jax.config import Objective, TrainOptimisation
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
-from specauf_jax.models.target import TargetStep, target_features, target_head
+from specauf_jax.models.target import TargetStep, target_head, target_states
 from specauf_jax.models.tensors import flatten
 from specauf_jax.models.weights import load_drafter, load_target, save_drafter, save_target
 from specauf_jax.training.blocks import Batch, make_blocks
@@ -37,15 +39,22 @@ DRAFTERS = {
     "domino, shifted, first three as they are": {**HEAD, "pure_draft_prefix_len": 3},
     "domino, not shifted": {**HEAD, "shift_label": False, "pure_draft_prefix_len": 0},
     "domino, not shifted, windows": {**HEAD, "shift_label": False, **MIXED, "sliding_window": 9},
+    "dspark": {},
+    "dspark, gated": {"markov_head_type": "gated", "confidence_head_with_markov": False},
+    "dspark, rnn": {"markov_head_type": "rnn", "confidence_head_alpha": 0.5},
+    "dspark, not shifted, mha": {"shift_label": False, "enable_confidence_head": False, "num_key_value_heads": 4},
+    "dspark, rnn, not shifted": {"shift_label": False, "markov_head_type": "rnn"},
 }
 drafters = pytest.mark.parametrize("name", DRAFTERS)
 dominos = pytest.mark.parametrize("name", [name for name in DRAFTERS if "domino" in name])
+dsparks = pytest.mark.parametrize("name", [name for name in DRAFTERS if "dspark" in name])
 ANCHORS = np.array([[0, 3, 9, 17, 30, 38], [1, 2, 11, 12, 36, 0], [0, 5, 6, 20, 0, 0]], np.int32)
 KEEP = np.array([[True] * 6, [True] * 5 + [False], [True] * 4 + [False] * 2])
 
 
 def drafter_config(name):
-    make = tiny.domino_config if is_domino(name) else tiny.drafter_config
+    makers = {"dflash": tiny.drafter_config, "domino": tiny.domino_config, "dspark": tiny.dspark_config}
+    make = makers[name.partition(",")[0]]
     return make(TARGET, **COMMON | DRAFTERS[name])
 
 
@@ -83,8 +92,11 @@ def our_batch(target_params, config, tokens, mask, ids, positions=None):
     positions = (
         np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape) if positions is None else positions
     )
-    features = target_features(target_params, tokens, positions, ids, config=TARGET, layer_ids=config.target_layer_ids)
-    arrays = dict(tokens=tokens, loss_mask=mask, document_ids=ids, positions=positions, features=features)
+    features, hidden = target_states(
+        target_params, tokens, positions, ids, config=TARGET, layer_ids=config.target_layer_ids
+    )
+    arrays = dict(tokens=tokens, loss_mask=mask, document_ids=ids, positions=positions, features=features,
+                  target_hidden=hidden)  # fmt: skip
     return Batch(**jax.tree.map(jnp.asarray, arrays))
 
 
@@ -101,7 +113,7 @@ def pair(name, target, tmp_path):
     params = tiny.drafter_params(config)
     save_drafter(params, config, tmp_path / "drafter")
     backend = "eager" if "windows" in name else "sdpa"
-    theirs = peers.read_drafter(tmp_path / "drafter", is_domino(name), backend)
+    theirs = peers.read_drafter(tmp_path / "drafter", backend)
     return params, config, theirs, backend
 
 
@@ -213,6 +225,35 @@ def test_both_losses_of_domino_and_their_gradients_equal_those_of_specforge(name
         assert_gradients_equal(gradients, theirs)
 
 
+MIX = {"dspark_ce_loss_alpha": 0.1, "dspark_l1_loss_alpha": 0.9}  # L1 is twice the total variation
+SHIFTED = [name for name in DRAFTERS if "dspark" in name and "not shifted" not in name]
+
+
+@pytest.mark.parametrize("name", SHIFTED)  # its trainer knows no other
+def test_all_losses_of_dspark_and_their_gradients_equal_those_of_specforge(name, pair, target):
+    params, config, theirs, backend = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    loss_config = LossConfig(drafter=config, objective=Objective("decay", "ce=0.1,tv=1.8", gamma=3.0))
+    tokens, _, ids = rows()
+    whole = ids > 0  # nothing trains behind a hole in its blocks, which is as under auf
+    arguments = target_head(target_params), our_batch(target_params, config, tokens, whole, ids), ANCHORS, KEEP
+    (loss, (_, aux)), gradients = loss_and_gradient(params, *arguments, 0.0, config=loss_config)
+    settings = MIX | {"dspark_confidence_head_alpha": config.head.confidence_head_alpha, "loss_decay_gamma": 3.0}
+    online = peers.training(theirs, model, ANCHORS, KEEP, backend, **settings)
+    with torch.no_grad():
+        last = model.model(torch.as_tensor(tokens).long()).last_hidden_state
+    arrays = torch.as_tensor(tokens).long(), their_features(model, tokens, config.target_layer_ids)
+    expected, accuracy, measures = online(*arrays, torch.as_tensor(whole).float(), target_last_hidden_states=last)
+    expected.backward()
+    assert relative_error(loss, expected, floor=1.0) < TOLERANCE
+    assert relative_error(aux.measures()["common_token_accuracy"], accuracy) < 1e-6
+    ratio = {name: pair[0] / pair[1] for name, pair in measures["ratio_metrics"].items() if name.startswith("conf")}
+    alpha = config.head.confidence_head_alpha
+    assert relative_error(aux.measures()["confidence_loss"], alpha * ratio["confidence_loss"], floor=1.0) < TOLERANCE
+    assert relative_error(aux.measures()["confidence_error"], ratio["confidence_abs_error"], floor=1.0) < TOLERANCE
+    assert_gradients_equal(gradients, theirs)
+
+
 @pytest.mark.parametrize("name", ["dflash, windows", "domino, shifted"])
 def test_documents_packed_in_a_row_train_as_rows_of_their_own_in_specforge(name, pair, target):
     params, config, theirs, backend = pair
@@ -246,7 +287,8 @@ def test_documents_packed_in_a_row_train_as_rows_of_their_own_in_specforge(name,
 # ---------------------------------------------------------------------------------------------
 # Drafting
 
-SERVED = [name for name in DRAFTERS if "windows" not in name]  # specforge decodes without its windows
+# specforge decodes without its windows, and DSpark's shifted labels, which it trains, one slot late.
+SERVED = [name for name in DRAFTERS if "windows" not in name and name not in SHIFTED]
 PROMPT, NEW = 6, 40
 
 
@@ -310,7 +352,7 @@ def assert_they_write_the_same(params, config, theirs, target, stop=None):
 def test_specforge_drafts_the_same_words_from_our_folder_and_we_from_its_own(name, target, tmp_path):
     config, params = drafter_config(name), trained(name)
     save_drafter(params, config, tmp_path / "ours", layout="specforge")
-    theirs = peers.read_drafter(tmp_path / "ours", is_domino(name))
+    theirs = peers.read_drafter(tmp_path / "ours")
     assert_they_write_the_same(params, config, theirs, target)
     theirs.save_pretrained(tmp_path / "theirs")
     found, its_config = load_drafter(tmp_path / "theirs")
@@ -345,34 +387,78 @@ def test_a_second_export_has_the_same_bytes(name, dtype, layout, tmp_path):
 def test_a_second_export_of_what_specforge_saved_has_the_same_bytes(tmp_path):
     config = drafter_config("domino, shifted")
     save_drafter(tiny.drafter_params(config), config, tmp_path / "ours", layout="specforge")
-    peers.read_drafter(tmp_path / "ours", domino=True).save_pretrained(tmp_path / "theirs")
+    peers.read_drafter(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     params, read = load_drafter(tmp_path / "theirs")
     save_drafter(params, read, tmp_path / "again", layout="specforge")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["dflash"])
+def speculators_blocks(monkeypatch, anchors):
+    """speculators with these anchors in place of random ones; it has no blocks that overrun a row."""
+    monkeypatch.setattr(core, "select_anchors", lambda *_: (
+        torch.as_tensor(anchors).long(), torch.ones(len(anchors), dtype=torch.bool)))  # fmt: skip
+
+
+def speculators_inputs(theirs, model, text):
+    """Tapped features of a row, and its last hidden states before the target's final norm, which it has too."""
+    seen = []
+    handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        states = model(text, output_hidden_states=True).hidden_states
+    handle.remove()
+    return torch.cat([states[i] for i in theirs.target_layer_ids], -1), seen[0]
+
+
+@pytest.mark.parametrize("name", ["dflash", *(name for name in DRAFTERS if "dspark" in name)])
 def test_speculators_reads_its_layout_and_computes_the_same_logits(name, pair, target, tmp_path, monkeypatch):
     params, config, _, _ = pair
     model, (target_params, _) = peers.read_target(target), load_target(target)
     save_drafter(params, config, tmp_path / "speculators", layout="speculators", verifier=str(target))
     theirs = peers.read_speculators(tmp_path / "speculators")
-    assert type(theirs).__name__ == "DFlashDraftModel" and theirs.mask_token_id == config.mask_token_id
+    assert theirs.mask_token_id == config.mask_token_id
     assert theirs.target_layer_ids == [i + 1 for i in config.target_layer_ids]  # as transformers numbers its outputs
     tokens, mask, ids = rows()
     _, logits = hidden_and_logits(params, target_head(target_params), our_batch(target_params, config, *rows()),
                                   ANCHORS, KEEP, config=config)  # fmt: skip
     for row in range(2):
         text = torch.as_tensor(tokens[row : row + 1]).long()
-        anchors = ANCHORS[row][KEEP[row] & (ANCHORS[row] < S - K)]  # it has no blocks that overrun a row
-        monkeypatch.setattr(core, "select_anchors", lambda *_, anchors=anchors: (
-            torch.as_tensor(anchors).long(), torch.ones(len(anchors), dtype=torch.bool)))  # fmt: skip
+        anchors = ANCHORS[row][KEEP[row] & (ANCHORS[row] < S - K)]
+        speculators_blocks(monkeypatch, anchors)
+        features, last = speculators_inputs(theirs, model, text)
         with torch.no_grad():
-            states = model(text, output_hidden_states=True).hidden_states
             _, expected, *_ = theirs._backbone_forward(
-                torch.cat([states[i] for i in theirs.target_layer_ids], -1), text, torch.as_tensor(mask[row : row + 1]),
-                states[-1], torch.zeros_like(text), max_anchors=len(anchors))  # fmt: skip
+                features, text, torch.as_tensor(mask[row : row + 1]), last, torch.zeros_like(text),
+                max_anchors=len(anchors))  # fmt: skip
         assert len(anchors) >= 4
         found = logits[row][: len(anchors)]
         assert relative_error(found, expected.reshape(found.shape), floor=1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if "dspark" in name and "rnn, not" not in name])
+def test_speculators_computes_the_same_loss_of_dspark_and_saves_what_we_read(name, pair, target, tmp_path, monkeypatch):
+    """Of an rnn without shifted labels it reads the anchor's slot first, which none of our drafts comes from."""
+    params, config, _, _ = pair
+    model, (target_params, _) = peers.read_target(target), load_target(target)
+    save_drafter(params, config, tmp_path / "ours", layout="speculators", verifier=str(target))
+    theirs = peers.read_speculators(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    found, its_config = load_drafter(tmp_path / "theirs")
+    assert (
+        tiny.same_bits(found, params)
+        and dataclasses.replace(its_config.head, confidence_head_alpha=1.0) == its_config.head
+    )
+    tokens, mask = rows()[0][:1], np.ones((1, S), bool)
+    anchors = ANCHORS[:1][ANCHORS[:1] < S - K][None]
+    loss_config = LossConfig(drafter=its_config, objective=Objective("decay", "tv", gamma=3.0))
+    arguments = target_head(target_params), our_batch(target_params, config, tokens, mask, np.ones((1, S), np.int32))
+    (_, (numerators, aux)), _ = loss_and_gradient(found, *arguments, anchors, anchors >= 0, 0.0, config=loss_config)
+    text = torch.as_tensor(tokens).long()
+    speculators_blocks(monkeypatch, anchors[0])
+    features, last = speculators_inputs(theirs, model, text)
+    with torch.no_grad():
+        _, loss, _ = theirs(
+            features, text, torch.as_tensor(mask), last, torch.zeros_like(text), max_anchors=anchors.size,
+            loss_config={"tv": (tv_loss, 1.0)}, tv_loss_fn=tv_loss, gamma=3.0,
+        )  # fmt: skip
+    assert relative_error(sum(numerators.values()) / aux.final.valid, loss, floor=1.0) < TOLERANCE

@@ -103,12 +103,21 @@ class Folder:
 
     @property
     def head(self) -> Head:
-        """The head that config.json names by projector_type or, without a known one, by the architecture."""
+        """The head that config.json names by projector_type or, without a known one, by the architecture.
+
+        With the settings there, as far as they make sense.
+        """
         known, named = head_types(), self.settings.get("projector_type")
         if not isinstance(named, str) or named not in known:
             fits = [kind for kind, head in known.items() if self.architecture in head.architectures]
             named = fits[0] if fits and Drafter.projector_type not in fits else Drafter.projector_type
-        return make_head(named)
+        head = make_head(named)
+        for name, default in head_settings(head).items():
+            value = self.settings.get(name)
+            if type(value) is type(default):
+                with contextlib.suppress(SpecaufError):
+                    head = dataclasses.replace(head, **{name: value})
+        return head
 
     @property
     def layer_ids(self) -> list[int] | None:
@@ -152,9 +161,8 @@ class Folder:
         """The tensors' names."""
         layers = self.config.get("num_hidden_layers")
         layers = layers if type(layers) is int and 0 < layers < _MOST_LAYERS else 1
-        by_head = {kind: _tensor_names(kind, layers) for kind in head_types()}
-        wanted = by_head[self.head.projector_type]
-        others = frozenset().union(*by_head.values()) - wanted
+        wanted = _tensor_names(self.head, layers)
+        others = frozenset().union(*(_tensor_names(make_head(kind), layers) for kind in head_types())) - wanted
         prefixes = tuple(head.early_prefix for head in head_types().values() if head.early_prefix)
         bare = {name: re.sub(f"^({'|'.join(map(re.escape, prefixes))})", "", name.removeprefix("model."))
                 for name in self.tensors}  # fmt: skip
@@ -271,10 +279,10 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache
-def _tensor_names(projector_type: str, layers: int) -> frozenset[str]:
+def _tensor_names(head: Head, layers: int) -> frozenset[str]:
     """Names of the tensors of a drafter with this head."""
-    settings = Drafter(num_hidden_layers=layers, mask_token_id=0, target_layer_ids=(0,), projector_type=projector_type)
-    leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(resolve_drafter(settings, Target())))
+    plain = resolve_drafter(Drafter(num_hidden_layers=layers, mask_token_id=0, target_layer_ids=(0,)), Target())
+    leaves = jax.tree_util.tree_leaves_with_path(drafter_shapes(dataclasses.replace(plain, head=head)))
     return frozenset(name for path, leaf in leaves for name in file_names(path, leaf.shape))
 
 

@@ -109,6 +109,15 @@ def _unread_shift(folder: Folder) -> bool:
     return folder.settings.get("shift_label") is True and folder.head.absent.get("shift_label") is False
 
 
+def _dspark(folder: Folder) -> bool:
+    return "Qwen3DSparkModel" in folder.head.architectures
+
+
+def _other_markov_head(folder: Folder) -> str:
+    kind = head_settings(folder.head).get("markov_head_type", "vanilla")
+    return "" if kind == "vanilla" else kind
+
+
 def _rope(case: Literal["Qwen3", "Llama 3.1", "yarn", "other"]) -> Callable[[Folder], str]:
     """The drafter's theta where this case applies. Qwen3 and Llama 3.1: drafter and target have that model's RoPE."""
 
@@ -132,6 +141,7 @@ _LLAMA_31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_fact
 # ---------------------------------------------------------------------------------------------
 # The table
 
+_VLLM_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DSparkModel", "DSparkDraftModel")
 _SGLANG = Source("SGLang")
 _VLLM = Source("vLLM", "0.32.0", "2026-11-26")
 _TPU = Source("tpu-inference", "0.32.0", "2026-11-26")
@@ -153,7 +163,9 @@ LINES = (
     Line(_SGLANG, "differently", lambda f: len(_extra_names(f)), "drops {} tensors that it does not know, silently"),
     Line(_SGLANG, "yes", lambda f: not agree(f.block_sizes.values()) and f.block_sizes["in dflash_config"],
          "takes block_size {} of dflash_config"),
-    Line(_VLLM, "no", lambda f: f.architecture != "DFlashDraftModel", "needs architecture DFlashDraftModel"),
+    Line(_VLLM, "no", lambda f: f.architecture not in _VLLM_ARCHITECTURES,
+         f"needs architecture {' or '.join(_VLLM_ARCHITECTURES)}"),
+    Line(_VLLM, "no", _other_markov_head, "has the vanilla Markov head only, not {}"),
     Line(_VLLM, "no", lambda f: "in rope_parameters" not in f.thetas, "needs rope_parameters"),
     Line(_VLLM, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_VLLM, "yes", lambda f: f.layer_ids, "adds 1 to target_layer_ids itself"),
@@ -186,6 +198,9 @@ LINES = (
          "needs mask_token_id, unless the tokenizer has <|MASK|>"),
     Line(_SGLANG_JAX, "no", lambda f: not {"at the top level", "in rope_parameters"} <= f.thetas.keys(),
          "needs rope_theta at the top level (else takes 1e4) and in rope_parameters (else later code fails)"),
+    Line(_SGLANG_JAX, "no", _other_markov_head, "has the vanilla Markov head only, not {}"),
+    Line(_SGLANG_JAX, "differently", lambda f: _dspark(f) and f.head.first_slot != 0,
+         "takes the labels of a DSpark for shifted", "labels"),
     Line(_SGLANG_JAX, "differently", lambda f: isinstance(f.drafter, ResolvedDrafter)
          and f.drafter.rope_scaling != RopeScaling(), "ignores RoPE scaling"),
     Line(_SGLANG_JAX, "differently", lambda f: len(f.names.prefixed),
@@ -201,6 +216,8 @@ LINES = (
          "from_pretrained leaves the head of an early file random, without an error"),
     Line(_SPECFORGE, "differently", lambda f: f.slides,
          "trains with the windows, causal within the block, but decodes without: full attention", "windows"),
+    Line(_SPECFORGE, "differently", lambda f: _dspark(f) and f.head.first_slot == 0,
+         "trains a DSpark with shifted labels, but decodes it without", "labels"),
     Line(_SPECFORGE, "converted", _trained_name, "trains this head under {}: specauf export --layout specforge"),
     Line(_ZLAB, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_AUTO_MODEL, "no", lambda f: True, "takes it for a plain Qwen3 with random embeddings, without an error"),

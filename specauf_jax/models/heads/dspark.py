@@ -48,10 +48,14 @@ class DSpark(Head):
     speculator = Speculator("dspark", "DSparkSpeculator")
     absent = {"shift_label": True, "confidence_head_alpha": 1.0}
     attention_mode = True
-    top_level = ("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov")
+    top_level = (
+        *("markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"),
+        "sample_from_anchor",
+    )
     branches = ("final", "base")
     lambda_base_decay_ratio = 0.0
     engines = {
+        "SGLang": ("no", "has a DSpark of its own, which was not read"),
         "tpu-inference": ("no", "has no DSpark"),
         "z-lab": ("differently", "ignores DSpark's head: plain DFlash"),
     }
@@ -63,6 +67,11 @@ class DSpark(Head):
     @property
     def first_slot(self) -> int:
         return 0 if self.shift_label else 1
+
+    @property
+    def sample_from_anchor(self) -> bool:
+        """`shift_label` by the name that vLLM and speculators read."""
+        return self.shift_label
 
     @property
     def confidence_weight(self) -> float:
