@@ -189,6 +189,8 @@ class Head(abc.ABC):
     """Sets of logits that can train, each with an objective of its own; decoding follows `final`."""
     lambda_base_decay_ratio: ClassVar[float] = 1.0
     """Share of the steps over which a base branch trains, where the settings leave it open; 0 for not at all."""
+    rolls: ClassVar[bool] = True
+    """Whether the logits of a draft depend on the drafts before it."""
     skips_slots: ClassVar[bool] = False
     """Whether training may leave out the slots behind a block's first failure."""
     num_anchors: ClassVar[int] = 512
@@ -246,22 +248,26 @@ class Head(abc.ABC):
         """
 
     @abc.abstractmethod
-    def roll(
-        self, params: dict, hidden: jax.Array, *, embedding: jax.Array, anchor: jax.Array, logits: jax.Array, choose
+    def first_state(self, shape: tuple[int, ...], dtype) -> jax.Array:
+        """What `next_logits` remembers before the first draft: `[*shape, R]`, R = 0 for a head without memory."""
+
+    @abc.abstractmethod
+    def next_logits(
+        self, params: dict, state: jax.Array, token: jax.Array, n, hidden: jax.Array, logits: jax.Array, *, embedding
     ) -> tuple[jax.Array, jax.Array]:
-        """The drafts of a round.
+        """What draft n is chosen from.
 
         Args:
           params: of the drafter.
-          hidden: `[B, K-1, D]`, of the slots that predict the drafts.
+          state: `[..., R]`, as from `first_state` or from the draft before.
+          token: int32 `[...]`, the one before the draft; the anchor's for draft 0.
+          n: int [].
+          hidden: `[..., D]` of the slot that predicts the draft; leading axes may be 1.
+          logits: float32 `[..., V]`, the target's LM head on `hidden`.
           embedding: `[V, D]`, the target's.
-          anchor: int32 `[B, 1]`, the last committed token.
-          logits: float32 `[B, K-1, V]`, the target's LM head on `hidden`.
-          choose: (logits `[B, T, V]`, number of the draft for draws one by one, or None for all at one time) → int32
-            `[B, T]` tokens.
 
         Returns:
-          int32 `[B, K-1]` drafts, and the float32 `[B, K-1, V]` logits that they were chosen from.
+          The state for the draft after it, and float32 `[..., V]` logits.
         """
 
     def confidence(self, params: dict, hidden: jax.Array, previous: jax.Array) -> jax.Array | None:

@@ -563,8 +563,7 @@ def proposed(params, drafter, texts, anchors):
         state = init_state(texts, anchors + 1, anchors + 2, keys, how, **caches)
         state = prefill(params, TARGET_PARAMS, state, config=config)
         anchor = jnp.take_along_axis(texts, anchors[:, None], axis=1)
-        slots = anchors[:, None] + jnp.arange(K)
-        return propose(params, TARGET_PARAMS, state, anchor, slots, keys, config=config)
+        return propose(params, TARGET_PARAMS, state, anchor, keys, config=config)
 
     return run(texts, anchors)
 

@@ -339,8 +339,7 @@ def drafts(params, target_params, prompt, decoding: Decoding, new: int) -> np.nd
     @jax.jit
     def draft(state):
         anchor = state.tokens[:, state.length[0] - 1][:, None]
-        positions = state.length[:, None] - 1 + jnp.arange(decoding.block_size)
-        proposal = propose(params, target_params, state, anchor, positions, state.keys, config=decoding)
+        proposal = propose(params, target_params, state, anchor, state.keys, config=decoding)
         return jnp.concatenate([anchor, proposal.tokens], axis=1)
 
     following = jax.jit(functools.partial(draft_and_verify, config=decoding))

@@ -209,7 +209,8 @@ def _idle(*, config: Decoding, batch_size: int, room: int, dtype, mesh) -> Runni
 def _fresh(state: DecodeState, config: Decoding) -> Running:
     """Rows before their first round."""
     B = len(state.length)
-    predicted = config.block_size - 1 if config.model is not None and config.model.head.confidence_weight else 0
+    says = config.model is not None and config.model.head.confidence_weight > 0 and config.tree_nodes is None
+    predicted = config.block_size - 1 if says else 0
     return Running(
         state=state,
         accepted=jnp.zeros_like(state.tokens),

@@ -13,6 +13,7 @@ from jax import lax
 from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
+from specauf_jax.decoding.tree import ancestors, grow, walk
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_cached
 from specauf_jax.models.layers import KVCache
@@ -37,11 +38,13 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     Returns:
       The state after the round, and a `Round`.
     """
+    if config.tree_nodes is not None:
+        return tree_and_verify(drafter_params, target_params, state, config=config)
     row_keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
     draft_keys, verify_keys = jnp.moveaxis(jax.vmap(jax.random.split)(row_keys), 1, 0)
     anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
     positions = state.length[:, None] - 1 + jnp.arange(config.block_size)
-    proposal = propose(drafter_params, target_params, state, anchor, positions, draft_keys, config=config)
+    proposal = propose(drafter_params, target_params, state, anchor, draft_keys, config=config)
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
     with jax.named_scope("verify"):
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
@@ -50,15 +53,44 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
 
 
+def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
+    """`draft_and_verify` with a tree of drafts: the target reads root and nodes in one pass."""
+    assert config.model is not None and config.tree_nodes is not None
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    last = state.length[:, None] - 1
+    anchor, levels = jnp.take_along_axis(state.tokens, last, axis=1), config.block_size - 1
+    with jax.named_scope("propose"):
+        hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
+        tree = grow(
+            config.model.head,
+            drafter_params,
+            hidden,
+            embedding=config.target_head(target_params).embedding,
+            anchor=anchor,
+            logits=logits,
+            temperature=state.temperature,
+            nodes=config.tree_nodes,
+        )
+    with jax.named_scope("verify"):
+        logits, taps, read = config.target_step.read_tree(
+            target_params, tree.tokens, last, tree.depths, ancestors(tree, levels), state.target_cache
+        )
+        path, accepted = walk(tree, choices := _choose(logits, state, keys), levels)
+        token = jnp.take_along_axis(choices, jnp.take_along_axis(path, accepted[:, None], axis=1), axis=1)
+    drafts = jnp.take_along_axis(tree.tokens, path[:, 1:], axis=1)
+    positions, taps = last + jnp.arange(levels + 1), jnp.take_along_axis(taps, path[..., None], axis=1)
+    cache = config.target_step.keep(state.target_cache, read, path, positions)
+    state = extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
+    verdict = Verdict(accepted=accepted, token=token[:, 0])
+    return commit(state, Proposal(tokens=drafts, logits=None), verdict, config=config)
+
+
 @jax.named_scope("propose")
-def propose(
-    drafter_params, target_params, state: DecodeState, anchor, positions, keys, *, config: Decoding
-) -> Proposal:
+def propose(drafter_params, target_params, state: DecodeState, anchor, keys, *, config: Decoding) -> Proposal:
     """K-1 drafts: looked up, or the body in one pass, of whose hidden states the head makes drafts.
 
     Args:
       anchor: int32 `[B, 1]`, the last committed token.
-      positions: int32 `[B, K]`, of the slots to be verified.
       keys: PRNG keys `[B]`.
       Others as for `draft_and_verify`.
     """
@@ -68,26 +100,53 @@ def propose(
     if isinstance(drafter, PromptLookup):
         drafts = look_up(state.tokens, state.length, config=drafter)
         return Proposal(tokens=drafts[:, : config.block_size - 1], logits=None)
-    masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
-    embeddings = head.embedding[jnp.concatenate([anchor, masks], axis=1)]
-    slots = positions[:, :1] + jnp.arange(drafter.block_size)
-    hidden = draft_cached(drafter_params, embeddings, slots, _drafter_cache(state), config=drafter)
-    hidden = hidden[:, drafter.first_slot : drafter.first_slot + config.block_size - 1]
+    hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
 
     def choose(logits, n):
         row_keys = keys if n is None else jax.vmap(jax.random.fold_in, (0, None))(keys, n)
         return _choose(logits, state, row_keys)
 
-    tokens, logits = drafter.head.roll(
-        drafter_params, hidden, embedding=head.embedding, anchor=anchor, logits=head.logits(hidden), choose=choose
-    )
+    if not drafter.head.rolls:
+        tokens = choose(logits, None)
+    else:
+        tokens, logits = _roll(drafter_params, hidden, anchor, logits, choose, head.embedding, config=config)
     said = drafter.head.confidence(drafter_params, hidden, jnp.concatenate([anchor, tokens[:, :-1]], axis=1))
     survival = None if said is None else jnp.cumprod(jax.nn.sigmoid(said), axis=1)
     return Proposal(tokens=tokens, logits=logits, survival=survival)
 
 
+def _drafted(drafter_params, target_params, state: DecodeState, anchor, *, config: Decoding):
+    """The body's one pass: hidden states `[B, K-1, D]` of the slots that predict the drafts, and their logits."""
+    head, drafter = config.target_head(target_params), config.model
+    assert drafter is not None
+    masks = jnp.full((anchor.shape[0], drafter.block_size - 1), drafter.mask_token_id, anchor.dtype)
+    embeddings = head.embedding[jnp.concatenate([anchor, masks], axis=1)]
+    slots = state.length[:, None] - 1 + jnp.arange(drafter.block_size)
+    hidden = draft_cached(drafter_params, embeddings, slots, _drafter_cache(state), config=drafter)
+    hidden = hidden[:, drafter.first_slot : drafter.first_slot + config.block_size - 1]
+    return hidden, head.logits(hidden)
+
+
+def _roll(drafter_params, hidden, anchor, logits, choose, embedding, *, config: Decoding):
+    """Drafts one by one, int32 `[B, K-1]`, and the logits that they were chosen from."""
+    assert config.model is not None
+    head = config.model.head
+
+    def step(carry, inputs):
+        state, token = carry
+        n, hidden, logits = inputs
+        state, logits = head.next_logits(drafter_params, state, token, n, hidden, logits, embedding=embedding)
+        token = choose(logits[:, None], n)[:, 0]
+        return (state, token), (token, logits)
+
+    start = head.first_state(anchor.shape[:1], hidden.dtype), anchor[:, 0]
+    slots = jnp.arange(logits.shape[1]), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(logits, 1, 0)
+    _, (tokens, logits) = lax.scan(step, start, slots)
+    return jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(logits, 0, 1)
+
+
 def _choose(logits, state: DecodeState, keys) -> jax.Array:
-    """Drafts from float32 logits `[B, T, V]`, int32 `[B, T]`."""
+    """Tokens from float32 logits `[B, T, V]`, int32 `[B, T]`."""
 
     def sampled():
         return draw(keys, distribution(logits, state.temperature, state.top_k, state.top_p))

@@ -26,13 +26,16 @@ class Decoding:
       drafter: resolved, or prompt lookup; None decodes autoregressively, by the same code with no drafts.
       stop_tokens: ids that end a row.
       verify_slots: tokens verified per round, fewer than the drafter's block holds; None for all of them.
+      tree_nodes: N, nodes of the draft tree of a round (`specauf_jax.decoding.tree`), whose target pass reads N + 1
+        tokens; None for a chain. Needs a target step with `read_tree` and `keep`, as `TargetStep` has.
       target_head: target_params → Head, for a target whose parameters are not ours.
     """
 
-    target_step: Callable
+    target_step: Any
     drafter: ResolvedDrafter | PromptLookup | None = None
     stop_tokens: tuple[int, ...] = ()
     verify_slots: int | None = None
+    tree_nodes: int | None = None
     target_head: Callable = target_head
 
     def __post_init__(self):
@@ -41,6 +44,22 @@ class Decoding:
                 f"verify_slots {self.verify_slots}",
                 f"from 1 to the {self._whole} of the drafter's block",
                 "change --verify-slots, or leave it out",
+            )
+        if self.tree_nodes is not None:
+            self._check_tree()
+
+    def _check_tree(self):
+        what, methods = f"tree_nodes {self.tree_nodes}", ("read_tree", "keep")
+        if self.tree_nodes < 1:
+            raise SpecaufError(what, "at least 1", "change --tree-nodes, or leave it out")
+        if self.model is None or self.verify_slots is not None:
+            other = "no drafter that predicts" if self.model is None else f"verify_slots {self.verify_slots}"
+            raise SpecaufError(f"{what} with {other}", "a drafter, and all of its slots", "leave one of the two out")
+        if not all(hasattr(self.target_step, name) for name in methods):
+            raise SpecaufError(
+                f"{what} with a target step that reads chains alone",
+                f"one with {' and '.join(methods)}, as specauf_jax.TargetStep has",
+                "leave tree_nodes out, or write the two",
             )
 
     @property

@@ -102,7 +102,7 @@ def _round(drafter_params, target_params, state: DecodeState, *, config: Decodin
 def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
     """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
     anchor, positions = _anchor(state, config)
-    proposal = propose(drafter_params, target_params, state, anchor[:, None], positions, state.keys, config=config)
+    proposal = propose(drafter_params, target_params, state, anchor[:, None], state.keys, config=config)
     last = proposal.tokens.max(axis=1, initial=0)
     if config.model is not None:
         block = jnp.broadcast_to(anchor[:, None], positions.shape)

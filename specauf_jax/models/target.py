@@ -150,7 +150,8 @@ class TargetStep:
 
     Row b holds T consecutive tokens at consecutive positions. The cache is addressed by position:
     the call may rely on what earlier calls left at smaller positions, and overwrites its own. That
-    is all that taking back rejected drafts needs. Hashable, so that it is static under jit.
+    is all that taking back rejected drafts needs. `read_tree` and `keep` serve draft trees; a target
+    without them decodes chains. Hashable, so that it is static under jit.
     """
 
     config: Target
@@ -158,25 +159,63 @@ class TargetStep:
 
     @jax.named_scope("target")
     def __call__(self, params, tokens, positions, cache: KVCache):
+        rows = jnp.arange(tokens.shape[0])[:, None]
+
+        def attend(q, k, v, i, cache):
+            written = KVCache(
+                k=cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
+                v=cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)),
+            )
+            # Written, then read: what is read afterwards could not be written in place.
+            start, stop = jnp.zeros_like(positions), positions + 1
+            return cached_attention(q, written.k, written.v, i, start, stop), written
+
+        return self._run(params, tokens, positions, attend, cache)
+
+    @jax.named_scope("target")
+    def read_tree(self, params, tokens, anchor, depths, sees, cache: KVCache):
+        """One pass over a tree of tokens, the root first. The cache stays as it is; see `keep`.
+
+        Args:
+          params: as from `init_target`.
+          tokens: int32 `[B, T]`.
+          anchor: int32 `[B, 1]`, the root's position; the cache holds all before it.
+          depths: int32 `[B, T]`: a node's position is the anchor's and its depth.
+          sees: bool `[B, T, T]`, which of the nodes each node sees.
+          cache: of positions before the anchor.
+
+        Returns:
+          logits `[B, T, V]`, taps `[B, T, L·D]`, and what `keep` takes over: KVCache of `[N, B, T, G, E]`.
+        """
+        start, stop = jnp.zeros_like(depths), jnp.broadcast_to(anchor, depths.shape)
+
+        def attend(q, k, v, i, read):
+            own = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+            read = KVCache(k=read.k.at[i].set(own[0]), v=read.v.at[i].set(own[1]))
+            return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, sees)), read
+
+        read = init_kv_cache(self.config, tokens.shape[0], tokens.shape[1], cache.k.dtype)
+        return self._run(params, tokens, anchor + depths, attend, read)
+
+    def keep(self, cache: KVCache, read: KVCache, path, positions) -> KVCache:
+        """The cache with a tree's nodes `path`, int32 `[B, K]`, at `positions`, int32 `[B, K]`."""
+        rows = jnp.arange(path.shape[0])[:, None]
+        return jax.tree.map(
+            lambda x, new: x.at[:, rows, positions].set(jnp.take_along_axis(new, path[None, ..., None, None], axis=2)),
+            cache,
+            read,
+        )
+
+    def _run(self, params, tokens, positions, attend, cache: KVCache):
+        """All layers, each of which attends as it is told: (q, k, v, layer, cache) → (mixed, cache)."""
         config, count = self.config, self.config.num_hidden_layers
         model = module_of(CausalLM, config, params)
         angles = rope_angles(positions, config)
-        rows = jnp.arange(tokens.shape[0])[:, None]
         x = spread_rows(model.embed_tokens(tokens))
 
         def body(carry, layer, i):
             x, taps, cache = carry
-
-            def attend_cached(q, k, v):
-                written = KVCache(
-                    k=cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
-                    v=cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)),
-                )
-                # Written, then read: what is read afterwards could not be written in place.
-                start, stop = jnp.zeros_like(positions), positions + 1
-                return cached_attention(q, written.k, written.v, i, start, stop), written
-
-            x, cache = layer(x, angles, attend_cached)
+            x, cache = layer(x, angles, lambda q, k, v: attend(q, k, v, i, cache))
             x = spread_rows(x)
             return x, _tap(taps, x, i, self.layer_ids, count), cache
 

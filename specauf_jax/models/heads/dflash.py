@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
+
 from specauf_jax.architecture import Head, Speculator
 from specauf_jax.kernels.lm_head import frozen_head_scores
 
@@ -18,6 +20,7 @@ class DFlash(Head):
     speculator = Speculator("dflash", "DFlashSpeculator")
     absent = {"shift_label": False}
     skips_slots = True
+    rolls = False
 
     @property
     def first_slot(self) -> int:
@@ -32,8 +35,11 @@ class DFlash(Head):
         options = {"objective": objectives["final"], "target_hidden": target_hidden, "chunk": chunk, "skip": skip}
         return {"final": frozen_head_scores(hidden, lm_head, labels, valid, **options)}
 
-    def roll(self, params, hidden, *, embedding, anchor, logits, choose):
-        return choose(logits, None), logits
+    def first_state(self, shape, dtype):
+        return jnp.zeros((*shape, 0), dtype)
+
+    def next_logits(self, params, state, token, n, hidden, logits, *, embedding):
+        return state, logits
 
     def variants(self):
         return [("labels", "the other label convention", DFlash(shift_label=not self.shift_label))]

@@ -90,21 +90,14 @@ class Domino(Head):
         states = () if target_hidden is None else (target_hidden,)
         return chunked_scores(scores, (labels, hidden, features, *states), chunk=chunk)
 
-    def roll(self, params, hidden, *, embedding, anchor, logits, choose):
-        start = jnp.zeros((anchor.shape[0], self.gru_hidden_dim), hidden.dtype)
+    def first_state(self, shape, dtype):
+        return jnp.zeros((*shape, self.gru_hidden_dim), dtype)
 
-        def step(carry, inputs):
-            states, token = carry
-            n, hidden, base = inputs
-            states = next_state(params, states, embedding[token])
-            features = self.correction_features(params, hidden, states, n)
-            corrected = base + project(features, params["embed_proj"]["up"]["kernel"])
-            token = choose(corrected[:, None], n)[:, 0]
-            return (states, token), (token, corrected)
-
-        slots = jnp.arange(logits.shape[1]), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(logits, 1, 0)
-        _, (tokens, logits) = lax.scan(step, (start, anchor[:, 0]), slots)
-        return jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(logits, 0, 1)
+    def next_logits(self, params, state, token, n, hidden, logits, *, embedding):
+        state = next_state(params, state, embedding[token])
+        hidden = jnp.broadcast_to(hidden, (*state.shape[:-1], hidden.shape[-1]))
+        features = self.correction_features(params, hidden, state, n)
+        return state, logits + project(features, params["embed_proj"]["up"]["kernel"])
 
     def correction_features(self, params: dict, hidden: jax.Array, states: jax.Array, n) -> jax.Array:
         """What `embed_proj.up` turns into the correction of draft n's logits; 0 where none is due.

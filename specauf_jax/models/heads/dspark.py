@@ -113,21 +113,13 @@ class DSpark(Head):
 
         return chunked_scores(scores, tuple(arrays), chunk=chunk)
 
-    def roll(self, params, hidden, *, embedding, anchor, logits, choose):
-        w2 = params["markov_head"]["markov_w2"]["kernel"]
+    def first_state(self, shape, dtype):
+        return jnp.zeros((*shape, self.markov_rank if self.markov_head_type == "rnn" else 0), dtype)
 
-        def step(carry, inputs):
-            state, token = carry
-            n, hidden, base = inputs
-            state, output = self.next_output(params, state, self.inputs(params, hidden, token))
-            corrected = base + project(output, w2)
-            token = choose(corrected[:, None], n)[:, 0]
-            return (state, token), (token, corrected)
-
-        start = jnp.zeros((anchor.shape[0], self.markov_rank), hidden.dtype)
-        slots = jnp.arange(logits.shape[1]), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(logits, 1, 0)
-        _, (tokens, logits) = lax.scan(step, (start, anchor[:, 0]), slots)
-        return jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(logits, 0, 1)
+    def next_logits(self, params, state, token, n, hidden, logits, *, embedding):
+        hidden = jnp.broadcast_to(hidden, (*token.shape, hidden.shape[-1]))
+        state, output = self.next_output(params, state, self.inputs(params, hidden, token))
+        return state, logits + project(output, params["markov_head"]["markov_w2"]["kernel"])
 
     def inputs(self, params: dict, hidden: jax.Array, previous: jax.Array) -> jax.Array:
         """What the Markov head makes of a draft, but for its state.
@@ -168,7 +160,7 @@ class DSpark(Head):
         inputs = spread_rows(self.inputs(params, hidden, previous))
         if self.markov_head_type != "rnn":
             return inputs
-        start = jnp.zeros((*hidden.shape[:-2], self.markov_rank), inputs.dtype)
+        start = self.first_state(hidden.shape[:-2], inputs.dtype)
 
         def step(state, inputs):
             return self.next_output(params, state, inputs)
