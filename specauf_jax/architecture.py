@@ -203,6 +203,12 @@ class Head(abc.ABC):
     def first_slot(self) -> int:
         """The slot that predicts the token after the anchor: 1, or 0 where slot k predicts the token k + 1 after it."""
 
+    def base_ratio(self, given: float | None) -> float:
+        """Share of the steps over which its base branch trains: as given, or its default; 0 without such a branch."""
+        if "base" not in self.branches:
+            return 0.0
+        return self.lambda_base_decay_ratio if given is None else given
+
     @property
     def confidence_weight(self) -> float:
         """What the loss of its confidence counts; 0 for a head that says none."""

@@ -100,9 +100,22 @@ def unused(config, *names: str, when: str) -> None:
             )
 
 
-def verify_slots(settings, temperature: float = 0.0) -> None:
-    """`settings.verify_slots` must be a possible width, and chosen by the clock only where that changes no result."""
-    asked = settings.verify_slots
+def drafts(settings, temperature: float = 0.0) -> None:
+    """`settings.verify_slots` and `tree_nodes` must be possible, and chosen by the clock only if that changes nothing.
+
+    A width of a chain has no meaning for a tree.
+    """
+    asked, sizes = settings.verify_slots, settings.tree_nodes
+    several = isinstance(sizes, tuple)  # each beside the chain
+    for nodes in sizes if several else () if sizes is None else (sizes,):
+        if nodes < 1:
+            raise SpecaufError(f"tree_nodes is {nodes}", "at least 1", "set it to 8 or more, or leave it out")
+    if several and len({*sizes}) < len(sizes):
+        raise SpecaufError(f"tree_nodes {sizes}", "different sizes", "name each once")
+    if sizes is not None and not several and asked is not None:
+        raise SpecaufError(
+            f"verify_slots {asked} with tree_nodes {sizes}", "a chain of so many slots, or a tree", "leave one out"
+        )
     if asked == "auto" and temperature > 0:
         raise SpecaufError(
             "verify_slots auto above temperature 0",

@@ -55,12 +55,13 @@ def settings(world: Path, **changes) -> Benchmark:
 
 
 def test_every_method(world):
-    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(4,))
+    config = settings(world, drafters=(f"mine={world / 'drafter'}",), batch_sizes=(4,), tree_nodes=(9,))
     found = benchmark(config, Console(quiet=True))
     assert json.loads(Path(config.out).read_text())["decoding"] == found["decoding"]
     assert set(found) == {"decoding", "meta"} and list(found["decoding"]) == ["4"]
     for size, methods in found["decoding"].items():
-        assert list(methods) == ["autoregressive", "prompt_lookup", "mine"]
+        assert list(methods) == ["autoregressive", "prompt_lookup", "mine", "mine/tree 9"]
+        assert [m["tree_nodes"] for m in methods.values()] == [None, None, None, 9]
         for name, m in methods.items():
             assert m["exact"] is True and m["mismatches"] == 0 and m["compared"] == max(int(size), 2)
             assert 0 < m["tokens"] == methods["autoregressive"]["tokens"] <= 6 * m["compared"]
@@ -73,7 +74,9 @@ def test_every_method(world):
             assert whole == pytest.approx(round_["round_ms"])
             assert (round_["draft_ms"] == 0) == (name == "autoregressive") and round_["verify_ms"] > 0
         assert methods["autoregressive"]["speedup"]["median"] == 1
-        assert not {"alpha", "widths"} & methods["autoregressive"].keys()
+        for name in ("autoregressive", "mine/tree 9"):
+            assert not {"alpha", "widths"} & methods[name].keys()
+        assert methods["mine/tree 9"]["tau"] >= methods["mine"]["tau"]
         for name in ("prompt_lookup", "mine"):
             m = methods[name]
             assert len(m["alpha"]) == 3 and m["widths"].keys() == {"2", "4"}

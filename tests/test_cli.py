@@ -212,6 +212,9 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     specauf(f"generate {alone} --prompts prompts.jsonl --out plain.jsonl --method autoregressive")
     speculative, plain = lines("speculative.jsonl"), lines("plain.jsonl")
     assert [row["tokens"] for row in speculative] == [row["tokens"] for row in plain]
+    tree = f"generate {models} --prompts prompts.jsonl --out tree.jsonl --check --tree-nodes 6"
+    assert ", exact" in specauf(tree)
+    assert [row["tokens"] for row in lines("tree.jsonl")] == [row["tokens"] for row in plain]
     keys = {"prompt_tokens", "tokens", "text", "rounds", "accepted"}
     for row in speculative:
         assert set(row) - {"turns"} == keys and row["rounds"] == len(row["accepted"])
@@ -230,7 +233,7 @@ def test_every_command(tmp_path, monkeypatch, capsys):
     assert "exact" in said and set(results) == {"overall", "sets", "meta"} and set(results["sets"]) == {"a", "b"}
     for part in (results["overall"], *results["sets"].values()):
         assert set(part) == {
-            *("tau_micro", "tau_macro", "tau_outside_loops", "alpha", "rounds", "tokens", "prompts"),
+            *("tau_micro", "tau_macro", "tau_outside_loops", "alpha", "calibration", "rounds", "tokens", "prompts"),
             *(
                 "exact",
                 "compared",

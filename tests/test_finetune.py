@@ -71,6 +71,33 @@ def test_a_plain_drafter_with_shifted_labels(world, capsys):
     assert "asks for shift_label False, but shifted/drafter was trained with True" in capsys.readouterr().err
 
 
+def test_dspark_trains_goes_on_and_is_served(world, capsys):
+    """Its confidence head, a base branch only where asked for, and what `evaluate` says of the confidence."""
+    head = "--drafter.projector-type dspark --drafter.head markov_rank=6 markov_head_type=gated"
+    specauf(f"{TRAIN} 2 --out dspark {SHAPE} {head} --objective.loss ce=0.1,tv=0.9")
+    logged = [json.loads(line) for line in Path("dspark/metrics.jsonl").read_text().splitlines()]
+    measured = [row for row in logged if "loss" in row]
+    assert measured and all(row["loss"] > row["final_loss"] and 0 < row["confidence_error"] < 1 for row in measured)
+    assert not {"lambda_base", "base_loss"} & measured[0].keys() and "base_objective" not in facts("dspark/drafter")
+    base = "--objective.name auf --objective.witness base --base-objective.name auf"
+    assert cli.main(f"{TRAIN} 2 --out refused {SHAPE} {head} {base}".split()) == 2
+    assert "where it has no effect" in capsys.readouterr().err
+    specauf(f"{TRAIN} 2 --out both --init-from dspark/drafter {base} --train.lambda-base-decay-ratio 1")
+    last = [json.loads(line) for line in Path("both/metrics.jsonl").read_text().splitlines()][-1]
+    assert {"lambda_base", "base_loss"} <= last.keys() and facts("both/drafter")["base_objective"]["name"] == "auf"
+    models = "--target pre/target --drafter both/drafter --prompts a=prompts.jsonl --max-new-tokens 6 --batch-size 2"
+    specauf(f"evaluate {models} --out results.json --repeats 1")
+    assert "drafts that stand" in capsys.readouterr().out
+    shares = json.loads(Path("results.json").read_text())["overall"]["calibration"]
+    assert shares.keys() == {"predicted", "observed"} and len(shares["predicted"]) == 3
+    specauf(f"evaluate {models} --out tree.json --repeats 1 --tree-nodes 5")
+    found = json.loads(Path("tree.json").read_text())
+    assert found["meta"]["tree_nodes"] == 5 and found["overall"]["exact"] and found["overall"]["calibration"] is None
+    specauf("export --drafter both/drafter --out theirs --layout speculators --target pre/target")
+    specauf("export --drafter theirs --out ours")
+    assert Path("ours/model.safetensors").read_bytes() == Path("both/drafter/model.safetensors").read_bytes()
+
+
 def test_texts_may_be_as_long_as_yarn_stretches_a_target(world, capsys):
     shutil.copytree("pre/target", "yarn")
     config = json.loads(Path("yarn/config.json").read_text())

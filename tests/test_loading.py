@@ -200,6 +200,13 @@ def test_how_many_tokens_may_be_verified():
         make(verify_slots=3, sampling=Sampling(0.5))
         with pytest.raises(SpecaufError, match="auto above temperature 0"):
             make(verify_slots="auto", sampling=Sampling(0.5))
+        assert make(tree_nodes=5).tree_nodes == 5
+        with pytest.raises(SpecaufError, match="tree_nodes is 0"):
+            make(tree_nodes=0)
+        with pytest.raises(SpecaufError, match="verify_slots 2 with tree_nodes 5"):
+            make(tree_nodes=5, verify_slots=2)
+    with pytest.raises(SpecaufError, match="tree_nodes is 2 without --drafter"):
+        Regenerate(**{**regenerate, "drafter": None}, tree_nodes=2)
     with pytest.raises(SpecaufError, match="verify_slots is 2 without --drafter"):
         Regenerate(**{**regenerate, "drafter": None}, verify_slots=2)
     with pytest.raises(SpecaufError, match="verify_slots is 'auto' with --method autoregressive"):
@@ -211,7 +218,8 @@ def test_more_verified_tokens_than_the_block_holds_are_refused():
     decoding = Decoding(TargetStep(tiny.target_config(), (0, 1)), tiny.drafter_config())
     for slots in (0, 5):
         with pytest.raises(SpecaufError, match=f"verify_slots {slots}.*\n.*from 1 to the 4 of the drafter's block"):
-            loading.with_width(decoding, slots, **options)
-    assert loading.with_width(decoding, None, **options) == decoding
+            loading.with_drafts(decoding, slots, None, **options)
+    assert loading.with_drafts(decoding, None, None, **options) == decoding
     for slots in (2, 4):
-        assert loading.with_width(decoding, slots, **options).block_size == slots
+        assert loading.with_drafts(decoding, slots, None, **options).block_size == slots
+    assert loading.with_drafts(decoding, None, 6, **options).tree_nodes == 6

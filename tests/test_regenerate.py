@@ -100,3 +100,4 @@ def test_a_drafter_gives_the_same_documents(tmp_path, capsys):
     assert alone[0] == 6 * 20  # none ended early
     assert rows("sooner", drafter=str(tmp_path / "drafter"), verify_slots="auto") == alone
     assert "of 4 slots, the fastest here" in capsys.readouterr().out
+    assert rows("tree", drafter=str(tmp_path / "drafter"), tree_nodes=6) == alone

@@ -209,7 +209,7 @@ def test_sampled_trees_follow_the_targets_law(name, sampling):
     target, prompt, draws = test_domino.serving_target(1.0), [3, 1, 4], 3000
     found = generate(params, target, [prompt] * draws, config=decoding(drafter, 10), max_new_tokens=3,
                      sampling=sampling, seed=1, batch_size=draws)  # fmt: skip
-    assert {0, 1, 2} <= {n for g in found for n in g.accepted}
+    assert {0, 1} <= {n for g in found for n in g.accepted}
     outcomes = np.ravel_multi_index(np.asarray([g.tokens for g in found]).T, (V,) * 3)
     observed = np.bincount(outcomes, minlength=V**3)
     law = test_decoding.enumerated_law(target, prompt, 3, sampling)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from specauf_jax.checks import named
 from specauf_jax.commands.benchmark_settings import Benchmark
-from specauf_jax.commands.loading import Models, check_rows, load_models, with_width
+from specauf_jax.commands.loading import Models, check_rows, load_models, with_drafts
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.state import Decoding
@@ -36,7 +36,7 @@ CONVENTIONS = {
     "speedup": "autoregressive by own decoding time, within one repeat",
     "median, p10, p90": "over the repeats; in each, every method runs once, one after another",
     "round.draft_ms": "the drafter alone: proposing, and reading the K new positions into its cache",
-    "round.verify_ms": "the target's pass over K tokens alone, with its choices",
+    "round.verify_ms": "the target's pass over K tokens alone, or over a tree's N + 1, with its choices",
     "round.round_ms": "a whole round in the same kind of loop, each part compiled by itself and run on one state",
     "round.commit_ms": "the rest, round - draft - verify: comparing, committing, book-keeping; near 0 it is noise",
     "round.overhead": "commit_ms by round_ms",
@@ -93,7 +93,9 @@ def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> 
         drafter = fitted(drafter_config(folder), target)
         step = TargetStep(target, drafter.target_layer_ids)
         params = serving_params(load_drafter(folder, config.dtype, models.mesh)[0])
-        methods[name] = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
+        methods[name] = chain = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
+        for nodes in config.tree_nodes:
+            methods[f"{name}/tree {nodes}"] = Method(dataclasses.replace(chain.decoding, tree_nodes=nodes), params)
     return methods
 
 
@@ -125,7 +127,7 @@ def measure_size(size: int, requests, methods: dict[str, Method], models: Models
         rounds = {}
         for name, method in methods.items():
             rounds[name] = {"round": measure_round(method, asked[:size], models, config)}
-            if method.decoding.drafter is not None:
+            if method.decoding.drafter is not None and method.decoding.tree_nodes is None:
                 alone_ms = rounds[ALONE]["round"]["round_ms"]
                 rounds[name] |= measure_widths(method, passes[name][-1], asked[:size], alone_ms, models, config)
             bar.advance(task)
@@ -135,7 +137,8 @@ def measure_size(size: int, requests, methods: dict[str, Method], models: Models
         texts = passes[name][-1].generations, alone[-1].generations
         comparison = compare(*texts, models.target_params, method.decoding, size, models.mesh)
         measured[name] = comparison.results() | summary(passes[name], alone, size)
-        measured[name] |= {"block_size": method.decoding.block_size} | rounds[name]
+        measured[name] |= {"block_size": method.decoding.block_size, "tree_nodes": method.decoding.tree_nodes}
+        measured[name] |= rounds[name]
     return measured
 
 
@@ -155,12 +158,12 @@ def summary(passes: list[Timed], alone: list[Timed], size: int) -> dict:
 
 
 def _narrowed(method: Method, requests, size: int, models: Models, config: Benchmark, console: Console) -> Method:
-    """A drafter's method with as many verified tokens as --verify-slots says."""
-    if method.decoding.model is None:
+    """A drafter's chain with as many verified tokens as --verify-slots says."""
+    if method.decoding.model is None or method.decoding.tree_nodes is not None:
         return method
     params = method.drafter_params, models.target_params
-    decoding = with_width(
-        method.decoding, config.verify_slots, params, requests, batch_size=size, mesh=models.mesh, console=console
+    decoding = with_drafts(
+        method.decoding, config.verify_slots, None, params, requests, batch_size=size, mesh=models.mesh, console=console
     )
     return dataclasses.replace(method, decoding=decoding)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import at_least, positive, template_arguments, verify_slots
+from specauf_jax.checks import at_least, drafts, positive, template_arguments, unused
 from specauf_jax.config import Dtype, Hosts, Mesh, VerifySlots
 from specauf_jax.errors import SpecaufError
 
@@ -27,6 +27,8 @@ class Benchmark:
     verify_slots: VerifySlots = None
     """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
     which (at temperature 0); none for all."""
+    tree_nodes: tuple[int, ...] = ()
+    """Sizes of draft trees, each measured beside the chain of every drafter as NAME/tree N."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     """Rows that decode together."""
     max_prompts: int = 16
@@ -46,6 +48,8 @@ class Benchmark:
         positive(self, "max_prompts", "max_new_tokens", "repeats", "lookup_ngram")
         at_least(self, 2, "lookup_block_size")
         template_arguments(self.template_args)
-        verify_slots(self)
+        drafts(self)
+        if self.tree_nodes and not self.drafters:
+            unused(self, "tree_nodes", when="without --drafters")
         if not self.batch_sizes or min(self.batch_sizes) < 1 or len({*self.batch_sizes}) < len(self.batch_sizes):
             raise SpecaufError(f"batch_sizes {self.batch_sizes}", "different counts of rows", "pass 1 4 16 64")

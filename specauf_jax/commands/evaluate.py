@@ -36,7 +36,9 @@ def evaluate(config: Evaluate, console: Console) -> dict:
         everything = [prompt for prompts in sets.values() for prompt in prompts]
         models.tell_clock(everything, console)
         spread = everything[:: max(1, len(everything) // config.batch_size)]
-        models = models.narrowed(config.verify_slots, spread, config.batch_size, config.max_new_tokens, console)
+        models = models.with_drafts(
+            config.verify_slots, config.tree_nodes, spread, config.batch_size, config.max_new_tokens, console
+        )
         measured = {}
         for name, prompts in sets.items():
             with console.status(Text(f"{name}: {len(prompts)} prompts, warm-up and {config.repeats} timed passes")):
@@ -141,6 +143,7 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
         "dtype": config.dtype,
         "temperature": config.sampling.temperature,
         "block_size": models.decoding.block_size,
+        "tree_nodes": models.decoding.tree_nodes,
         "seed": config.seed,
         "objective": objective_title(origin),
         "drafter": origin,

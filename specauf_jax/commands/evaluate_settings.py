@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed, template_arguments, verify_slots
+from specauf_jax.checks import drafts, not_negative, positive, seed, template_arguments
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 
 
@@ -21,6 +21,8 @@ class Evaluate:
     verify_slots: VerifySlots = None
     """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
     which (at temperature 0); none for all."""
+    tree_nodes: int | None = None
+    """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -39,4 +41,4 @@ class Evaluate:
         not_negative(self, "max_prompts")
         seed(self)
         template_arguments(self.template_args)
-        verify_slots(self, self.sampling.temperature)
+        drafts(self, self.sampling.temperature)

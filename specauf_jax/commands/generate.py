@@ -38,7 +38,9 @@ def generate(config: Generate, console: Console) -> int:
         models = load_models(config.target, config.drafter, config.dtype, mesh, console, config.template_args)
         models.tell_clock(prompts, console)
         rows = config.batch_size if config.out is not None else 1
-        models = models.narrowed(config.verify_slots, prompts, rows, config.max_new_tokens, console)
+        models = models.with_drafts(
+            config.verify_slots, config.tree_nodes, prompts, rows, config.max_new_tokens, console
+        )
         if config.out is None:
             _stream_all(models, prompts, config, console)
             return 0

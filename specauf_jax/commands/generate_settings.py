@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import positive, seed, template_arguments, unused, verify_slots
+from specauf_jax.checks import drafts, positive, seed, template_arguments, unused
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 from specauf_jax.errors import SpecaufError
 
@@ -24,6 +24,8 @@ class Generate:
     verify_slots: VerifySlots = None
     """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
     which (at temperature 0); none for all."""
+    tree_nodes: int | None = None
+    """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -42,9 +44,9 @@ class Generate:
         positive(self, "max_new_tokens", "batch_size")
         seed(self)
         template_arguments(self.template_args)
-        verify_slots(self, self.sampling.temperature)
+        drafts(self, self.sampling.temperature)
         if self.method == "autoregressive":
-            unused(self, "drafter", "check", "verify_slots", when="with --method autoregressive")
+            unused(self, "drafter", "check", "verify_slots", "tree_nodes", when="with --method autoregressive")
         elif self.drafter is None:
             raise SpecaufError(
                 "--method speculative without --drafter",

@@ -124,15 +124,21 @@ class Models:
         for note in clock_notes(self.tokenizer) if any(prompt.turns for prompt in prompts) else []:
             warn(console, note)
 
-    def narrowed(
-        self, asked: VerifySlots, prompts: list[Prompt], batch_size: int, max_new_tokens: int, console: Console
+    def with_drafts(
+        self,
+        slots: VerifySlots,
+        nodes: int | None,
+        prompts: list[Prompt],
+        batch_size: int,
+        max_new_tokens: int,
+        console: Console,
     ) -> "Models":
-        """With the number of verified tokens that --verify-slots asks for, measured on first turns."""
-        requests = [encode_first_turn(self.tokenizer, prompt) for prompt in prompts] if asked == "auto" else []
+        """With the drafts that --verify-slots and --tree-nodes ask for; `auto` measures on first turns."""
+        requests = [encode_first_turn(self.tokenizer, prompt) for prompt in prompts] if slots == "auto" else []
         self.check_room(requests, max_new_tokens)
         params = self.drafter_params, self.target_params
-        decoding = with_width(
-            self.decoding, asked, params, requests, batch_size=batch_size, mesh=self.mesh, console=console
+        decoding = with_drafts(
+            self.decoding, slots, nodes, params, requests, batch_size=batch_size, mesh=self.mesh, console=console
         )
         return dataclasses.replace(self, decoding=decoding)
 
@@ -174,23 +180,29 @@ def load_models(
     return Models(mesh, target_params, drafter_params, tokenizer, decoding, autoregressive, config)
 
 
-def with_width(
-    decoding: Decoding, asked: VerifySlots, params, requests, *, batch_size: int, mesh, console: Console
+def with_drafts(
+    decoding: Decoding,
+    slots: VerifySlots,
+    nodes: int | None,
+    params,
+    requests,
+    *,
+    batch_size: int,
+    mesh,
+    console: Console,
 ) -> Decoding:
-    """`decoding` with the number of verified tokens that --verify-slots asks for.
+    """`decoding` with the number of verified tokens, or the tree, that --verify-slots and --tree-nodes ask for.
 
     Args:
       params: the drafter's and the target's.
       requests: token ids, some of which are decoded to see what is fastest.
       Others as for `generate`.
     """
-    if asked is None:
-        return decoding
-    if asked == "auto":
+    if slots == "auto":
         found = fastest_width(params[0], params[1], requests, config=decoding, batch_size=batch_size, mesh=mesh)
-        asked = int(from_primary(np.asarray(found[0].slots)))
-        console.print(f"verifies {asked} of {decoding.block_size} slots, the fastest here", highlight=False)
-    return dataclasses.replace(decoding, verify_slots=asked)
+        slots = int(from_primary(np.asarray(found[0].slots)))
+        console.print(f"verifies {slots} of {decoding.block_size} slots, the fastest here", highlight=False)
+    return dataclasses.replace(decoding, verify_slots=slots, tree_nodes=nodes)
 
 
 def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console, stops: tuple[int, ...]):

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from specauf_jax.checks import template_arguments
 from specauf_jax.commands.dialogues import Talk, hold, parts_folder, write_documents
-from specauf_jax.commands.loading import check_rows, load_decoding, read_data, with_width
+from specauf_jax.commands.loading import check_rows, load_decoding, read_data, with_drafts
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.regenerate_settings import Regenerate
 from specauf_jax.data.dataset import open_dataset, write_manifest
@@ -70,8 +70,15 @@ def regenerate(config: Regenerate, console: Console) -> dict:
         inputs["drafter"] = weights_digest(config.drafter)
     options: dict = {"batch_size": config.batch_size, "mesh": mesh}
     with parts_folder(config, "regeneration", **inputs) as parts, float32_precision(config.dtype):
-        decoding = with_width(
-            decoding, config.verify_slots, params, first, batch_size=config.batch_size, mesh=mesh, console=console
+        decoding = with_drafts(
+            decoding,
+            config.verify_slots,
+            config.tree_nodes,
+            params,
+            first,
+            batch_size=config.batch_size,
+            mesh=mesh,
+            console=console,
         )
         length = manifest["sequence_length"]
         dialogues = {n: _answered(document, n, stops, config, length) for n, document in enumerate(documents)}

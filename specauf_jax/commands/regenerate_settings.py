@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from specauf_jax.checks import not_negative, positive, seed, template_arguments, unused, verify_slots
+from specauf_jax.checks import drafts, not_negative, positive, seed, template_arguments, unused
 from specauf_jax.config import Dtype, Hosts, Mesh, Sampling, SamplingFlags, VerifySlots
 
 
@@ -21,6 +21,8 @@ class Regenerate:
     verify_slots: VerifySlots = None
     """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
     which (at temperature 0); none for all."""
+    tree_nodes: int | None = None
+    """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
     documents: int = 0
     """Documents to regenerate, spread evenly over the dataset; 0 for all."""
     prompt_length: int = 64
@@ -41,6 +43,6 @@ class Regenerate:
         not_negative(self, "documents")
         seed(self)
         template_arguments(self.template_args)
-        verify_slots(self, self.sampling.temperature)
+        drafts(self, self.sampling.temperature)
         if self.drafter is None:
-            unused(self, "verify_slots", when="without --drafter")
+            unused(self, "verify_slots", "tree_nodes", when="without --drafter")

@@ -156,14 +156,22 @@ def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -
 
 
 def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
-    """Refuse the settings of a base branch where the head has none."""
-    if "base" in drafter.head.branches:
+    """Refuse the settings of a base branch where none trains."""
+    head, ratio = drafter.head, config.train.lambda_base_decay_ratio
+    if head.base_ratio(ratio):
         return
-    where = f"by a head without a base branch ({drafter.head.projector_type})"
+    where = f"by a head without a base branch ({head.projector_type})"
+    if "base" in head.branches:
+        where = (
+            f"with lambda_base_decay_ratio 0, as {head.projector_type} has it unless told"
+            if ratio is None
+            else ("with lambda_base_decay_ratio 0")
+        )
+    else:
+        unused(config.train, "lambda_base_decay_ratio", when=where)
     unused(config, "base_objective", when=where)
     for _, objective in config.stages:
         unused(objective, "witness", when=where)
-    unused(config.train, "lambda_base_decay_ratio", when=where)
 
 
 def _asked(drafter: Drafter, found: ResolvedDrafter) -> dict:

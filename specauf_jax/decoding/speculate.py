@@ -13,7 +13,7 @@ from jax import lax
 from specauf_jax.decoding.baselines import PromptLookup, look_up
 from specauf_jax.decoding.sampling import distribution, draw, verify_greedy, verify_sampled
 from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, Verdict
-from specauf_jax.decoding.tree import ancestors, grow, walk
+from specauf_jax.decoding.tree import Tree, ancestors, grow, walk
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_cached
 from specauf_jax.models.layers import KVCache
@@ -55,22 +55,10 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
 
 def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
     """`draft_and_verify` with a tree of drafts: the target reads root and nodes in one pass."""
-    assert config.model is not None and config.tree_nodes is not None
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
     last = state.length[:, None] - 1
     anchor, levels = jnp.take_along_axis(state.tokens, last, axis=1), config.block_size - 1
-    with jax.named_scope("propose"):
-        hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
-        tree = grow(
-            config.model.head,
-            drafter_params,
-            hidden,
-            embedding=config.target_head(target_params).embedding,
-            anchor=anchor,
-            logits=logits,
-            temperature=state.temperature,
-            nodes=config.tree_nodes,
-        )
+    tree = propose_tree(drafter_params, target_params, state, anchor, keys, config=config)
     with jax.named_scope("verify"):
         logits, taps, read = config.target_step.read_tree(
             target_params, tree.tokens, last, tree.depths, ancestors(tree, levels), state.target_cache
@@ -83,6 +71,23 @@ def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config
     state = extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
     verdict = Verdict(accepted=accepted, token=token[:, 0])
     return commit(state, Proposal(tokens=drafts, logits=None), verdict, config=config)
+
+
+@jax.named_scope("propose")
+def propose_tree(drafter_params, target_params, state: DecodeState, anchor, keys, *, config: Decoding) -> Tree:
+    """The likeliest paths of drafts, of which nothing is drawn. Arguments as for `propose`."""
+    assert config.model is not None and config.tree_nodes is not None
+    hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
+    return grow(
+        config.model.head,
+        drafter_params,
+        hidden,
+        embedding=config.target_head(target_params).embedding,
+        anchor=anchor,
+        logits=logits,
+        temperature=state.temperature,
+        nodes=config.tree_nodes,
+    )
 
 
 @jax.named_scope("propose")

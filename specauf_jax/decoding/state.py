@@ -68,8 +68,13 @@ class Decoding:
 
     @property
     def block_size(self) -> int:
-        """K, tokens verified per round; 1 without a drafter."""
+        """K, the most tokens that a round commits; 1 without a drafter."""
         return self.verify_slots or self._whole
+
+    @property
+    def width(self) -> int:
+        """Tokens that the target reads of a row in a round: K, or N + 1."""
+        return self.block_size if self.tree_nodes is None else self.tree_nodes + 1
 
     @property
     def model(self) -> ResolvedDrafter | None:

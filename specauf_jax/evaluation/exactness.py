@@ -83,7 +83,7 @@ def _tie(one: Generation, other: Generation, target_params, config: Decoding, ba
     parting = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
     if parting is None:
         return None  # one goes on where the other stops
-    text, K = [*one.prompt, *one.tokens[:parting]], config.block_size
+    text, K = [*one.prompt, *one.tokens[:parting]], config.width
     room = K * (1 << (-(-len(text) // K) - 1).bit_length())
     tokens = np.zeros((batch_size, room), np.int32)
     tokens[:, : len(text)] = text
@@ -104,7 +104,7 @@ def _read_twice(target_params, tokens, length, *, config):
       tokens: int32 `[B, T]`, the same text in every row.
       length: int32 [], of the text.
     """
-    (B, T), K = tokens.shape, config.block_size
+    (B, T), K = tokens.shape, config.width
     step, dtype = config.target_step, float_dtype(target_params)
 
     def read(start, width, cache):

@@ -14,7 +14,7 @@ from jax import lax
 from specauf_jax.config import Sampling
 from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.rows import GREEDY, Generation, Request, Rows
-from specauf_jax.decoding.speculate import draft_and_verify, extend, propose
+from specauf_jax.decoding.speculate import draft_and_verify, extend, propose, propose_tree
 from specauf_jax.decoding.state import DecodeState, Decoding
 from specauf_jax.evaluation.measure import alpha
 
@@ -102,7 +102,8 @@ def _round(drafter_params, target_params, state: DecodeState, *, config: Decodin
 def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
     """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
     anchor, positions = _anchor(state, config)
-    proposal = propose(drafter_params, target_params, state, anchor[:, None], state.keys, config=config)
+    proposing = propose if config.tree_nodes is None else propose_tree
+    proposal = proposing(drafter_params, target_params, state, anchor[:, None], state.keys, config=config)
     last = proposal.tokens.max(axis=1, initial=0)
     if config.model is not None:
         block = jnp.broadcast_to(anchor[:, None], positions.shape)
@@ -113,10 +114,21 @@ def _draft(drafter_params, target_params, state: DecodeState, *, config: Decodin
 
 
 def _target(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
-    """The target's pass over K tokens, up to its choices."""
+    """The target's pass over K tokens, or over a tree, up to its choices."""
     anchor, positions = _anchor(state, config)
-    block = jnp.broadcast_to(anchor[:, None], positions.shape)
-    logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    if config.tree_nodes is None:
+        block = jnp.broadcast_to(anchor[:, None], positions.shape)
+        logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    else:
+        nodes = jnp.broadcast_to(anchor[:, None], (len(anchor), config.tree_nodes + 1))
+        depths, sees = (
+            jnp.ones_like(nodes),
+            jnp.broadcast_to(jnp.eye(nodes.shape[1], dtype=bool), (*nodes.shape, nodes.shape[1])),
+        )
+        cache = state.target_cache
+        logits, taps, read = config.target_step.read_tree(target_params, nodes, positions[:, :1], depths, sees, cache)
+        path = jnp.broadcast_to(jnp.arange(config.block_size) % nodes.shape[1], positions.shape)
+        cache = config.target_step.keep(cache, read, path, positions)
     choice = jnp.argmax(logits, axis=-1).max(axis=1).astype(jnp.int32)
     return _mark(dataclasses.replace(state, target_cache=cache), choice + (taps.max(axis=(1, 2)) == jnp.inf))
 

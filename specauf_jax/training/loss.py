@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specauf_jax.architecture import Head as DraftHead
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation, decay_gamma
 from specauf_jax.errors import SpecaufError
@@ -69,21 +68,13 @@ def loss_config(
     return LossConfig(
         drafter=drafter,
         objective=objective,
-        base_objective=base if lambda_base_decay_ratio(train, drafter.head) else None,
+        base_objective=base if drafter.head.base_ratio(train.lambda_base_decay_ratio) else None,
         num_anchors=train.num_anchors or min(drafter.head.num_anchors, sequence_length - 1),
         slot_chunk=train.slot_chunk,
         head_slots=train.head_slots,
         dtype=train.dtype,
         remat=train.remat,
     )
-
-
-def lambda_base_decay_ratio(train: TrainOptimisation, head: DraftHead) -> float:
-    """Share of the steps over which the base branch trains; 0 for a head without one."""
-    if "base" not in head.branches:
-        return 0.0
-    given = train.lambda_base_decay_ratio
-    return head.lambda_base_decay_ratio if given is None else given
 
 
 @pytree

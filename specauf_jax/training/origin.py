@@ -12,7 +12,8 @@ def drafter_origin(record: dict, drafter: ResolvedDrafter, step: int) -> dict:
         labels = "slot k predicts the token k + 1 after the anchor; every slot is trained"
     else:
         labels = "slot k predicts the token k after the anchor; slot 0 is not trained"
-    base = {"base_objective": record["base_objective"]} if "base" in drafter.head.branches else {}
+    trained = drafter.head.base_ratio(record["train"].get("lambda_base_decay_ratio"))
+    base = {"base_objective": record["base_objective"]} if trained else {}
     objective, objectives = record["objective"], record.get("objectives")
     if objectives:  # that of the last step
         stages = one_after_another(objectives, Objective(**objective), record["train"]["steps"])

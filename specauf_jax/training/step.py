@@ -33,7 +33,6 @@ from specauf_jax.training.blocks import Batch, eligible_anchors, sample_anchors
 from specauf_jax.training.loss import (
     LossConfig,
     branch_factors,
-    lambda_base_decay_ratio,
     loss_sums,
     safe_ratio,
     weighted,
@@ -84,7 +83,7 @@ def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
 
 def lambda_base_schedule(train: TrainOptimisation, head: DraftHead) -> optax.Schedule:
     """Step → λ of the base branch: from 1 linearly to 0 over `lambda_base_decay_ratio` of the steps."""
-    ratio = lambda_base_decay_ratio(train, head)
+    ratio = head.base_ratio(train.lambda_base_decay_ratio)
     return optax.linear_schedule(1.0, 0.0, max(round(ratio * train.steps), 1)) if ratio else lambda step: 0.0
 
 
