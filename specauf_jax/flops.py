@@ -64,7 +64,9 @@ def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[s
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
 
-def round_flops(drafter: ResolvedDrafter, target: Target, *, rows: int, context: int) -> dict[str, float]:
+def round_flops(
+    drafter: ResolvedDrafter, target: Target, *, rows: int, context: int, nodes: int | None = None
+) -> dict[str, float]:
     """Floating-point operations of one decode round over the whole mesh, by part.
 
     Args:
@@ -72,21 +74,23 @@ def round_flops(drafter: ResolvedDrafter, target: Target, *, rows: int, context:
       target: all of whose layers read the block.
       rows: B, that decode together.
       context: positions that every slot sees before its block.
+      nodes: N of a draft tree; None for a chain.
 
     Returns:
       target, context, blocks, attention, lm_head, and what the head adds.
     """
     K, D, V, L = drafter.block_size, target.hidden_size, target.vocab_size, len(drafter.target_layer_ids)
+    W = K if nodes is None else nodes + 1  # tokens that the target reads
     groups = drafter.num_key_value_heads * drafter.head_dim
-    causal = 4 * K * (context + K / 2) * target.num_attention_heads * target.head_dim
+    seen = 4 * W * (context + (K / 2 if nodes is None else W)) * target.num_attention_heads * target.head_dim
     parts = {
-        "target": target.num_hidden_layers * (2 * K * _layer_weights(target) + causal),
+        "target": target.num_hidden_layers * (2 * W * _layer_weights(target) + seen),
         "context": 2 * K * L * D * D + drafter.num_hidden_layers * 2 * K * 2 * D * groups,
         "blocks": drafter.num_hidden_layers * 2 * K * _layer_weights(drafter),
         "attention": drafter.num_hidden_layers * 4 * K * (context + K) * drafter.num_attention_heads * drafter.head_dim,
-        "lm_head": 2 * (2 * K - 1) * D * V,  # of K-1 drafts, and of the target's judgement on K slots
+        "lm_head": 2 * (K - 1 + W) * D * V,  # of K-1 drafts, and of the target's judgement
     }
-    parts |= {name: (K - 1) * count for name, count in drafter.head.draft_flops(drafter).items()}
+    parts |= {name: (K - 1) * (nodes or 1) * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}
 
 

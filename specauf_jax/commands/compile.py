@@ -85,7 +85,10 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
     loss = _loss(recipe, drafter, S)
     counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": loss.num_anchors}
     train |= _time(step_flops(drafter, target, **counts, soft=loss.soft), mesh.size * speed)
-    decode |= _time(round_flops(drafter, target, rows=rows, context=config.decode_length), mesh.size * speed)
+    decode |= _time(
+        round_flops(drafter, target, rows=rows, context=config.decode_length, nodes=config.tree_nodes),
+        mesh.size * speed,
+    )
     for program in (train, decode):
         program["fits"] = program["peak_bytes"] <= hbm
     return {
@@ -150,7 +153,7 @@ def _measure(config: Compile, name: str, rows: int) -> dict:
         if name == "train":
             program = _train_step(recipe, drafter, target, mesh, config.sequence_length)
         else:
-            program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length)
+            program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length, config.tree_nodes)
         return measure(*program, code=config.code)
 
 
@@ -211,13 +214,15 @@ def _train_step(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, s
     return step.step.lower(*arguments), arguments
 
 
-def _decode_round(recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, rows: int, length: int):
+def _decode_round(
+    recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, rows: int, length: int, nodes: int | None
+):
     """As `_train_step`."""
     dtype = recipe.train.dtype
     shapes = (drafter_shapes(drafter), target_shapes(target))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     params = placed(params, parameter_sharding(params, mesh))
-    decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
+    decoding = Decoding(TargetStep(target, drafter.target_layer_ids), drafter, tree_nodes=nodes)
     state = abstract_state(
         config=decoding, batch_size=rows, room=length + drafter.block_size - 1, dtype=dtype, mesh=mesh
     )

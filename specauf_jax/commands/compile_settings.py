@@ -28,11 +28,13 @@ class Compile:
     """Rows that decode together; more where the mesh spreads rows wider."""
     decode_length: int = 4096
     """Tokens of each row that decodes, prompt and continuation; its caches have room for them."""
+    tree_nodes: int | None = None
+    """Nodes of a draft tree that the decode round judges; none for a chain."""
     code: bool = True
     """Generate code too, which takes most of the time and tells its bytes (about 0.1 GiB for Qwen3-8B)."""
     out: str | None = None
     """JSON to write: fits, peak_bytes, hbm_bytes, flops_per_step, collectives, and the same for train and decode."""
 
     def __post_init__(self):
-        positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size")
+        positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size", "tree_nodes")
         at_least(self, 2, "decode_length")
