@@ -42,6 +42,9 @@ class Objective:
     floor: float = 0.0
     """auf, auf_decay, griffin: weight of slots behind the stop. Above 0 every slot meets the LM head, and counts in the
     support's measures."""
+    tree_nodes: int | None = None
+    """auf, auf_decay: a block stops where its labels leave the draft tree of so many nodes, as far as their ranks tell
+    (`specauf_jax.objectives.tree_mask`), not at its first failure. Every slot meets the LM head."""
     griffin_top_n: int = 3
     """griffin: a slot counts as right when the label is among the drafter's n best tokens."""
     dpace_alpha: float = 0.5
@@ -65,7 +68,7 @@ class Objective:
     @property
     def skips(self) -> bool:
         """Slots behind the stop have no weight, so that nothing need be computed for them."""
-        return self.stop is not None and self.floor == 0
+        return self.stop is not None and self.floor == 0 and self.tree_nodes is None
 
     @property
     def losses(self) -> dict[LossName, float]:
@@ -105,7 +108,7 @@ class Objective:
         choice(self, "dpace_denominator", ("slots", "rows"))
         choice(self, "witness", ("own", "base"))
         _ = self.losses  # checks them
-        positive(self, "griffin_top_n", "failures", "temperature")
+        positive(self, "griffin_top_n", "failures", "temperature", "tree_nodes")
         not_negative(self, "focal", "chain")
         if self.gamma is not None:
             positive(self, "gamma")
@@ -118,6 +121,7 @@ class Objective:
             "gamma": ("decay", "auf_decay", "first_error"),
             "failures": stopping,
             "floor": stopping,
+            "tree_nodes": ("auf", "auf_decay"),
             "griffin_top_n": ("griffin",),
             "dpace_alpha": ("dpace",),
             "dpace_denominator": ("dpace",),
@@ -127,6 +131,8 @@ class Objective:
         }
         unread = (field for field, names in readers.items() if self.name not in names)
         unused(self, *unread, when=f"under objective {self.name}")
+        if self.tree_nodes is not None:
+            unused(self, "failures", when="with tree_nodes, which say where a block stops")
         if not self.soft:
             unused(self, "temperature", when=f"under objective {self.name} with loss {self.loss}")
 

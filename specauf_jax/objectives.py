@@ -95,6 +95,28 @@ def accept_until_fail_mask(correct: jax.Array, valid: jax.Array, failures: int =
     return lax.stop_gradient(live)
 
 
+def tree_mask(rank: jax.Array, valid: jax.Array, nodes: int) -> jax.Array:
+    """Slots up to and including the one whose label leaves the draft tree of the N best paths.
+
+    m_k = v_k · [k = 1, or v_1 … v_{k-1} and Σ_{m < k} Π_{j ≤ m} (r_j + 1) <= N]. The sum counts paths of at most k-1
+    drafts whose every token the drafter likes as much as the label at its slot, or better. Each of them scores at
+    least as high as the labels' own path, which is one of them: where they are more than N it is none of the N best.
+    So a block never stops before the tree does; it may go on after it. For a head whose logits depend on the drafts
+    before, the ranks are those after the labels.
+
+    Args:
+      rank: int `[..., N]`, as of LabelScores.
+      valid: bool `[..., N]`.
+      nodes: N of the tree, static.
+
+    Returns:
+      bool `[..., N]`, without gradient.
+    """
+    axis = valid.ndim - 1
+    paths = lax.cumsum(lax.cumprod(rank.astype(jnp.float32) + 1, axis=axis), axis=axis)  # of a float: it may be huge
+    return lax.stop_gradient(reached(((paths <= nodes) & valid).astype(jnp.int32)).astype(bool) & valid)
+
+
 def reached(survives: jax.Array) -> jax.Array:
     """prod_{j < k} of `[..., N]`: 1 for the first slot."""
     product = lax.cumprod(survives, axis=survives.ndim - 1)
@@ -176,7 +198,10 @@ def slot_weights(objective: Objective, scores: Scores, valid: jax.Array, block_s
     """
     live = valid
     if objective.stop is not None:  # GRIFFIN, arXiv 2502.11018, stops at the first label outside the top n; auf: n = 1
-        live = accept_until_fail_mask(scores.rank < objective.stop, valid, objective.failures)
+        if objective.tree_nodes is None:
+            live = accept_until_fail_mask(scores.rank < objective.stop, valid, objective.failures)
+        else:
+            live = tree_mask(scores.rank, valid, objective.tree_nodes)
         live = jnp.where(live, 1.0, objective.floor) * valid
     match objective.name:
         case "decay" | "auf_decay":

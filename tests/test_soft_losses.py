@@ -38,7 +38,9 @@ SUPPORTS = {
     "auf": {},
     "auf, second failure": {"failures": 2},
     "auf, floor": {"floor": 0.1},
+    "auf, tree": {"tree_nodes": 9},
     "auf_decay": {},
+    "auf_decay, tree, floor": {"tree_nodes": 4, "floor": 0.3},
     "auf_decay, floor": {"floor": 0.2, "failures": 3},
     "griffin": {"griffin_top_n": 2},
     "griffin, second failure": {"griffin_top_n": 2, "failures": 2},
@@ -84,7 +86,11 @@ def block_weights(objective, ranks, ces, acceptances, valid):
             failures += ranks[j] >= (objective.griffin_top_n if objective.name == "griffin" else 1)
             cut = cut or not valid[j]
             reach *= acceptances[j] if valid[j] else 0.0
-        live = 1.0 if failures < objective.failures and not cut else objective.floor
+        stopped = failures >= objective.failures
+        if objective.tree_nodes:
+            better = sum(math.prod(rank + 1 for rank in ranks[: m + 1]) for m in range(k))
+            stopped = better > objective.tree_nodes
+        live = objective.floor if stopped or cut else 1.0
         decay = math.exp(-k / gamma)
         chain = {}
         for alpha in (objective.dpace_alpha, 0.0):
@@ -329,11 +335,14 @@ def test_a_mix_that_is_none_is_refused(loss):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"name": "decay", "floor": 0.1}, {"name": "full", "failures": 2}, {"temperature": 0.5}, {"focal": 2.0},
+    [{"name": "decay", "floor": 0.1}, {"name": "griffin", "tree_nodes": 8}, {"tree_nodes": 8, "failures": 2},
+     {"tree_nodes": 0}, {"name": "full", "failures": 2}, {"temperature": 0.5}, {"focal": 2.0},
      {"floor": 1.5}, {"failures": 0}, {"loss": "kl", "temperature": 0.0}, {"name": "survival", "gamma": 2.0}],
 )  # fmt: skip
 def test_settings_that_do_nothing_or_cannot_be_are_refused(settings):
-    with pytest.raises(SpecaufError, match="objective|failures is 0|temperature is 0.0"):
+    with pytest.raises(
+        SpecaufError, match="objective|failures is 0|temperature is 0.0|with tree_nodes|tree_nodes is 0"
+    ):
         Objective(**settings)
 
 

@@ -22,6 +22,7 @@ from specauf_jax.decoding.tree import ancestors, grow, walk
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.models.target import TargetStep
+from specauf_jax.objectives import label_scores, tree_mask
 from specauf_jax.sharding import make_mesh, parameter_sharding
 
 LEVELS, V, D = 3, 17, 16
@@ -157,6 +158,26 @@ def test_ancestors_and_walk_equal_plain_loops(seed):
         assert accepted[row] == len(wanted) - 1
         np.testing.assert_array_equal(path[row], wanted + [wanted[-1]] * (LEVELS + 1 - len(wanted)))
     assert accepted.max() > 0
+
+
+@pytest.mark.parametrize("nodes", [3, 8, 30])
+def test_an_objective_never_stops_before_the_tree_and_mostly_with_it(nodes):
+    """Against the heap: of labels drawn from the drafter's own distribution, which slots train."""
+    drafter, params = drafter_of("dflash")
+    rows, same, behind = 40, 0, 0
+    hidden, logits, anchor = drawn(nodes, rows)
+    labels = np.asarray(jax.random.categorical(jax.random.key(nodes), 1.5 * logits))
+    valid = jnp.ones(labels.shape, bool).at[0, 1].set(False)
+    rank = label_scores(logits, jnp.asarray(labels)).rank
+    live = np.asarray(tree_mask(rank, valid, nodes))
+    assert live[:, 0].all() and not live[0, 1:].any()
+    for row in range(1, rows):
+        best = best_paths(drafter.head, params, hidden[row], logits[row], 0, jnp.zeros((V, D)), nodes)
+        exact = [tuple(labels[row, :k].tolist()) in best or k == 0 for k in range(LEVELS)]
+        assert (live[row] >= exact).all()
+        same += (live[row] == exact).all()
+        behind += not all(exact)
+    assert same > 0.6 * rows and behind > 5
 
 
 # ---------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ LOG_EVERY = 10
 FILE_ROWS = 64  # rows of a file of features
 HELD_OUT_ROWS = 64  # that tell the accuracy
 CURVE_SETS = 3  # sets of prompts that are decoded at every point
-DOMINO = ("emb_dim=64", "gru_hidden_dim=256")
+HEADS = {"domino": ("emb_dim=64", "gru_hidden_dim=256"), "dspark": ("markov_rank=64",)}
 SETTINGS = ("target", "data", "arms", "every_seed", "seeds", "steps", "batch_size", "anchors", "layers", "block_size",
             "learning_rate", "dtype", "points", "point_prompts", "eval_tokens")  # fmt: skip
 
@@ -73,7 +73,7 @@ class Arm:
 
     objective: Objective
     base: Objective = Objective()  # of Domino's base branch
-    domino: bool = False
+    head: str = "dflash"
     block_size: int | None = None  # K, if not --block-size
     optimizer: OptimizerName = "adamw"
     late: bool = False
@@ -88,8 +88,8 @@ ARMS = {
     "auf_decay": Arm(Objective("auf_decay")),
     "griffin": Arm(Objective("griffin", griffin_top_n=2)),
     "decay_auf": Arm(Objective("auf"), late=True),
-    "domino_baseline": Arm(Objective("decay"), Objective("decay"), domino=True),
-    "domino_b_auf_d": Arm(Objective("decay"), Objective("auf_decay"), domino=True),
+    "domino_baseline": Arm(Objective("decay"), Objective("decay"), head="domino"),
+    "domino_b_auf_d": Arm(Objective("decay"), Objective("auf_decay"), head="domino"),
     "decay_k16": Arm(Objective("decay"), block_size=16),
     "auf_k16": Arm(Objective("auf"), block_size=16),
 }
@@ -108,6 +108,11 @@ ARMS |= {  # others, for --arms
     "first_error": Arm(Objective("first_error")),
     "auf_muon": Arm(Objective("auf"), optimizer="muon"),
     "decay_muon": Arm(Objective("decay"), optimizer="muon"),
+    "auf_tree": Arm(Objective("auf", tree_nodes=32)),
+    "auf_decay_tree": Arm(Objective("auf_decay", tree_nodes=32)),
+    "dspark": Arm(Objective("decay", "ce=0.1,tv=1.8"), head="dspark"),
+    "dspark_decay": Arm(Objective("decay"), head="dspark"),
+    "dspark_auf": Arm(Objective("auf"), head="dspark"),
 }
 EVERY_SEED = ("decay", "dpace", "auf")
 
@@ -186,9 +191,9 @@ class Study:
                                  num_anchors=a.anchors, optimizer=arm.optimizer)  # fmt: skip
 
     def drafter(self, arm: Arm) -> ResolvedDrafter:
-        head = {"projector_type": "domino", "head": DOMINO} if arm.domino else {}
-        size = arm.block_size or self.arguments.block_size
-        return resolve_drafter(Drafter(size, self.arguments.layers, self.mask, **head), self.target)
+        size, settings = arm.block_size or self.arguments.block_size, HEADS.get(arm.head, ())
+        drafter = Drafter(size, self.arguments.layers, self.mask, projector_type=arm.head, head=settings)
+        return resolve_drafter(drafter, self.target)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -198,8 +203,7 @@ class Study:
     @property
     def soft(self) -> bool:
         """An arm learns from the target's distribution."""
-        arms = [ARMS[name] for name in self.arguments.arms]
-        return any(objective.soft for arm in arms for objective in (arm.objective, arm.base))
+        return any(self.loss(ARMS[name]).soft for name in self.arguments.arms)
 
     def loss(self, arm: Arm, **changes) -> LossConfig:
         length = self.rows["tokens"].shape[1]
