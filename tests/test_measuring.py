@@ -130,7 +130,7 @@ def test_exactness(world, capsys):
     assert run("exactness.py", *folders(world), "--prompts", 1, "--max-new-tokens", 9) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("1 prompts of") and lines[-1] == "exact"
-    assert sum(line.endswith("stopped early, exact") for line in lines) == 8
+    assert sum(line.endswith("stopped early, exact") for line in lines) == 16
 
 
 def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
@@ -143,7 +143,8 @@ def test_exactness_sees_a_wrong_token(world, capsys, monkeypatch):
         return found
 
     monkeypatch.setattr(module, "generate", wrong)
-    assert run("exactness.py", *folders(world), "--prompts", 1, "--max-new-tokens", 9) == 1
+    settings = ("--prompts", 1, "--max-new-tokens", 9, "--tree-nodes", 0)
+    assert run("exactness.py", *folders(world), *settings) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "8 DIFFERENT"
 
 

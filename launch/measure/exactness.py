@@ -4,8 +4,8 @@
         --data runs/quickstart/text --prompts 1000
 
 Prompts are pieces of mixed length from a prepared dataset. Each is continued autoregressively, and speculatively with
-the given drafter and with a random one, in batches of 1 and 16, with the tokenizer's end-of-sequence and with a
-frequent token as an early one. Exits with 1 if any token differs.
+the given drafter and with a random one, by chains and by trees of drafts, in batches of 1 and 16, with the tokenizer's
+end-of-sequence and with a frequent token as an early one. Exits with 1 if any token differs.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="prepared dataset to cut prompts from")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--tree-nodes", type=int, default=16, help="of the trees; 0 for chains alone")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with float32_precision("float32"):
@@ -62,13 +63,15 @@ def measure(arguments: argparse.Namespace) -> int:
         for batch_size in (1, 16):
             expected = run(None, alone, batch_size)
             early = sum(len(g.tokens) < arguments.max_new_tokens for g in expected)
-            for name, params in (("trained", models.drafter_params), ("random", random)):
-                found = run(params, together, batch_size)
-                judged = compare(found, expected, models.target_params, together, batch_size, mesh)
-                wrong += judged.mismatches
-                tau = tau_micro([g.accepted for g in found])
-                print(f"{label} stop, batch {batch_size:2}, {name:7} drafter: tau {tau:.3f}, {early} stopped early, "
-                      f"{said(judged.results())}", flush=True)  # fmt: skip
+            kinds = {"chain": together, "tree": dataclasses.replace(together, tree_nodes=arguments.tree_nodes or None)}
+            for kind, decoding in list(kinds.items())[: 2 if arguments.tree_nodes else 1]:
+                for name, params in (("trained", models.drafter_params), ("random", random)):
+                    found = run(params, decoding, batch_size)
+                    judged = compare(found, expected, models.target_params, decoding, batch_size, mesh)
+                    wrong += judged.mismatches
+                    tau = tau_micro([g.accepted for g in found])
+                    print(f"{label} stop, batch {batch_size:2}, {kind} of a {name} drafter: tau {tau:.3f}, {early} "
+                          f"stopped early, {said(judged.results())}", flush=True)  # fmt: skip
     print("exact" if not wrong else f"{wrong} DIFFERENT")
     return 1 if wrong else 0
 
