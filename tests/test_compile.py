@@ -1,6 +1,7 @@
 """Ahead-of-time reports: FLOPs against a count of every product in the traced program, bytes against plain sums; and
 one program that libtpu compiles for a TPU."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -59,11 +60,20 @@ def products(jaxpr) -> int:
     return total
 
 
-@pytest.mark.parametrize("domino", [False, True])
-def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
+HEADS = {
+    "dflash": tiny.drafter_config,
+    "domino": tiny.domino_config,
+    "dspark": functools.partial(tiny.dspark_config, enable_confidence_head=False),
+    "dspark, rnn": functools.partial(tiny.dspark_config, markov_head_type="rnn", enable_confidence_head=False),
+    "dspark, gated": functools.partial(tiny.dspark_config, markov_head_type="gated", enable_confidence_head=False),
+}
+heads = pytest.mark.parametrize("head", HEADS)
+
+
+@heads
+def test_flops_equal_those_of_every_product_in_the_forward_pass(head):
     target = TARGET
-    make = tiny.domino_config if domino else tiny.drafter_config
-    drafter = make(target, num_hidden_layers=3, target_layer_ids=(1, 3))
+    drafter = HEADS[head](target, num_hidden_layers=3, target_layer_ids=(1, 3))
     params, batch = tiny.target_params(target), tiny.random_batch([[S]] * B, length=S)
     found = step_flops(drafter, target, rows=B, sequence_length=S, num_anchors=A)
 
@@ -76,7 +86,8 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
     unseen = B * 4 * (2 * S * S + 4 * S) * width
     assert products(jax.make_jaxpr(features)(params, batch).jaxpr) == found["target"] + unseen
 
-    loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=Objective("full"), slot_chunk=9999)
+    base = Objective("full") if head == "domino" else None
+    loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=base, slot_chunk=9999)
     anchors, keep = jnp.zeros((B, A), jnp.int32), jnp.ones((B, A), bool)
     batch = batch.replace(features=features(params, batch))
     program = jax.make_jaxpr(lambda p: loss_sums(p, target_head(params), batch, anchors, keep, config=loss)[0])
@@ -86,27 +97,29 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(domino):
     forward += M * 4 * B * A * K * (S + K) * drafter.num_attention_heads * drafter.head_dim
     forward += found.get("correction", 0) / 3
     assert products(program(tiny.drafter_params(drafter)).jaxpr) == forward
-    assert ("correction" in found) == domino
+    assert ("correction" in found) == (head != "dflash")
 
 
-@pytest.mark.parametrize("domino", [False, True])
-def test_flops_equal_those_of_every_product_in_a_round(domino, monkeypatch):
+@pytest.mark.parametrize("nodes", [None, 6])
+@heads
+def test_flops_equal_those_of_every_product_in_a_round(head, nodes, monkeypatch):
     # Of the drafter's attention a program holds a form for CPUs and another: one is enough to count.
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
-    drafter = (tiny.domino_config if domino else tiny.drafter_config)(TARGET, target_layer_ids=(1, 3))
+    drafter = HEADS[head](TARGET, target_layer_ids=(1, 3))
     K, context = drafter.block_size, 21
+    W = K if nodes is None else nodes + 1
     arguments = (tiny.drafter_params(drafter), tiny.target_params(TARGET))
-    decoding = Decoding(target_step=TargetStep(TARGET, drafter.target_layer_ids), drafter=drafter)
+    decoding = Decoding(TargetStep(TARGET, drafter.target_layer_ids), drafter, tree_nodes=nodes)
     state = start(*arguments, [[1] * 16] * B, config=decoding, max_new_tokens=context - 16 + 1)
     room = state.target_cache.k.shape[2]
     program = jax.make_jaxpr(lambda state: decode_round(*arguments, state, config=decoding))(state)
-    found = round_flops(drafter, TARGET, rows=B, context=context)
-    # The program looks at the whole cache: the target's includes its own block, the drafter's does not.
-    unseen = B * K * 4 * TARGET.num_attention_heads * TARGET.head_dim * TARGET.num_hidden_layers
-    unseen *= room - (context + K / 2)
+    found = round_flops(drafter, TARGET, rows=B, context=context, nodes=nodes)
+    # The program looks at the whole cache: the target's includes its own block, but not a tree; the drafter's does not.
+    unseen = B * W * 4 * TARGET.num_attention_heads * TARGET.head_dim * TARGET.num_hidden_layers
+    unseen *= room - (context + K / 2 if nodes is None else context)
     unseen += B * K * 4 * drafter.num_attention_heads * drafter.head_dim * drafter.num_hidden_layers * (room - context)
     assert products(program.jaxpr) == sum(found.values()) + unseen
-    assert ("correction" in found) == domino
+    assert ("correction" in found) == (head != "dflash")
 
 
 def test_flops_of_a_published_target():

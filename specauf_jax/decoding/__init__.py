@@ -1,1 +1,1 @@
-"""`draft_and_verify`, sampling, prompt lookup, `generate` and `stream`."""
+"""`draft_and_verify`, sampling, draft trees, prompt lookup, `generate` and `stream`."""

@@ -38,6 +38,14 @@ class LossConfig:
     dtype: Dtype = "float32"
     remat: Remat = "none"
 
+    def __post_init__(self):
+        if self.base_objective is not None and "base" not in self.drafter.head.branches:
+            raise SpecaufError(
+                f"a base_objective for {self.drafter.head.title}",
+                "None for a head without a base branch",
+                "leave it out",
+            )
+
     @property
     def skip(self) -> bool:
         """Slots behind an objective's stop may skip the LM head."""
