@@ -210,6 +210,11 @@ class Head(abc.ABC):
         return self.lambda_base_decay_ratio if given is None else given
 
     @property
+    def unread(self) -> tuple[str, ...]:
+        """Settings that have no effect beside its others."""
+        return ()
+
+    @property
     def confidence_weight(self) -> float:
         """What the loss of its confidence counts; 0 for a head that says none."""
         return 0.0

@@ -56,8 +56,8 @@ class Objective:
     chain: float = 0.1
     """first_error: weight of the expected accepted length."""
     witness: Literal["own", "base"] = "own"
-    """Whose hits and misses count, for the final branch of domino: its own, or the base branch's (all but full and
-    decay)."""
+    """Whose hits and misses count, for the final branch of domino or dspark: its own, or the base branch's (all but
+    full and decay)."""
 
     @property
     def stop(self) -> int | None:
@@ -319,6 +319,8 @@ class Sampling:
             unused(self, "top_k", "top_p", when="at temperature 0")
 
 
+MOST_TREE_NODES = 4096
+"""Of a draft tree: more would not fit any device's memory at a vocabulary's logits for each."""
 VerifySlots = int | Literal["auto"] | None
 """Tokens verified per round: a number, the fastest as measured, or (None) all of the drafter's block."""
 

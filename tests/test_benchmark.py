@@ -91,6 +91,13 @@ def test_every_method(world):
     assert named <= {*m, *m["round"], *m["speedup"]}
 
 
+def test_a_drafter_may_not_be_called_as_a_tree_is(world):
+    folder = world / "drafter"
+    config = settings(world, drafters=(f"a={folder}", f"a/tree 4={folder}"), batch_sizes=(1,), tree_nodes=(4,))
+    with pytest.raises(SpecaufError, match="a drafter named a/tree 4"):
+        benchmark(config, Console(quiet=True))
+
+
 def test_fewer_tokens_are_verified_for_drafters_alone(world):
     step, config = TargetStep(tiny.target_config(), (0, 1)), settings(world, verify_slots=3)
     for drafter, size in ((None, 1), (PromptLookup(4), 4), (tiny.drafter_config(), 3)):

@@ -24,7 +24,7 @@ from specauf_jax.decoding.speculate import draft_and_verify
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.measure import calibration
-from specauf_jax.models.heads import dspark
+from specauf_jax.models.heads import dspark, make_head
 from specauf_jax.models.heads.dspark import DSpark
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import TargetStep, target_head, target_states
@@ -299,15 +299,15 @@ def test_greedy_speculation_writes_the_targets_own_words(name):
     if not drafter.head.enable_confidence_head:
         assert all(g.survival == [] for g in found) and calibration(found) is None
         return
-    by_hand = [survival_by_hand(params, drafter, prompt) for prompt in prompts]
-    np.testing.assert_allclose([g.survival for g in found], by_hand, atol=1e-4)
+    alone = [survival_alone(params, drafter, prompt) for prompt in prompts]
+    np.testing.assert_allclose([g.survival for g in found], alone, atol=1e-4)
     shares = calibration(found)
     assert all(0 <= x <= 1 for x in shares["predicted"] + shares["observed"])
     assert np.all(np.diff(shares["predicted"]) <= 0) and len(shares["predicted"]) == drafter.block_size - 1
 
 
-def survival_by_hand(params, drafter, prompt):
-    """Round by round, of one prompt alone."""
+def survival_alone(params, drafter, prompt):
+    """The predictions of one prompt's rounds, added up."""
     config, target = test_domino.decoding(drafter), test_domino.serving_target()
     state, total = start(params, target, [prompt], config=config, max_new_tokens=20), 0.0
     step = jax.jit(draft_and_verify, static_argnames="config")
@@ -399,6 +399,30 @@ def test_a_flat_file_is_read_as_the_engines_read_it(tmp_path):
     path.write_text(json.dumps(values | inner))
     found, config = load_drafter(tmp_path / "out")
     assert config == drafter and tiny.same_bits(found, params)
+
+
+def test_settings_that_nothing_reads_are_refused():
+    for setting in ("confidence_head_alpha=0.5", "confidence_head_with_markov=false"):
+        with pytest.raises(SpecaufError, match="where it has no effect"):
+            make_head("dspark", ("enable_confidence_head=false", setting))
+    for alpha in (-3.0, float("inf"), float("nan")):
+        for enabled in (True, False):
+            with pytest.raises(SpecaufError, match="confidence_head_alpha"):
+                DSpark(confidence_head_alpha=alpha, enable_confidence_head=enabled)
+    DSpark(enable_confidence_head=False, confidence_head_alpha=0.0)  # as SpecForge writes it
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_speculators_own_default_is_shifted(missing, tmp_path):
+    drafter, params = drafter_and_params("vanilla")
+    save_target(TARGET_PARAMS, TARGET, tmp_path / "target")
+    save_drafter(params, drafter, tmp_path / "out", layout="speculators", verifier=str(tmp_path / "target"))
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text()) | {"sample_from_anchor": None}
+    if missing:
+        values.pop("sample_from_anchor")
+    path.write_text(json.dumps(values))
+    assert load_drafter(tmp_path / "out")[1].head.shift_label
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from scipy.stats import chisquare
 
 from specauf_jax import config as c
 from specauf_jax.decoding.baselines import PromptLookup
-from specauf_jax.decoding.generate import generate, stream
+from specauf_jax.decoding.generate import generate, start, stream
+from specauf_jax.decoding.speculate import draft_and_verify, propose_tree
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.decoding.tree import ancestors, grow, walk
 from specauf_jax.errors import SpecaufError
@@ -208,6 +209,46 @@ def test_greedy_trees_write_the_targets_own_words_and_more_of_them_a_round(name)
     assert taus[0] < taus[2] and taus[1] < taus[2], taus
 
 
+@heads
+def test_caches_hold_what_was_committed_and_nothing_else(name):
+    """After rounds with trees: what reading the committed tokens from the start gives, to rounding."""
+    drafter, params = drafter_of(name)
+    config, target = decoding(drafter, 20), test_domino.serving_target()
+    prompts, _ = test_domino.own_words()
+    state, rounds = start(params, target, prompts, config=config, max_new_tokens=24), []
+    step = jax.jit(draft_and_verify, static_argnames="config")
+    while not state.done.all():
+        state, done = step(params, target, state, config=config)
+        rounds.append(np.asarray(done.accepted))
+    assert np.max(rounds) >= 2
+    texts = [np.asarray(row[:length]).tolist() for row, length in zip(state.tokens, state.length, strict=True)]
+    again = start(params, target, texts, config=config, max_new_tokens=1)
+    for row, text in enumerate(texts):
+        for found, expected in zip(
+            jax.tree.leaves((state.target_cache, state.drafter_cache)),
+            jax.tree.leaves((again.target_cache, again.drafter_cache)),
+            strict=True,
+        ):
+            one, other = (np.asarray(x[:, row, : len(text) - 1]) for x in (found, expected))
+            np.testing.assert_allclose(one, other, atol=2e-3 * np.abs(other).max())  # the target sharpens rounding
+
+
+def test_the_rows_temperature_shapes_the_tree_and_may_be_as_low_as_it_likes():
+    drafter, params = drafter_of("dspark")
+    config, target = decoding(drafter, 12), test_domino.serving_target()
+    state = start(params, target, test_domino.own_words()[0], config=config, max_new_tokens=8)
+    anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
+
+    def paths(temperature):
+        heated = dataclasses.replace(state, temperature=jnp.full_like(state.temperature, temperature))
+        tree = propose_tree(params, target, heated, anchor, config=config)
+        return [frozenset(paths_of(tree, row)) for row in range(len(anchor))]
+
+    assert paths(0.0) == paths(1.0) != paths(3.0)
+    for low in (1e-3, 1e-30, 1e-37):
+        assert all(max(map(len, found)) == LEVELS for found in paths(low))
+
+
 def test_a_tree_of_one_node_a_level_is_the_chain():
     """A drafter that is sure of itself: its best paths are one path and its beginnings."""
     drafter, params = drafter_of("dflash")
@@ -283,6 +324,9 @@ def test_what_cannot_draft_trees_is_refused():
 
     for step, kind, changes, said in (
         (None, drafter, {"tree_nodes": 0}, "tree_nodes 0"),
+        (None, drafter, {"tree_nodes": 10**9}, "tree_nodes 1000000000"),
+        (None, drafter, {"tree_nodes": 2.5}, "tree_nodes 2.5"),
+        (None, drafter, {"tree_nodes": True}, "tree_nodes True"),
         (None, drafter, {"tree_nodes": 4, "verify_slots": 2}, "verify_slots 2"),
         (None, None, {"tree_nodes": 4}, "no drafter that predicts"),
         (None, PromptLookup(4), {"tree_nodes": 4}, "no drafter that predicts"),

@@ -602,6 +602,11 @@ def test_speculators_layout(tmp_path):
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids"),
         ({"sample_from_anchor": 1}, "sample_from_anchor is 1"),
         ({"transformer_layer_config": []}, "transformer_layer_config is []"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"is_causal": True}, "is_causal is True"),
+        ({"architectures": ["DSparkSpeculator"]}, "architecture 'DSparkSpeculator' of a dflash"),
+        ({"dflash_config": {"shift_label": True}}, "dflash_config beside speculators_model_type"),
+        ({"target_layer_ids": [0]}, "target_layer_ids beside"),
     ],
 )
 def test_what_speculators_layout_can_hold_and_we_cannot_read(tmp_path, values, said):

@@ -17,6 +17,7 @@ from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import is_primary
 from specauf_jax.environment import describe_environment, float32_precision
+from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.exactness import compare, said
 from specauf_jax.evaluation.measure import alpha, tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
@@ -95,6 +96,9 @@ def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> 
         params = serving_params(load_drafter(folder, config.dtype, models.mesh)[0])
         methods[name] = chain = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
         for nodes in config.tree_nodes:
+            if f"{name}/tree {nodes}" in folders:
+                raise SpecaufError(f"a drafter named {name}/tree {nodes}", "names other than those of the trees",
+                                   "give it another name")  # fmt: skip
             methods[f"{name}/tree {nodes}"] = Method(dataclasses.replace(chain.decoding, tree_nodes=nodes), params)
     return methods
 

@@ -23,7 +23,7 @@ class Benchmark:
     template_args: tuple[str, ...] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false."""
     drafters: tuple[str, ...] = ()
-    """NAME=DIR: drafter folders in z-lab layout."""
+    """NAME=DIR: drafter folders."""
     verify_slots: VerifySlots = None
     """Tokens that the target verifies per round, where fewer than the drafter's block holds are faster; auto measures
     which (at temperature 0); none for all."""

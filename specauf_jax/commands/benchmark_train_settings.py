@@ -17,7 +17,7 @@ class BenchmarkTrain:
     out: str
     """JSON to write: training, meta."""
     drafter: str | None = None
-    """Drafter folder in z-lab layout, whose weights the step starts from: they decide how many slots `auf` needs. None
+    """Drafter folder, whose weights the step starts from: they decide how many slots `auf` needs. None
     takes the recipe's `init_from`, or random weights."""
     objectives: tuple[ObjectiveName, ...] = ("auf", "decay")
     """One after another within each repeat. The recipe's own (of several one after another that of --objective)

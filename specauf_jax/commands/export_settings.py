@@ -22,10 +22,10 @@ class Export:
     step: Literal["last", "best"] | int = "last"
     """Checkpoint of the run to take."""
     drafter: str | None = None
-    """Drafter folder in z-lab or SpecForge layout."""
+    """Drafter folder in any of these layouts."""
     layout: Literal["zlab", "specforge", "speculators"] = "zlab"
-    """zlab: SGLang, vLLM, tpu-inference, sglang-jax. specforge: the same, but Domino under DominoDraftModel, the name
-    that SpecForge trains. speculators: plain DFlash with its own keys; names the target."""
+    """zlab: SGLang, vLLM, tpu-inference, sglang-jax. specforge: the same, but Domino and DSpark under the
+    architectures that SpecForge trains. speculators: DFlash and DSpark with its own keys; names the target."""
     dtype: Dtype = "float32"
     """Of the file."""
     target: str | None = None

@@ -17,7 +17,7 @@ class Generate:
     """JSONL: {"prompt": str}, {"turns": [...]} (chat template applied, turns answered one after another), or
     conversations, whose user turns are taken; compressed by gzip or not."""
     drafter: str | None = None
-    """Drafter folder in z-lab layout, for --method speculative."""
+    """Drafter folder, for --method speculative."""
     method: Literal["speculative", "autoregressive"] = "speculative"
     template_args: tuple[str, ...] = ()
     """NAME=VALUE for the chat template, such as enable_thinking=false; none takes those of the drafter's training."""

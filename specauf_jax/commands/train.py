@@ -1,4 +1,4 @@
-"""`specauf train`: a DFlash or Domino drafter against a frozen target."""
+"""`specauf train`: a drafter against a frozen target."""
 
 import dataclasses
 
@@ -162,11 +162,7 @@ def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
         return
     where = f"by a head without a base branch ({head.projector_type})"
     if "base" in head.branches:
-        where = (
-            f"with lambda_base_decay_ratio 0, as {head.projector_type} has it unless told"
-            if ratio is None
-            else ("with lambda_base_decay_ratio 0")
-        )
+        where = f"with lambda_base_decay_ratio 0{f', the default of {head.projector_type}' if ratio is None else ''}"
     else:
         unused(config.train, "lambda_base_decay_ratio", when=where)
     unused(config, "base_objective", when=where)

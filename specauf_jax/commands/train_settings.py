@@ -10,7 +10,7 @@ from specauf_jax.errors import SpecaufError
 
 @dataclass(frozen=True)
 class Train:
-    """Train a DFlash or Domino drafter against a frozen target."""
+    """Train a DFlash, Domino or DSpark drafter against a frozen target."""
 
     target: str
     """Target folder in Hugging Face layout."""
@@ -20,13 +20,13 @@ class Train:
     """Run folder: config.json, metrics.jsonl, TensorBoard events, checkpoints/ and drafter/ (z-lab layout)."""
     drafter: Drafter = Drafter()
     init_from: str | None = None
-    """Drafter folder (z-lab layout) to fine-tune with a fresh optimiser; --drafter may only repeat what it says."""
+    """Drafter folder to fine-tune with a fresh optimiser; --drafter may only repeat what it says."""
     objective: Objective = Objective()
     objectives: str | None = None
     """One objective after another, each from a share of the steps on, such as decay@0,auf@0.8. The one that --objective
     names takes its settings from there; the others share its loss."""
     base_objective: Objective = Objective()
-    """domino: objective of the base branch; --objective is the final branch's."""
+    """domino, dspark: objective of the base branch; --objective is the final branch's."""
     train: TrainOptimisation = TrainOptimisation()
     mesh: Mesh = Mesh()
     hosts: Hosts = Hosts()

@@ -58,7 +58,7 @@ def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
     last = state.length[:, None] - 1
     anchor, levels = jnp.take_along_axis(state.tokens, last, axis=1), config.block_size - 1
-    tree = propose_tree(drafter_params, target_params, state, anchor, keys, config=config)
+    tree = propose_tree(drafter_params, target_params, state, anchor, config=config)
     with jax.named_scope("verify"):
         logits, taps, read = config.target_step.read_tree(
             target_params, tree.tokens, last, tree.depths, ancestors(tree, levels), state.target_cache
@@ -74,7 +74,7 @@ def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config
 
 
 @jax.named_scope("propose")
-def propose_tree(drafter_params, target_params, state: DecodeState, anchor, keys, *, config: Decoding) -> Tree:
+def propose_tree(drafter_params, target_params, state: DecodeState, anchor, *, config: Decoding) -> Tree:
     """The likeliest paths of drafts, of which nothing is drawn. Arguments as for `propose`."""
     assert config.model is not None and config.tree_nodes is not None
     hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)

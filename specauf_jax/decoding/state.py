@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from specauf_jax.architecture import ResolvedDrafter
+from specauf_jax.config import MOST_TREE_NODES
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.layers import KVCache
@@ -50,8 +51,10 @@ class Decoding:
 
     def _check_tree(self):
         what, methods = f"tree_nodes {self.tree_nodes}", ("read_tree", "keep")
-        if self.tree_nodes < 1:
-            raise SpecaufError(what, "at least 1", "change --tree-nodes, or leave it out")
+        if type(self.tree_nodes) is not int or not 1 <= self.tree_nodes <= MOST_TREE_NODES:
+            raise SpecaufError(
+                what, f"a whole number from 1 to {MOST_TREE_NODES}", "change --tree-nodes, or leave it out"
+            )
         if self.model is None or self.verify_slots is not None:
             other = "no drafter that predicts" if self.model is None else f"verify_slots {self.verify_slots}"
             raise SpecaufError(f"{what} with {other}", "a drafter, and all of its slots", "leave one of the two out")

@@ -56,7 +56,8 @@ def grow(
         states, logits = head.next_logits(
             params, states, tokens, n, hidden[:, None], logits[:, None], embedding=embedding
         )
-        likely, after = lax.top_k(jax.nn.log_softmax(logits / heat), most)  # [B, N, most], [B, 1, most] of all alike
+        below = logits - logits.max(-1, keepdims=True)  # so that no heat, however low, makes infinities of the best
+        likely, after = lax.top_k(jax.nn.log_softmax(below / heat), most)  # [B, N, most], [B, 1, most] of all alike
         paths = (scores[..., None] + likely).reshape(B, -1)
         after = jnp.broadcast_to(after, (B, nodes, most)).reshape(B, -1)
         scores, best = lax.top_k(paths, nodes)

@@ -102,9 +102,12 @@ def _round(drafter_params, target_params, state: DecodeState, *, config: Decodin
 def _draft(drafter_params, target_params, state: DecodeState, *, config: Decoding) -> DecodeState:
     """The drafter's two passes: proposing K-1 tokens, and reading K new positions of its context."""
     anchor, positions = _anchor(state, config)
-    proposing = propose if config.tree_nodes is None else propose_tree
-    proposal = proposing(drafter_params, target_params, state, anchor[:, None], state.keys, config=config)
-    last = proposal.tokens.max(axis=1, initial=0)
+    given = drafter_params, target_params, state, anchor[:, None]
+    if config.tree_nodes is None:
+        tokens = propose(*given, state.keys, config=config).tokens
+    else:
+        tokens = propose_tree(*given, config=config).tokens
+    last = tokens.max(axis=1, initial=0)
     if config.model is not None:
         block = jnp.broadcast_to(anchor[:, None], positions.shape)
         taps = jax.eval_shape(config.target_step, target_params, block, positions, state.target_cache)[1]

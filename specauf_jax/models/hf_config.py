@@ -45,6 +45,12 @@ _DFLASH_KEYS = (
     *_LABELS,
 )
 """Keys that stand in dflash_config, or at the top level; with them the settings of the head."""
+_SPECULATORS_KEYS = (
+    *("speculators_model_type", "speculators_config", "transformer_layer_config", "aux_hidden_state_layer_ids"),
+    *("sample_from_anchor", "draft_vocab_size", "block_size", "mask_token_id", "quantization_config", "is_causal"),
+    *("speculators_version", "target_hidden_size"),  # of no effect
+    *(field.name for head in _SPECULATORS.values() for field in dataclasses.fields(head)),
+)
 DRAFTER_KEYS = (
     *(*TARGET_KEYS, *_DFLASH_KEYS, "dflash_config"),
     *(field.name for head in head_types().values() for field in dataclasses.fields(head)),
@@ -208,6 +214,14 @@ def _from_speculators(values: dict, where: str) -> dict:
             f"{where}: speculators_model_type {kind!r}", f"one of {', '.join(_SPECULATORS)}", "use another drafter"
         )
     head, body = _SPECULATORS[kind], _object(values, where, "transformer_layer_config")
+    assert head.speculator is not None
+    check_keys(values, where, _SPECULATORS_KEYS)
+    if _architecture(values, where) not in (named := (head.speculator.architecture, *head.architectures)):
+        raise SpecaufError(f"{where}: architecture {_architecture(values, where)!r} of a {kind}", " or ".join(named),
+                           "correct the file")  # fmt: skip
+    if other := sorted({"dflash_config", "target_layer_ids", "shift_label", "projector_type"} & values.keys()):
+        raise SpecaufError(f"{where}: {other[0]} beside speculators_model_type", "the keys of one layout",
+                           f"remove {other[0]}, or speculators_model_type")  # fmt: skip
     if values.get("draft_vocab_size") not in (None, body.get("vocab_size")):
         raise SpecaufError(
             f"{where}: draft_vocab_size is {values['draft_vocab_size']!r}",
@@ -221,10 +235,12 @@ def _from_speculators(values: dict, where: str) -> dict:
     names = ("block_size", "mask_token_id", *(field.name for field in dataclasses.fields(head)))
     dflash = {name: values[name] for name in names if name in values} | {
         "projector_type": head.projector_type,
-        "shift_label": _flag(values, where, "sample_from_anchor"),
         "target_layer_ids": [i - 1 for i in _list(values, where, "aux_hidden_state_layer_ids", int)],
     }
-    return body | {"architectures": [head.architectures[0]], "dflash_config": dflash}
+    if values.get("sample_from_anchor") is not None:
+        dflash["shift_label"] = _flag(values, where, "sample_from_anchor")
+    kept = {name: values[name] for name in ("quantization_config", "is_causal") if name in values}
+    return body | kept | {"architectures": [head.architectures[0]], "dflash_config": dflash}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -244,7 +244,7 @@ def read_folder(drafter, target) -> Folder:
         raise SpecaufError(
             f"{file}: {'a drafter in the layout of speculators' if 'speculators_model_type' in config else named}",
             f"a drafter in z-lab's layout: {' or '.join(DRAFTER_ARCHITECTURES)}, with dflash_config",
-            "pass such a folder, or convert it first (layer ids of speculators are one higher)",
+            "pass such a folder, or convert it first: specauf export --drafter DIR --out NEW --layout zlab",
         )
     tensors, unreadable = {}, None
     try:

@@ -47,7 +47,11 @@ def make_head(projector_type: str, settings: tuple[str, ...] = ()) -> Head:
         if not (name and equals and value) or name in values:
             raise SpecaufError(f"drafter.head {setting!r}", "NAME=VALUE, each name once", "correct --drafter.head")
         values[name] = _parsed(value)
-    return from_dict(head_type(projector_type), values, "drafter.head")
+    head = from_dict(head_type(projector_type), values, "drafter.head")
+    if idle := [name for name in head.unread if name in values]:
+        raise SpecaufError(f"drafter.head {idle[0]}={values[idle[0]]}, where it has no effect",
+                           "only settings that something reads", f"leave {idle[0]} out")  # fmt: skip
+    return head
 
 
 def head_settings(head: Head) -> dict:

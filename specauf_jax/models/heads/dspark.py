@@ -6,6 +6,7 @@ draft. n counts drafts as in Domino's head: draft n is the token n + 1 after the
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,7 @@ from jax import lax
 
 from specauf_jax.architecture import Head, Speculator
 from specauf_jax.checks import choice, positive
+from specauf_jax.errors import SpecaufError
 from specauf_jax.kernels.lm_head import chunked_scores, project
 from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.objectives import confidence_scores, label_scores
@@ -62,11 +64,18 @@ class DSpark(Head):
 
     def __post_init__(self):
         positive(self, "markov_rank", *(["confidence_head_alpha"] if self.enable_confidence_head else []))
+        if not 0 <= self.confidence_head_alpha < math.inf:
+            found = f"confidence_head_alpha is {self.confidence_head_alpha}"
+            raise SpecaufError(found, "a finite number of at least 0", "set it to 1")
         choice(self, "markov_head_type", typing.get_args(MarkovHeadType))
 
     @property
     def first_slot(self) -> int:
         return 0 if self.shift_label else 1
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        return () if self.enable_confidence_head else ("confidence_head_alpha", "confidence_head_with_markov")
 
     @property
     def sample_from_anchor(self) -> bool:
