@@ -88,9 +88,7 @@ class DSpark(Head):
 
     def modules(self, drafter, rngs):
         D, R = drafter.hidden_size, self.markov_rank
-        found: dict[str, nnx.Module] = {
-            "markov_head": MarkovHead(D, drafter.vocab_size, R, self.markov_head_type, rngs=rngs)
-        }
+        found = {"markov_head": MarkovHead(D, drafter.vocab_size, R, self.markov_head_type, rngs=rngs)}
         if self.enable_confidence_head:
             found["confidence_head"] = ConfidenceHead(D + R * self.confidence_head_with_markov, rngs=rngs)
         return found
