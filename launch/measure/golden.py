@@ -181,7 +181,9 @@ class Case:
         return flatten(jax.grad(value)(self.params), np.float32)
 
     def loss(self, objective: Objective, config: ResolvedDrafter | None = None) -> LossConfig:
-        return LossConfig(drafter=config or self.config, objective=objective, base_objective=objective)
+        drafter = config or self.config
+        base = objective if "base" in drafter.head.branches else None
+        return LossConfig(drafter=drafter, objective=objective, base_objective=base)
 
     def blocks(self, config: ResolvedDrafter | None = None):
         """BlockBatch, hidden states of all slots, which blocks are kept."""

@@ -58,6 +58,12 @@ def drafter_config(name):
     return make(TARGET, **COMMON | DRAFTERS[name])
 
 
+def both_branches(config, objective):
+    """The same objective for all branches of a head, which train if λ lets them."""
+    trains = config.head.base_ratio(None)
+    return LossConfig(drafter=config, objective=objective, base_objective=objective if trains else None)
+
+
 def is_domino(name):
     return "domino" in name
 
@@ -206,7 +212,7 @@ def test_both_losses_of_domino_and_their_gradients_equal_those_of_specforge(name
     params, config, theirs, backend = pair
     model, (target_params, _) = peers.read_target(target), load_target(target)
     objective = Objective("decay", gamma=gamma) if gamma else Objective("full")
-    loss_config = LossConfig(drafter=config, objective=objective, base_objective=objective)
+    loss_config = both_branches(config, objective)
     arguments = target_head(target_params), our_batch(target_params, config, *rows()), ANCHORS, KEEP
     features = their_features(model, rows()[0], config.target_layer_ids)
     settings = {"shift_label": config.head.shift_label, "loss_decay_gamma": gamma}
@@ -270,7 +276,7 @@ def test_documents_packed_in_a_row_train_as_rows_of_their_own_in_specforge(name,
     anchors = np.array([[0, 8, 21], [0, 9, 14]], np.int32)
     batch = our_batch(target_params, config, packed, packed_mask, ids, positions)
     both = (anchors + np.array(starts, np.int32)[:, None]).reshape(1, -1)
-    loss_config = LossConfig(drafter=config, objective=Objective("full"), base_objective=Objective("full"))
+    loss_config = both_branches(config, Objective("full"))
     (loss, _), gradients = loss_and_gradient(
         params, target_head(target_params), batch, both, both >= 0, 0.5, config=loss_config
     )
@@ -311,9 +317,8 @@ def trained(name):
                   positions=positions)  # fmt: skip
     settings = TrainOptimisation(steps=60, learning_rate=1e-2)
     optimizer = make_optimizer(settings)
-    step = make_train_step(LossConfig(drafter=config, objective=Objective("decay"), base_objective=Objective("decay"),
-                                      num_anchors=16),
-                           TARGET, optimizer, lambda_base=lambda_base_schedule(settings, config.head))  # fmt: skip
+    loss = dataclasses.replace(both_branches(config, Objective("decay")), num_anchors=16)
+    step = make_train_step(loss, TARGET, optimizer, lambda_base=lambda_base_schedule(settings, config.head))
 
     @jax.jit
     def train(state, target_params, batch):
