@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_decoding
 import test_domino
 import test_overfit
 import test_soft_losses
 import tiny
-from scipy.stats import chisquare
 
 from specauf_jax import config as c
 from specauf_jax.config import Objective
@@ -325,15 +323,7 @@ def test_sampled_speculation_follows_the_targets_law(name):
     found = generate(params, target, [prompt] * draws, config=test_domino.decoding(drafter), max_new_tokens=3,
                      sampling=sampling, seed=1, batch_size=draws)  # fmt: skip
     assert {0, 1, 2} <= {n for g in found for n in g.accepted}
-    outcomes = np.ravel_multi_index(np.asarray([g.tokens for g in found]).T, (17,) * 3)
-    observed = np.bincount(outcomes, minlength=17**3)
-    law = test_decoding.enumerated_law(target, prompt, 3, sampling)
-    assert not observed[law == 0].any()
-    common = law * draws >= 8
-    expected = np.append(law[common], law[~common].sum()) * draws
-    seen = np.append(observed[common], observed[~common].sum())
-    kept = expected > 0
-    assert kept.sum() > 30 and chisquare(seen[kept], expected[kept]).pvalue > 0.01
+    test_domino.assert_law(found, target, sampling)
 
 
 @forms
@@ -465,8 +455,7 @@ def test_bfloat16_computes_in_its_own_precision():
     assert abs(one.confidence.numerator / other.confidence.numerator - 1) < 0.05
 
 
-def test_decoding_refuses_nothing_that_it_has():
-    """Fewer slots are verified than the block holds: predictions of those alone."""
+def test_fewer_verified_slots_have_fewer_predictions():
     drafter, params = serving_drafter("vanilla")
     config = Decoding(TargetStep(test_domino.SERVING, (0, 2)), drafter, verify_slots=2)
     prompts, texts = test_domino.own_words()

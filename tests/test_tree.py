@@ -12,7 +12,6 @@ import pytest
 import test_decoding
 import test_domino
 import tiny
-from scipy.stats import chisquare
 
 from specauf_jax import config as c
 from specauf_jax.decoding.baselines import PromptLookup
@@ -272,15 +271,7 @@ def test_sampled_trees_follow_the_targets_law(name, sampling):
     found = generate(params, target, [prompt] * draws, config=decoding(drafter, 10), max_new_tokens=3,
                      sampling=sampling, seed=1, batch_size=draws)  # fmt: skip
     assert {0, 1} <= {n for g in found for n in g.accepted}
-    outcomes = np.ravel_multi_index(np.asarray([g.tokens for g in found]).T, (V,) * 3)
-    observed = np.bincount(outcomes, minlength=V**3)
-    law = test_decoding.enumerated_law(target, prompt, 3, sampling)
-    assert not observed[law == 0].any()
-    common = law * draws >= 8
-    expected = np.append(law[common], law[~common].sum()) * draws
-    seen = np.append(observed[common], observed[~common].sum())
-    kept = expected > 0
-    assert kept.sum() > 10 and chisquare(seen[kept], expected[kept]).pvalue > 0.01
+    test_domino.assert_law(found, target, sampling, least=10)
 
 
 def test_a_row_depends_neither_on_its_neighbours_nor_on_streaming():

@@ -64,16 +64,13 @@ def grow(
         parents = best // most
         states = jnp.take_along_axis(states, parents[..., None], axis=1)
         tokens = jnp.take_along_axis(after, best, axis=1)
-        return (states, tokens, scores), (tokens, parents, scores)
+        return (states, tokens, scores), (tokens, jnp.where(n == 0, -1, (n - 1) * nodes + parents), scores)
 
     first = jnp.where(jnp.arange(nodes) == 0, 0.0, -jnp.inf)  # one node, the root
     start = head.first_state((B, nodes), hidden.dtype), jnp.broadcast_to(anchor, (B, nodes)), jnp.tile(first, (B, 1))
     slots = jnp.arange(levels), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(logits, 1, 0)
     _, (tokens, parents, scores) = lax.scan(level, start, slots)  # [K-1, B, N] each
     tokens, parents, scores = (jnp.moveaxis(x, 0, 1).reshape(B, -1) for x in (tokens, parents, scores))
-    parents = jnp.where(
-        jnp.arange(levels * nodes) < nodes, -1, parents + (jnp.arange(levels * nodes) // nodes - 1) * nodes
-    )
     return _best(tokens, parents, scores, anchor, nodes)
 
 

@@ -124,11 +124,8 @@ def _target(drafter_params, target_params, state: DecodeState, *, config: Decodi
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
     else:
         nodes = jnp.broadcast_to(anchor[:, None], (len(anchor), config.tree_nodes + 1))
-        depths, sees = (
-            jnp.ones_like(nodes),
-            jnp.broadcast_to(jnp.eye(nodes.shape[1], dtype=bool), (*nodes.shape, nodes.shape[1])),
-        )
-        cache = state.target_cache
+        depths, cache = jnp.ones_like(nodes), state.target_cache
+        sees = jnp.broadcast_to(jnp.eye(nodes.shape[1], dtype=bool), (*nodes.shape, nodes.shape[1]))
         logits, taps, read = config.target_step.read_tree(target_params, nodes, positions[:, :1], depths, sees, cache)
         path = jnp.broadcast_to(jnp.arange(config.block_size) % nodes.shape[1], positions.shape)
         cache = config.target_step.keep(cache, read, path, positions)
