@@ -21,7 +21,7 @@ from specauf_jax.models.weights import load_drafter, save_target
 ROOT = MEASURE.parents[1]
 SMALL = ["--arms", "decay_auf", "auf", "decay", "--seeds", 0, 1, "--steps", 6, "--points", 2, "--save-every", 4,
          "--batch-size", 2, "--anchors", 4, "--layers", 1, "--block-size", 4, "--eval-prompts", 3, "--point-prompts", 2,
-         "--eval-tokens", 8, "--eval-batch-size", 4]  # fmt: skip
+         "--eval-tokens", 8, "--eval-batch-size", 4, "--tree-nodes", 3]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_study_goes_on_bit_for_bit(script, world, straight, tmp_path, monkeypa
     assert measured(out) == before and not weights(out)
     called(script, monkeypatch, *world, *SMALL, "--out", out)
     assert capsys.readouterr().out.splitlines()[-1] == "real_target: everything is trained and measured"
-    assert measured(out) == measured(straight) and len(measured(out)) == 4 + 5 * 3
+    assert measured(out) == measured(straight) and len(measured(out)) == 4 + 5 * 4
     assert weights(out) == weights(straight) and len(weights(out)) == 5
     assert len({*weights(out).values()}) == 5  # no arm or seed is another
     called(script, monkeypatch, *world, *SMALL, "--out", out)  # nothing is done again
@@ -158,7 +158,7 @@ def test_tables(straight, capsys):
     lines = text.splitlines()
     results = json.loads((straight / "results.json").read_text())["tables"]
     titles = [line.strip("*") for line in lines if line.startswith("**")]
-    assert titles == [title for title, table in results.items() if table] and len(titles) == 7
+    assert titles == [title for title, table in results.items() if table] and len(titles) == 8
     final = results[titles[0]]
     assert list(final) == ["decay", "auf", "decay_auf"]
     assert len(final["decay"]["json (3)"]) == 2 and len(final["decay_auf"]["json (3)"]) == 1
@@ -166,11 +166,14 @@ def test_tables(straight, capsys):
     [difference] = [line for line in lines if line.startswith("| auf - decay |")]
     a, b = final["auf"]["all"], final["decay"]["all"]
     assert f"{a[0] - b[0]:+.3f} {a[1] - b[1]:+.3f}" in difference
-    steps = results[titles[5]]
+    trees = results[titles[2]]
+    assert [cells["exact"].split(" (")[0] for cells in trees.values()] == ["24 of 24", "24 of 24", "12 of 12"]
+    assert all(cells["chain"] == final[name]["all"] != cells["N = 3"] for name, cells in trees.items())
+    steps = results[titles[6]]
     assert [list(cells) for cells in steps.values()] == [["3", "6"], ["3", "6"], ["6"]]
     blocks = [json.loads((straight / f"measured/decay_{seed}/6_blocks.json").read_text())["blocks"] for seed in (0, 1)]
-    assert results[titles[3]]["decay"]["accuracy"] == [found["common_token_accuracy"] for found in blocks]
-    assert results[titles[6]][""].keys() == {"target", "decay", "auf", "decay_auf"}
+    assert results[titles[4]]["decay"]["accuracy"] == [found["common_token_accuracy"] for found in blocks]
+    assert results[titles[7]][""].keys() == {"target", "decay", "auf", "decay_auf"}
 
 
 def test_figures_of_the_tables(tmp_path):
@@ -199,6 +202,26 @@ def test_figures_of_the_tables(tmp_path):
     assert "| auf - decay | 0.667 ± 0.000: +0.667 +0.667 | 1.000 ± 0.000: +1.000 +1.000 |" in text
     assert "| 4 of 4 |" in text
     assert text.endswith("| | 10 |\n|---|---|\n| decay | 1.250 ± 0.354 (2) |\n| auf | 2.250 ± 0.354 (2) |")
+
+
+def test_parts_of_a_study_are_one(script, world, straight, tmp_path, monkeypatch, capsys):
+    """The second seed and another arm in folders of their own; a part with other steps is refused."""
+    parts = [tmp_path / name for name in ("first", "second", "third")]
+    for part, line in zip(
+        parts, (["--seeds", 0], ["--seeds", 1, "--arms", "decay", "auf"], ["--seeds", 0, "--arms", "full"]), strict=True
+    ):
+        called(script, monkeypatch, *world, *SMALL, *line, "--out", part)
+    run("real_target_report.py", "--out", straight)
+    expected = json.loads((straight / "results.json").read_text())["tables"]
+    assert run("real_target_report.py", "--out", *parts) == 0
+    found = json.loads((parts[0] / "results.json").read_text())["tables"]
+    for title, table in expected.items():
+        if not title.startswith("Seconds"):
+            assert table == {name: cells for name, cells in found[title].items() if name != "full"}, title
+    assert "full" in found["tau at temperature 1"]
+    called(script, monkeypatch, *world, *SMALL, "--seeds", 0, "--steps", 4, "--out", tmp_path / "other")
+    with pytest.raises(SystemExit, match="other/study.json is of another study than .*: steps differ"):
+        load("real_target_report.py").report(parts[0], tmp_path / "other")
 
 
 def test_another_study_is_refused(script, world, straight, monkeypatch):

@@ -5,8 +5,8 @@
 launch/measure/real_target.sh makes target and data and calls this; real_target_report.py prints tables of it.
 All arms of a seed learn from the same rows in the same order, at the same anchors, from the same weights. The target
 reads each row once, for all arms and epochs, and DIR keeps its features. At --points equally distant steps every arm
-decodes a few prompts, after the last one all prompts, at temperature 0 and 1. Run again, it goes on where it stopped,
-bit for bit.
+decodes a few prompts, after the last one all prompts, at temperature 0 (with draft trees too) and 1, always in float32,
+so that texts that part are faults and not rounding. Run again, it goes on where it stopped, bit for bit.
 """
 
 import argparse
@@ -64,7 +64,7 @@ HELD_OUT_ROWS = 64  # that tell the accuracy
 CURVE_SETS = 3  # sets of prompts that are decoded at every point
 HEADS = {"domino": ("emb_dim=64", "gru_hidden_dim=256"), "dspark": ("markov_rank=64",)}
 SETTINGS = ("target", "data", "arms", "every_seed", "seeds", "steps", "batch_size", "anchors", "layers", "block_size",
-            "learning_rate", "dtype", "points", "point_prompts", "eval_tokens")  # fmt: skip
+            "learning_rate", "dtype", "points", "point_prompts", "eval_tokens", "tree_nodes")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +146,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--layers", type=int, default=2, help="of a drafter")
     add("--block-size", type=int, default=8, help="K of all arms but those of K = 16")
     add("--learning-rate", type=float, default=1e-3)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of training")
     add("--save-every", type=int, default=50, help="steps")
     add("--points", type=int, default=5, help="steps at which the arms decode, the last one among them")
     add("--eval-prompts", type=int, default=40, help="of each set, after the last step")
     add("--point-prompts", type=int, default=12, help=f"of each of {CURVE_SETS} sets, at the points before it")
     add("--eval-tokens", type=int, default=128, help="most new tokens of a prompt")
     add("--eval-batch-size", type=int, default=16)
+    add("--tree-nodes", type=int, nargs="+", default=[], metavar="N", help="draft trees to decode with at the end, too")
     add("--check", action="store_true", help="only read the arguments")
     arguments = parser.parse_args()
     arguments.arms = [name for name in ARMS if name in arguments.arms]
@@ -178,7 +179,7 @@ class Study:
     end: float  # of time.monotonic()
     target: Target
     params: dict
-    serving: dict
+    serving: dict  # in float32
     rows: dict[str, np.ndarray]  # of all datasets: [rows, S]
     mask: int
     stops: tuple[int, ...]
@@ -241,7 +242,8 @@ def open_study(arguments: argparse.Namespace) -> Study:
     if path.exists() and (found := json.loads(path.read_text())) | record != found:
         raise SpecaufError(f"{path} is of a study with other settings", json.dumps(record), "choose another --out")
     write_text(path, json.dumps(record | {"environment": describe_environment()}, indent=2) + "\n")
-    serving, stops = serving_params(params), tokenizer.stops
+    serving = params if arguments.dtype == "float32" else load_target(folder, "float32")[0]
+    serving, stops = serving_params(serving), tokenizer.stops
     study = Study(arguments, end, target, params, serving, rows, mask, stops, prompts, record)
     print(f"real_target: {record['rows']} rows, mask token {mask}, layers {study.taps} of the target, "
           f"prompts {record['prompts']}, {jax.devices()[0].device_kind}", flush=True)  # fmt: skip
@@ -429,8 +431,9 @@ targets_of = jax.jit(with_target, static_argnames=("config", "target"))
 
 
 def missing(study: Study, seed: int, step: int) -> list[tuple[str, str]]:
-    """(arm, what) at a point that was not measured: decoding at temperature 0, and at the end at 1, and blocks."""
-    every = ("t0", "t1", "blocks") if step == study.arguments.steps else ("t0",)
+    """(arm, what) at a point that was not measured: decoding at temperature 0, and at the end all else."""
+    trees = [f"tree{nodes}" for nodes in study.arguments.tree_nodes]
+    every = ("t0", "blocks", *trees, "t1") if step == study.arguments.steps else ("t0",)
     open_ = [(name, what) for what in every for name in study.arms(seed, step)]
     return [(name, what) for name, what in open_ if not path_of(study, name, seed, step, what).exists()]
 
@@ -450,7 +453,10 @@ def measure(study: Study, name: str, seed: int, step: int, what: str, params: di
     else:
         count = None if last else study.arguments.point_prompts
         sets = {key: study.prompts[key][:count] for key in (study.prompts if last else curve_sets(study.prompts))}
-        found = {"sets": of_sets(study, study.drafter(ARMS[name]), params, sets, own, float(what[1:]))}
+        config = decoding_of(study, study.drafter(ARMS[name]))
+        if what.startswith("tree"):
+            config = dataclasses.replace(config, tree_nodes=int(what.removeprefix("tree")))
+        found = {"sets": of_sets(study, config, params, sets, own, temperature=float(what == "t1"))}
         shown = f"tau {tau_micro([h for values in found['sets'].values() for h in values['accepted']]):.3f}"
     if last and what == "t0":
         export(study, name, seed, params)
@@ -471,12 +477,13 @@ def export(study: Study, name: str, seed: int, params: dict) -> None:
     save_drafter(params, drafter, study.arguments.out / "drafters" / f"{name}_{seed}", provenance=origin)
 
 
-def of_sets(study: Study, drafter: ResolvedDrafter, params: dict, sets: dict, own: dict, temperature: float) -> dict:
+@float32_precision("float32")
+def of_sets(study: Study, config: Decoding, params: dict, sets: dict, own: dict, temperature: float) -> dict:
     """Set → measures of decoding; of every prompt its rounds' accepted drafts, and those of rounds outside loops."""
-    params = serving_params(jax.tree.map(lambda x: x.astype(study.arguments.dtype), params))
-    measures, config, size = {}, decoding_of(study, drafter), study.arguments.eval_batch_size
+    params = serving_params(params)
+    measures, K, size = {}, config.block_size, study.arguments.eval_batch_size
     for key, found in decode(study, config, params, sets, temperature).items():
-        values = measures[key] = acceptance_measures(found, drafter.block_size) | {"block_size": drafter.block_size}
+        values = measures[key] = acceptance_measures(found, K) | {"block_size": K}
         values["accepted"] = [g.accepted for g in found]
         values["outside"] = [outside_loops(g.prompt, g.tokens, g.accepted) for g in found]
         if temperature == 0:
@@ -497,6 +504,7 @@ def decode(study: Study, config: Decoding, params, sets: dict, temperature: floa
 
 
 @functools.cache
+@float32_precision("float32")
 def own_answers(study: Study) -> dict[str, list[Generation]]:
     """The target's own greedy answers to all prompts, once for all arms."""
     path = study.arguments.out / "own.json"

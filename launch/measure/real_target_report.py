@@ -1,6 +1,7 @@
 """Tables of what launch/measure/real_target.py has measured so far, as Markdown.
 
     python launch/measure/real_target_report.py --out DIR
+    python launch/measure/real_target_report.py --out DIR DIR2 DIR3    # parts with other arms or seeds, as one study
 
 A figure is the mean over seeds ± their standard deviation, with their number in brackets; that of one seed stands
 alone. DIR/results.json gets the values of every seed, DIR/report.md the tables.
@@ -9,6 +10,7 @@ alone. DIR/results.json gets the values of every seed, DIR/report.md the tables.
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 
 from specauf_jax.evaluation.measure import alpha, tau_macro, tau_micro
@@ -16,29 +18,35 @@ from specauf_jax.evaluation.measure import alpha, tau_macro, tau_micro
 PAIRS = (("auf", "decay"), ("dpace", "decay"), ("auf_decay", "auf"), ("decay_auf", "decay"),
          ("domino_b_auf_d", "domino_baseline"), ("auf_k16", "decay_k16"))  # fmt: skip
 FIRST_ALPHAS = 7
+ANY = ("arms", "seeds", "every_seed", "tree_nodes", "environment")  # may differ from part to part
 SHOWN = ("target", "documents", "supervised_tokens", "steps", "batch_size", "anchors", "layers", "block_size",
          "learning_rate", "dtype", "eval_tokens")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the study's folder")
-    print(report(parser.parse_args().out))
+    parser.add_argument("--out", type=Path, nargs="+", required=True, help="the study's folder, or those of its parts")
+    print(report(*parser.parse_args().out))
 
 
-def report(out: Path) -> str:
+def report(out: Path, *others: Path) -> str:
     """The tables; out/results.json and out/report.md are written."""
-    study = json.loads((out / "study.json").read_text())
-    files = [json.loads(path.read_text()) for path in (out / "measured").glob("*/*.json")]
+    parts = [out, *others]
+    study = joined({part / "study.json": json.loads((part / "study.json").read_text()) for part in parts})
+    files = [json.loads(path.read_text()) for part in parts for path in sorted(part.glob("measured/*/*.json"))]
     files.sort(key=lambda file: (study["arms"].index(file["arm"]), file["seed"], file["step"]))
     found = [file | {"set": key} | values for file in files for key, values in file.get("sets", {}).items()]
-    logs, passes = lines(out.glob("seed_*/steps.jsonl")), lines(out.glob("features.jsonl"))
-    greedy, sampled = ([r for r in found if r["step"] == study["steps"] and r["what"] == what] for what in ("t0", "t1"))
+    logs, passes = (
+        lines(x for part in parts for x in part.glob(name)) for name in ("seed_*/steps.jsonl", "features.jsonl")
+    )
+    final = by("what", [row for row in found if row["step"] == study["steps"]])
+    greedy, sampled = final.get("t0", []), final.get("t1", [])
     sets = {name: f"{name} ({count})" for name, count in study["prompts"].items()}
     curve = f"{study['point_prompts']} prompts of each of {', '.join(study['curve_sets'])}"
     tables = {
         "tau at temperature 0, all steps (in brackets the prompts of a set)": final_taus(greedy, sets),
         "tau at temperature 1": final_taus(sampled, sets),
+        "tau at temperature 0 by nodes of a draft tree, and exactness": by_nodes(final),
         "Differences of tau at temperature 0: mean over seeds; each seed": differences(greedy, sets),
         "Accuracy of all slots in blocks of the target's own answers; tau there, and when decoding": accuracies(
             files, greedy
@@ -53,6 +61,17 @@ def report(out: Path) -> str:
     parts += [markdown(title, table) for title, table in tables.items() if table]
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
     return "\n\n".join(parts)
+
+
+def joined(studies: dict[Path, dict]) -> dict:
+    """The studies of several folders as one: arms and seeds of all of them; all else must be the same."""
+    (first, study), *others = studies.items()
+    for path, other in others:
+        differ = [key for key in study if key not in ANY and study[key] != other.get(key)]
+        if differ:
+            sys.exit(f"real_target_report: {path} is of another study than {first}: {', '.join(differ)} differ")
+    arms = [arm for part in studies.values() for arm in part["arms"]]
+    return study | {"arms": list(dict.fromkeys(arms))}
 
 
 def lines(paths) -> list[dict]:
@@ -86,9 +105,25 @@ def final_taus(rows: list[dict], sets: dict[str, str]) -> dict:
         cells["macro"] = over_seeds(own, lambda rows: tau_macro(histories(rows)))
         cells["outside loops"] = over_seeds(own, lambda rows: tau_micro(histories(rows, "outside")))
         if "compared" in own[0]:
-            compared, wrong, ties = (sum(row[key] for row in own) for key in ("compared", "mismatches", "ties"))
-            cells["exact"] = f"{compared - wrong} of {compared} ({ties} ties)"
+            cells["exact"] = exact(own)
     return table
+
+
+def by_nodes(final: dict[str, list[dict]]) -> dict:
+    """Arm → tau of chains and of trees of N nodes, and how many of all trees' texts are the target's own."""
+    sizes = sorted(int(what.removeprefix("tree")) for what in final if what.startswith("tree"))
+    table = {}
+    for name in dict.fromkeys(row["arm"] for nodes in sizes for row in final[f"tree{nodes}"]):
+        own = {what: [row for row in rows if row["arm"] == name] for what, rows in final.items()}
+        table[name] = {"chain": over_seeds(own["t0"], micro)}
+        table[name] |= {f"N = {nodes}": over_seeds(own[f"tree{nodes}"], micro) for nodes in sizes}
+        table[name]["exact"] = exact([row for nodes in sizes for row in own[f"tree{nodes}"]])
+    return table
+
+
+def exact(rows: list[dict]) -> str:
+    compared, wrong, ties = (sum(row[key] for row in rows) for key in ("compared", "mismatches", "ties"))
+    return f"{compared - wrong} of {compared} ({ties} ties)"
 
 
 def differences(rows: list[dict], sets: dict[str, str]) -> dict:
