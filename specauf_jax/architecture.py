@@ -67,6 +67,9 @@ class RopeScaling:
 class Target:
     """Architecture of a dense causal language model: Qwen3, Qwen2.5 or Llama 3."""
 
+    convolution: ClassVar[None] = None
+    """Of a drafter's layers alone."""
+
     model_type: ModelType = "qwen3"
     """qwen3 norms queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
     vocab_size: int = 2048
@@ -187,8 +190,11 @@ class Head(abc.ABC):
     """What stood before its tensors' names in early files."""
     branches: ClassVar[tuple[str, ...]] = ("final",)
     """Sets of logits that can train, each with an objective of its own; decoding follows `final`."""
-    lambda_base_decay_ratio: ClassVar[float] = 1.0
-    """Share of the steps over which a base branch trains, where the settings leave it open; 0 for not at all."""
+    hard_branches: ClassVar[tuple[str, ...]] = ()
+    """Those that compare with labels alone."""
+    lambda_base_decay_ratio: ClassVar[float | None] = 1.0
+    """Share of the steps over which a base branch trains, where the settings leave it open; 0 for not at all. None
+    where it trains to the end, whatever they say."""
     rolls: ClassVar[bool] = True
     """Whether the logits of a draft depend on the drafts before it."""
     skips_slots: ClassVar[bool] = False
@@ -203,11 +209,26 @@ class Head(abc.ABC):
     def first_slot(self) -> int:
         """The slot that predicts the token after the anchor: 1, or 0 where slot k predicts the token k + 1 after it."""
 
+    @property
+    def convolution(self) -> tuple[int, int] | None:
+        """T and channels that share a kernel, of the convolutions over a block's slots in its layers; None for none."""
+        return None
+
+    def check(self, drafter: ResolvedDrafter) -> None:
+        """Raise SpecaufError where its settings do not fit the drafter's."""
+        return None
+
     def base_ratio(self, given: float | None) -> float:
         """Share of the steps over which its base branch trains: as given, or its default; 0 without such a branch."""
         if "base" not in self.branches:
             return 0.0
+        if self.lambda_base_decay_ratio is None:
+            return 1.0
         return self.lambda_base_decay_ratio if given is None else given
+
+    def shares(self, lambda_base) -> tuple:
+        """What the loss of the final and of the base branch count, where both train."""
+        return 1 - lambda_base, lambda_base
 
     @property
     def unread(self) -> tuple[str, ...]:
@@ -332,6 +353,12 @@ class ResolvedDrafter:
 
     def __post_init__(self):
         check_drafter(self)
+        self.head.check(self)
+
+    @property
+    def convolution(self) -> tuple[int, int] | None:
+        """As of the head."""
+        return self.head.convolution
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -35,6 +35,8 @@ _PARAMETER_AXES = {
     "lm_head": ("fsdp", "tensor"),
     "up": ("fsdp", "tensor"),  # of Domino's head, into the vocabulary
     "markov_w2": ("fsdp", "tensor"),  # of DSpark's, likewise
+    "predecessor_codebook": ("tensor", "fsdp"),  # of DFlash2's
+    "successor_codebook": ("tensor", "fsdp"),
 }
 _OTHER_MATRICES = ("fsdp", None)
 

@@ -138,7 +138,7 @@ def test_the_loss_equals_plain_loops(name):
         assert aux.confidence is None and numerators.keys() == {"final", "base"}
     for key, value in found.items():
         np.testing.assert_allclose(value, want[key], rtol=2e-5, err_msg=key)
-    loss = weighted(numerators, branch_factors(aux, 0.3))
+    loss = weighted(numerators, branch_factors(aux, drafter.head, 0.3))
     whole = 0.7 * want["final"] / want["weights"] + 0.3 * want["base"] / want["base weights"]
     whole += drafter.head.confidence_weight * want["confidence"] / want["weights"]
     np.testing.assert_allclose(loss, whole, rtol=2e-5)

@@ -30,6 +30,7 @@ TARGET = a.Target(
 )
 MASK = 29  # a token that the text below happens not to hold
 DRAFTER = resolve_drafter(a.Drafter(block_size=K, num_hidden_layers=1, mask_token_id=MASK), TARGET)
+BASE: c.Objective | None = None
 
 
 @pytest.mark.parametrize("objective", ["auf", "decay"])
@@ -48,7 +49,7 @@ def test_one_text_learnt_by_heart_decodes_at_tau_k(objective):
     )
     settings = c.Optimisation(steps=200, learning_rate=1e-2)
     optimizer = make_optimizer(settings)
-    config = LossConfig(drafter=DRAFTER, objective=c.Objective(objective), num_anchors=32)
+    config = LossConfig(drafter=DRAFTER, objective=c.Objective(objective), base_objective=BASE, num_anchors=32)
     train = jax.jit(functools.partial(_train, make_train_step(config, TARGET, optimizer), settings.steps))
     state = train(init_state(init_drafter(DRAFTER, jax.random.key(0)), optimizer), target, batch)
     decoding = Decoding(target_step=step, drafter=DRAFTER)

@@ -12,6 +12,7 @@ import numpy as np
 
 from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.heads.dflash2 import DFlash2
 from specauf_jax.models.heads.domino import Domino
 from specauf_jax.models.heads.dspark import DSpark
 from specauf_jax.models.resolve import resolve_drafter
@@ -57,6 +58,14 @@ def dspark_config(target: Target | None = None, **changes) -> ResolvedDrafter:
     names = [field.name for field in dataclasses.fields(DSpark)]
     head = {"markov_rank": 6} | {name: changes.pop(name) for name in names if name in changes}
     return dataclasses.replace(drafter_config(target, **changes), head=DSpark(**head))
+
+
+def dflash2_config(target: Target | None = None, **changes) -> ResolvedDrafter:
+    """A `drafter_config` with DFlash2's head, of small widths; `changes` may be the head's too."""
+    names = [field.name for field in dataclasses.fields(DFlash2)]
+    head = {"conv_group_size": 4, "selector_rank": 6, "selector_top_k": 4}
+    head |= {name: changes.pop(name) for name in names if name in changes}
+    return dataclasses.replace(drafter_config(target, **changes), head=DFlash2(**head))
 
 
 def target_params(config: Target | None = None, seed: int = 0) -> dict:

@@ -176,7 +176,7 @@ class Case:
         def value(params):
             loss = self.loss(objective)
             numerators, aux = loss_sums(params, self.head, self.batch, *self.anchors(), config=loss)
-            return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, share)))
+            return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, self.config.head, share)))
 
         return flatten(jax.grad(value)(self.params), np.float32)
 
@@ -283,7 +283,8 @@ def check_domino(case: Case) -> None:
             numerators, aux = case.sums(objective, config)
             report.close(f"{key}_final_loss", numerators["final"] / aux.final.denominator)
             report.close(f"{key}_base_loss", numerators["base"] / aux.base.denominator)
-            report.close(f"{key}_loss_lambda{LAMBDA}", weighted(numerators, branch_factors(aux, LAMBDA)))
+            factors = branch_factors(aux, head, LAMBDA)
+            report.close(f"{key}_loss_lambda{LAMBDA}", weighted(numerators, factors))
             measures = aux.measures()
             report.close(f"{key}_accuracy", measures["common_token_accuracy"])
             report.close(f"{key}_base_accuracy", measures["base_common_token_accuracy"])

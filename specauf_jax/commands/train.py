@@ -158,6 +158,8 @@ def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -
 def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
     """Refuse the settings of a base branch where none trains."""
     head, ratio = drafter.head, config.train.lambda_base_decay_ratio
+    if head.lambda_base_decay_ratio is None:
+        unused(config.train, "lambda_base_decay_ratio", when=f"by {head.title}, whose branches both train to the end")
     if head.base_ratio(ratio):
         return
     where = f"by a head without a base branch ({head.projector_type})"

@@ -82,6 +82,43 @@ class SwiGLU(nnx.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
+class SlotConvolution(nnx.Module):
+    """Causal convolutions over a block's slots, of what a part of a layer reads and of what it writes (DFlash2).
+
+    Every slot has kernels of its own: kernel[t] = base_kernel[t] + kernel_projection(h)[t], h `[..., K, D]` the normed
+    input, the second one number for each group of channels. y_k = Σ_t x_{k-t} ⊙ kernel_k[t]; slots before the block
+    count as 0. Training starts from the identity.
+    """
+
+    def __init__(self, D: int, taps: int, group: int, *, rngs: nnx.Rngs):
+        self.group = group
+        self.base_kernel = nnx.Param(jnp.zeros((2, taps, D)).at[:, 0].set(1.0))
+        zeros = nnx.initializers.zeros_init()
+        self.kernel_projection = nnx.Linear(D, 2 * taps * (D // group), use_bias=False, kernel_init=zeros, rngs=rngs)
+
+    def kernels(self, h):
+        """`[..., K, D]` → the two kernels of every slot, `[..., K, 2, T, D]`."""
+        _, taps, D = self.base_kernel.shape
+        found = self.kernel_projection(h).reshape(*h.shape[:-1], 2, taps, D // self.group)
+        return self.base_kernel[...] + jnp.repeat(found, self.group, axis=-1)
+
+    @staticmethod
+    def convolve(x, kernel):
+        """y of `[..., K, D]` by `[..., K, T, D]`."""
+        K, taps = x.shape[-2], kernel.shape[-2]
+        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(taps - 1, 0), (0, 0)])
+        shifted = (padded[..., taps - 1 - t : taps - 1 - t + K, :] for t in range(taps))
+        return sum(x * kernel[..., t, :] for t, x in enumerate(shifted))
+
+
+def _convolution(conv: SlotConvolution | None, h):
+    """What a part of a layer reads in place of h, and what becomes of its output."""
+    if conv is None:
+        return h, lambda output: output
+    kernels = conv.kernels(h)
+    return conv.convolve(h, kernels[..., 0, :, :]), lambda output: conv.convolve(output, kernels[..., 1, :, :])
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm Transformer layer."""
 
@@ -91,6 +128,9 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = nnx.RMSNorm(D, epsilon=epsilon, rngs=rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
+        shape = config.convolution
+        self.attention_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
+        self.mlp_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
 
     def __call__(self, x, angles, attend):
         """Args:
@@ -101,10 +141,11 @@ class DecoderLayer(nnx.Module):
         Returns:
           `[..., D]`, and what `attend` returned beside.
         """
-        normed = self.input_layernorm(x)
+        normed, convolved = _convolution(self.attention_conv, self.input_layernorm(x))
         mixed, beside = attend(self.self_attn.queries(normed, angles), *self.self_attn.keys_values(normed, angles))
-        x = x + self.self_attn.output(mixed)
-        return x + self.mlp(self.post_attention_layernorm(x)), beside
+        x = x + convolved(self.self_attn.output(mixed))
+        normed, convolved = _convolution(self.mlp_conv, self.post_attention_layernorm(x))
+        return x + convolved(self.mlp(normed)), beside
 
 
 def stack_layers(config, rngs: nnx.Rngs) -> DecoderLayer:

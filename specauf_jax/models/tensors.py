@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 def file_names(path, shape) -> list[str]:
     """Names of the tensors behind one leaf of our tree: one, or one per stacked layer."""
     *parts, last = [p.key for p in path]
-    parts.append("bias" if last == "bias" else "weight")
+    parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
     if parts[0] != "layers":
         name = ".".join(parts)
         return [_RENAMED.get(name, name)]

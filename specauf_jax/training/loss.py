@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from specauf_jax.architecture import Head as DraftHead
 from specauf_jax.architecture import ResolvedDrafter
 from specauf_jax.config import Dtype, HeadSlots, Objective, Remat, TrainOptimisation, decay_gamma
 from specauf_jax.errors import SpecaufError
@@ -45,6 +46,14 @@ class LossConfig:
                 "None for a head without a base branch",
                 "leave it out",
             )
+        for name, objective in self.objectives.items():
+            if objective.soft and name in self.drafter.head.hard_branches:
+                raise SpecaufError(
+                    f"objective {objective.name} with loss {objective.loss} for the {name} branch of "
+                    f"{self.drafter.head.title}",
+                    "one of labels alone",
+                    "take loss ce there, and another objective than survival",
+                )
 
     @property
     def skip(self) -> bool:
@@ -149,12 +158,13 @@ def safe_ratio(numerator, denominator):
     return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1), 0.0)
 
 
-def branch_factors(aux: LossAux, lambda_base) -> dict[str, jax.Array]:
+def branch_factors(aux: LossAux, head: DraftHead, lambda_base) -> dict[str, jax.Array]:
     """What each part's numerator counts in the loss, its share over its denominator.
 
-    The final and the base branch share 1-λ and λ; 1 of a single one, and of a confidence head.
+    The final and the base branch count as the head says; 1 of a single one, and of a confidence head.
     """
-    shares = {"final": 1.0 if aux.base is None else 1 - lambda_base, "base": lambda_base, "confidence": 1.0}
+    final, base = (1.0, None) if aux.base is None else head.shares(lambda_base)
+    shares = {"final": final, "base": base, "confidence": 1.0}
     return {name: safe_ratio(shares[name], part.denominator) for name, part in aux.parts().items()}
 
 
@@ -177,8 +187,9 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
       rng: key for the anchors.
       config: static.
       lambda_base: float [] λ, where a base branch trains (Domino, arXiv 2605.29707): the loss is
-        (1-λ) · final + λ · base. Training lets it fall from 1 to 0 (`specauf_jax.training.step.lambda_base_schedule`).
-        A confidence head's own loss comes beside (DSpark, arXiv 2607.05147).
+        (1-λ) · final + λ · base, or as the head's `shares` say. Training lets λ fall from 1 to 0
+        (`specauf_jax.training.step.lambda_base_schedule`). A confidence head's own loss comes beside (DSpark, arXiv
+        2607.05147).
 
     Returns:
       float32 [] loss, and LossAux.
@@ -186,7 +197,8 @@ def loss_fn(drafter_params: dict, head: Head, batch: Batch, rng: jax.Array, *, c
     eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
     anchors, keep = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
     numerators, aux = loss_sums(drafter_params, head, batch, anchors, keep, config=config)
-    return weighted(numerators, lax.stop_gradient(branch_factors(aux, lambda_base))), aux
+    factors = branch_factors(aux, config.drafter.head, lambda_base)
+    return weighted(numerators, lax.stop_gradient(factors)), aux
 
 
 def loss_sums(drafter_params: dict, head: Head, batch: Batch, anchors, keep, *, config: LossConfig):

@@ -57,7 +57,9 @@ def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
         return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: kind([k.key for k in path]), params)
 
     rate, shared = learning_rate_schedule(train), {"weight_decay": train.weight_decay, "mu_dtype": train.mu_dtype}
-    rule = optax.adamw(rate, b1=0.9, b2=0.95, mask=of_each(lambda path: path[-1] != "scale"), **shared)
+    rule = optax.adamw(
+        rate, b1=0.9, b2=0.95, mask=of_each(lambda path: path[-1] not in ("scale", "base_kernel")), **shared
+    )
     if train.optimizer == "muon":
         muon = optax.contrib.muon(
             rate,
@@ -83,7 +85,7 @@ def learning_rate_schedule(train: Optimisation) -> optax.Schedule:
 
 def lambda_base_schedule(train: TrainOptimisation, head: DraftHead) -> optax.Schedule:
     """Step → λ of the base branch: from 1 linearly to 0 over `lambda_base_decay_ratio` of the steps."""
-    ratio = head.base_ratio(train.lambda_base_decay_ratio)
+    ratio = 0 if head.lambda_base_decay_ratio is None else head.base_ratio(train.lambda_base_decay_ratio)
     return optax.linear_schedule(1.0, 0.0, max(round(ratio * train.steps), 1)) if ratio else lambda step: 0.0
 
 
@@ -147,12 +149,12 @@ def make_train_step(
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         eligible = eligible_anchors(batch.loss_mask, batch.document_ids)
         drawn = sample_anchors(rng, eligible, batch.document_ids, config.num_anchors)
-        share = lambda_base(state.step)
+        head, share = config.drafter.head, lambda_base(state.step)
 
         # A branch's gradient is divided by its own denominator, which is known when all parts are summed: of several
         # parts of the batch every branch keeps its gradient until then, of one a single backward pass gives the sum.
         def cotangents(aux):
-            factors = branch_factors(aux, share)
+            factors = branch_factors(aux, head, share)
             if accumulation == 1:
                 return [factors]
             return [{other: jnp.float32(other == name) for other in factors} for name in factors]
@@ -160,12 +162,13 @@ def make_train_step(
         grads, aux, bad = _accumulate(
             lambda part: part_gradients(state.params, target_params, cotangents, *part), (batch, *drawn), accumulation
         )
-        factors = branch_factors(aux, share)
+        factors = branch_factors(aux, head, share)
         weights = [1.0] if accumulation == 1 else list(factors.values())
         grads = jax.tree.map(lambda *branches: sum(w * g for w, g in zip(weights, branches, strict=True)), *grads)
         metrics = aux.measures() | {"anchor_coverage": safe_ratio(aux.final.blocks, eligible.sum(dtype=jnp.float32))}
         if len(factors) > 1:
-            metrics |= {"final_loss": metrics["loss"]} | ({} if aux.base is None else {"lambda_base": share})
+            scheduled = aux.base is not None and head.lambda_base_decay_ratio is not None
+            metrics |= {"final_loss": metrics["loss"]} | ({"lambda_base": share} if scheduled else {})
             metrics["loss"] = weighted({name: part.numerator for name, part in aux.parts().items()}, factors)
         return _update(state, optimizer, grads, metrics, {"features": bad})
 

@@ -162,7 +162,10 @@ OBJECTIVES = {
 def loss_and_gradient(params, head, batch, anchors, keep, share, *, config):
     def loss(params):
         numerators, aux = loss_sums(params, head, batch, anchors, keep, config=config)
-        return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, share))), (numerators, aux)
+        return weighted(numerators, jax.lax.stop_gradient(branch_factors(aux, config.drafter.head, share))), (
+            numerators,
+            aux,
+        )
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
