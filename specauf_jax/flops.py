@@ -98,4 +98,5 @@ def _layer_weights(config: Target | ResolvedDrafter) -> int:
     """Matrix entries that a token meets in one decoder layer."""
     D, E = config.hidden_size, config.head_dim
     attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
-    return attention + 3 * D * config.intermediate_size
+    taps, group = config.convolution or (0, 1)
+    return attention + 3 * D * config.intermediate_size + 2 * D * 2 * taps * (D // group)

@@ -63,6 +63,7 @@ def products(jaxpr) -> int:
 HEADS = {
     "dflash": tiny.drafter_config,
     "domino": tiny.domino_config,
+    "dflash2": tiny.dflash2_config,
     "dspark": functools.partial(tiny.dspark_config, enable_confidence_head=False),
     "dspark, rnn": functools.partial(tiny.dspark_config, markov_head_type="rnn", enable_confidence_head=False),
     "dspark, gated": functools.partial(tiny.dspark_config, markov_head_type="gated", enable_confidence_head=False),

@@ -285,9 +285,20 @@ def test_files_hold_the_head(name, layout, tmp_path):
     assert (values["selector_rank"], values["selector_top_k"], values["conv_group_size"]) == (6, k, 4)
 
 
+def test_keys_that_change_nothing_are_passed_over(tmp_path):
+    drafter, params = drafter_and_params("unshifted")
+    save_drafter(params, drafter, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    values = json.loads(path.read_text())
+    values["dflash_config"] |= {"output_multiplier": 1.0, "final_logit_softcapping": None}
+    path.write_text(json.dumps(values))
+    assert load_drafter(tmp_path / "out")[1] == drafter
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"output_multiplier": 2.0}, "output_multiplier"),
         ({"conv_kernel_size": K + 1}, "conv_kernel_size is 6"),
         ({"conv_group_size": 3}, "conv_group_size is 3"),
         ({"selector_top_k": 24}, "selector_top_k is 24"),

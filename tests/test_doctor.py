@@ -25,6 +25,7 @@ from specauf_jax.evaluation.doctor.variants import Decoded, Gain, Variant, decod
 from specauf_jax.models.drafter import drafter_shapes, init_drafter
 from specauf_jax.models.heads import head_types
 from specauf_jax.models.heads.dflash import DFlash
+from specauf_jax.models.heads.dflash2 import DFlash2
 from specauf_jax.models.heads.domino import Domino
 from specauf_jax.models.heads.dspark import DSpark
 from specauf_jax.models.hf_config import write_drafter, write_target
@@ -218,6 +219,19 @@ def test_a_sound_drafter(doctor, name):
     engines = "SGLang" if domino else "SGLang, vLLM, sglang-jax"
     closing = f"tau {given['tau']:.2f}; as it is for {engines}"
     assert doctor.said.out.rstrip().endswith(closing) and not doctor.said.err
+
+
+def test_a_dflash2_drafter(doctor):
+    """Read, not decoded: random weights."""
+    drafter = resolve_drafter(
+        a.Drafter(block_size=K, num_hidden_layers=2, mask_token_id=MASK, target_layer_ids=IDS), TARGET
+    )
+    drafter = dataclasses.replace(drafter, head=DFlash2(conv_group_size=4, selector_rank=8, selector_top_k=4))
+    save_drafter(init_drafter(drafter, jax.random.key(0)), drafter, doctor.drafter)
+    code, result = doctor("--max-prompts", "0")
+    expected = {"vLLM": "yes", "z-lab": "yes", "sglang-jax": "no", "tpu-inference": "no", "speculators": "converted"}
+    assert serves(result).items() >= expected.items()
+    assert code == 0 and levels(result, "tensors") == []
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Drafters from folders: fine-tuned, exported in other layouts, and their conventions checked on the way."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
 from specauf_jax import cli
@@ -96,6 +98,35 @@ def test_dspark_trains_goes_on_and_is_served(world, capsys):
     specauf("export --drafter both/drafter --out theirs --layout speculators --target pre/target")
     specauf("export --drafter theirs --out ours")
     assert Path("ours/model.safetensors").read_bytes() == Path("both/drafter/model.safetensors").read_bytes()
+
+
+def test_a_trained_body_gets_a_head(world, capsys):
+    """DFlash2 starts as the DFlash drafter in the folder, whose convention it keeps; its branches both train."""
+    specauf(f"{TRAIN} 1 --out body {SHAPE}")
+    head = "--drafter.projector-type dflash2 --drafter.head conv_group_size=4 selector_rank=6 selector_top_k=4"
+    specauf(f"{TRAIN} 0 --out start --init-from body/drafter {head}")
+    body, drafter = load_drafter("start/drafter")
+    plain, before = load_drafter("body/drafter")
+    assert drafter == dataclasses.replace(before, head=drafter.head) and drafter.head.selector_top_k == 4
+    for name, layers in plain["layers"].items():
+        assert tiny.same_bits(body["layers"][name], layers), name
+    assert tiny.same_bits(body["fc"], plain["fc"])
+    specauf(f"{TRAIN} 2 --out grown --init-from body/drafter {head} --base-objective.name auf")
+    last = [json.loads(line) for line in Path("grown/metrics.jsonl").read_text().splitlines()][-1]
+    assert (
+        "base_loss" in last and "lambda_base" not in last and facts("grown/drafter")["base_objective"]["name"] == "auf"
+    )
+    specauf("export --drafter grown/drafter --out theirs --layout speculators --target pre/target")
+    specauf("export --drafter theirs --out ours")
+    assert Path("ours/model.safetensors").read_bytes() == Path("grown/drafter/model.safetensors").read_bytes()
+    for more, said in (
+        ("shift_label=true", "asks for shift_label True"),
+        ("--train.lambda-base-decay-ratio 0.5", "whose branches both train to the end"),
+        ("--objective.loss kl", "final branch of DFlash2"),
+    ):
+        assert cli.main(f"{TRAIN} 2 --out refused --init-from body/drafter {head} {more}".split()) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(f"{TRAIN} 2 --out refused --init-from grown/drafter --drafter.projector-type domino".split()) == 2
 
 
 def test_texts_may_be_as_long_as_yarn_stretches_a_target(world, capsys):

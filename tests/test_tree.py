@@ -30,6 +30,7 @@ HEADS = {
     "dflash": tiny.drafter_config,
     "domino": functools.partial(tiny.domino_config, pure_draft_prefix_len=1),
     "dspark": tiny.dspark_config,
+    "dflash2": tiny.dflash2_config,
     "dspark, rnn": functools.partial(tiny.dspark_config, markov_head_type="rnn"),
 }
 heads = pytest.mark.parametrize("name", HEADS)

@@ -25,7 +25,7 @@ class Export:
     """Drafter folder in any of these layouts."""
     layout: Literal["zlab", "specforge", "speculators"] = "zlab"
     """zlab: SGLang, vLLM, tpu-inference, sglang-jax. specforge: the same, but Domino and DSpark under the
-    architectures that SpecForge trains. speculators: DFlash and DSpark with its own keys; names the target."""
+    architectures that SpecForge trains. speculators: DFlash, DSpark and DFlash2 with its own keys; names the target."""
     dtype: Dtype = "float32"
     """Of the file."""
     target: str | None = None

@@ -126,10 +126,13 @@ def make_run(
 
 
 def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
-    """The resolved architecture: of --drafter, or of the folder that training starts from."""
+    """The resolved architecture: of --drafter, or of the folder to start from; a plain body may get a head."""
     if config.init_from is None:
         return resolve_drafter(config.drafter, target, manifest["mask_token_id"])
-    found = fitted(drafter_config(config.init_from), target)
+    found, plain = fitted(drafter_config(config.init_from), target), Drafter.projector_type
+    if found.head.projector_type == plain != config.drafter.projector_type:
+        head = make_head(config.drafter.projector_type, config.drafter.head)
+        found = dataclasses.replace(found, head=type(head)(**head_settings(head) | head_settings(found.head)))
     for name, asked in _asked(config.drafter, found).items():
         has = found.head.projector_type if name == "projector_type" else getattr(found, name, None)
         has = head_settings(found.head).get(name, has)

@@ -10,7 +10,7 @@ from specauf_jax.errors import SpecaufError
 
 @dataclass(frozen=True)
 class Train:
-    """Train a DFlash, Domino or DSpark drafter against a frozen target."""
+    """Train a DFlash, Domino, DSpark or DFlash2 drafter against a frozen target."""
 
     target: str
     """Target folder in Hugging Face layout."""
@@ -26,7 +26,7 @@ class Train:
     """One objective after another, each from a share of the steps on, such as decay@0,auf@0.8. The one that --objective
     names takes its settings from there; the others share its loss."""
     base_objective: Objective = Objective()
-    """domino, dspark: objective of the base branch; --objective is the final branch's."""
+    """domino, dspark, dflash2: objective of the base branch; --objective is the final branch's."""
     train: TrainOptimisation = TrainOptimisation()
     mesh: Mesh = Mesh()
     hosts: Hosts = Hosts()

@@ -262,12 +262,17 @@ class PlacedStep:
     optimizer: optax.GradientTransformation
 
     def initialise(self, params: dict | None = None) -> TrainState:
-        """The state before the first step, on the mesh: of these parameters, or of random ones."""
+        """The state before the first step, on the mesh: of these parameters, and of random ones where they lack any."""
 
         def begin(params):
-            return init_state(self.init() if params is None else params, self.optimizer)
+            return init_state(_overlaid(self.init(), params or {}), self.optimizer)
 
         return jax.jit(begin, out_shardings=_shardings(self.state))(params)
+
+
+def _overlaid(tree: dict, parts: dict) -> dict:
+    """A tree with the leaves of another one, which has some of its places, in place of its own."""
+    return tree | {name: _overlaid(tree[name], x) if isinstance(x, dict) else x for name, x in parts.items()}
 
 
 def place_drafter_step(

@@ -141,7 +141,7 @@ _LLAMA_31 = RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_fact
 # ---------------------------------------------------------------------------------------------
 # The table
 
-_VLLM_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DSparkModel", "DSparkDraftModel")
+_VLLM_ARCHITECTURES = ("DFlashDraftModel", "Qwen3DSparkModel", "DSparkDraftModel", "DFlash2DraftModel")
 _SGLANG = Source("SGLang")
 _VLLM = Source("vLLM", "0.32.0", "2026-11-26")
 _TPU = Source("tpu-inference", "0.32.0", "2026-11-26")

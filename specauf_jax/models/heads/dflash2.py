@@ -53,6 +53,7 @@ class DFlash2(Head):
         "SGLang": ("no", "has a DFlash2 of its own, which was not read"),
         "tpu-inference": ("no", "has no DFlash2"),
         "sglang-jax": ("no", "has no DFlash2"),
+        "SpecForge": ("no", "has no DFlash2"),
     }
 
     def __post_init__(self):
@@ -143,9 +144,7 @@ class DFlash2(Head):
         return jnp.einsum("...r,...kr->...k", context, successors, preferred_element_type=jnp.float32)
 
     def draft_flops(self, drafter):
-        D, R, T, M = drafter.hidden_size, self.selector_rank, self.conv_kernel_size, drafter.num_hidden_layers
-        kernels = 2 * T * (D // self.conv_group_size)
-        return {"convolutions": 2 * M * 2 * D * (kernels + 2 * T), "correction": 2 * R * (D + self.selector_top_k)}
+        return {"correction": 2 * self.selector_rank * (drafter.hidden_size + self.selector_top_k)}
 
     def variants(self):
         return [("labels", "the other label convention", dataclasses.replace(self, shift_label=not self.shift_label))]
