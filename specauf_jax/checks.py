@@ -101,10 +101,14 @@ def unused(config, *names: str, when: str) -> None:
 
 
 def drafts(settings, temperature: float = 0.0) -> None:
-    """`settings.verify_slots` and `tree_nodes` must be possible, and chosen by the clock only if that changes nothing.
+    """`settings.verify_slots`, `tree_nodes` and `tree_temperature` must be possible.
 
-    A width of a chain has no meaning for a tree.
+    The clock chooses a width only where that changes nothing. A width has no meaning for a tree, a tree's temperature
+    none for a chain.
     """
+    positive(settings, "tree_temperature")
+    if not settings.tree_nodes:
+        unused(settings, "tree_temperature", when="without tree_nodes")
     asked, sizes = settings.verify_slots, settings.tree_nodes
     several = isinstance(sizes, tuple)  # each beside the chain
     for nodes in sizes if several else () if sizes is None else (sizes,):

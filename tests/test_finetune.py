@@ -92,9 +92,10 @@ def test_dspark_trains_goes_on_and_is_served(world, capsys):
     assert "drafts that stand" in capsys.readouterr().out
     shares = json.loads(Path("results.json").read_text())["overall"]["calibration"]
     assert shares.keys() == {"predicted", "observed"} and len(shares["predicted"]) == 3
-    specauf(f"evaluate {models} --out tree.json --repeats 1 --tree-nodes 5")
+    specauf(f"evaluate {models} --out tree.json --repeats 1 --tree-nodes 5 --tree-temperature 0.5")
     found = json.loads(Path("tree.json").read_text())
-    assert found["meta"]["tree_nodes"] == 5 and found["overall"]["exact"] and found["overall"]["calibration"] is None
+    assert (found["meta"]["tree_nodes"], found["meta"]["tree_temperature"]) == (5, 0.5)
+    assert found["overall"]["exact"] and found["overall"]["calibration"] is None
     specauf("export --drafter both/drafter --out theirs --layout speculators --target pre/target")
     specauf("export --drafter theirs --out ours")
     assert Path("ours/model.safetensors").read_bytes() == Path("both/drafter/model.safetensors").read_bytes()

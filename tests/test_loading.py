@@ -218,8 +218,8 @@ def test_more_verified_tokens_than_the_block_holds_are_refused():
     decoding = Decoding(TargetStep(tiny.target_config(), (0, 1)), tiny.drafter_config())
     for slots in (0, 5):
         with pytest.raises(SpecaufError, match=f"verify_slots {slots}.*\n.*from 1 to the 4 of the drafter's block"):
-            loading.with_drafts(decoding, slots, None, **options)
-    assert loading.with_drafts(decoding, None, None, **options) == decoding
+            loading.with_drafts(decoding, slots, None, 1.0, **options)
+    assert loading.with_drafts(decoding, None, None, 1.0, **options) == decoding
     for slots in (2, 4):
-        assert loading.with_drafts(decoding, slots, None, **options).block_size == slots
-    assert loading.with_drafts(decoding, None, 6, **options).tree_nodes == 6
+        assert loading.with_drafts(decoding, slots, None, 1.0, **options).block_size == slots
+    assert loading.with_drafts(decoding, None, 6, 0.5, **options).tree_temperature == 0.5

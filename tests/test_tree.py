@@ -101,7 +101,7 @@ def test_the_tree_is_that_of_the_best_paths(name, nodes):
     drafter, params = drafter_of(name)
     hidden, logits, anchor = drawn(nodes)
     embedding = jnp.asarray(np.random.default_rng(1).normal(size=(V, D)), jnp.float32)
-    heat = jnp.array([0.0, 1.0, 2.0])
+    heat = jnp.array([0.5, 1.0, 2.0])
 
     @jax.jit
     def grown(hidden, logits, anchor):
@@ -113,7 +113,7 @@ def test_the_tree_is_that_of_the_best_paths(name, nodes):
     deepest = 0
     for row in range(3):
         wanted = best_paths(drafter.head, params, hidden[row], logits[row], int(anchor[row, 0]), embedding, nodes,
-                            max(float(heat[row]), 1.0) if row else 1.0)  # fmt: skip
+                            float(heat[row]))  # fmt: skip
         assert paths_of(tree, row).keys() == wanted.keys()
         deepest = max(deepest, *map(len, wanted))
         assert tree.tokens[row, 0] == anchor[row, 0] and tree.parents[row, 0] == -1
@@ -125,7 +125,7 @@ def test_more_nodes_than_paths_leave_places_that_nothing_reaches():
     hidden, logits, anchor = drawn(0)
     sure = jnp.where(jnp.arange(V) < 2, logits, -jnp.inf)  # two tokens a slot: 2 + 4 + 8 paths
     tree = grow(drafter.head, params, hidden, embedding=jnp.zeros((V, D)), anchor=anchor, logits=sure,
-                temperature=jnp.zeros(3), nodes=20)  # fmt: skip
+                temperature=jnp.ones(3), nodes=20)  # fmt: skip
     for row in range(3):
         assert len(paths_of(tree, row)) == 14
     assert (tree.parents[:, 15:] == -1).all() and (tree.depths[:, 15:] == 0).all()
@@ -140,7 +140,7 @@ def test_ancestors_and_walk_equal_plain_loops(seed):
     drafter, params = drafter_of("dflash")
     hidden, logits, anchor = drawn(seed)
     tree = grow(drafter.head, params, hidden, embedding=jnp.zeros((V, D)), anchor=anchor, logits=logits,
-                temperature=jnp.zeros(3), nodes=30)  # fmt: skip
+                temperature=jnp.ones(3), nodes=30)  # fmt: skip
     rng, seen = np.random.default_rng(seed), np.asarray(jax.jit(ancestors, static_argnums=1)(tree, LEVELS))
     choices = np.asarray(tree.tokens)[np.arange(3)[:, None], rng.integers(1, 31, (3, 31))]
     path, accepted = jax.jit(walk, static_argnums=2)(tree, jnp.asarray(choices), LEVELS)
@@ -239,14 +239,15 @@ def test_the_rows_temperature_shapes_the_tree_and_may_be_as_low_as_it_likes():
     state = start(params, target, test_domino.own_words()[0], config=config, max_new_tokens=8)
     anchor = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)
 
-    def paths(temperature):
+    def paths(temperature, of_trees=1.0):
         heated = dataclasses.replace(state, temperature=jnp.full_like(state.temperature, temperature))
-        tree = propose_tree(params, target, heated, anchor, config=config)
+        how = dataclasses.replace(config, tree_temperature=of_trees)
+        tree = propose_tree(params, target, heated, anchor, config=how)
         return [frozenset(paths_of(tree, row)) for row in range(len(anchor))]
 
-    assert paths(0.0) == paths(1.0) != paths(3.0)
-    for low in (1e-3, 1e-30, 1e-37):
-        assert all(max(map(len, found)) == LEVELS for found in paths(low))
+    assert paths(0.0) == paths(1.0) != paths(3.0) == paths(0.0, 3.0) == paths(1.5, 2.0)
+    for low in ((1e-3,), (1e-30,), (1e-37,), (1e-30, 1e-20)):
+        assert all(max(map(len, found)) == LEVELS for found in paths(*low))
 
 
 def test_a_tree_of_one_node_a_level_is_the_chain():
@@ -319,6 +320,8 @@ def test_what_cannot_draft_trees_is_refused():
         (None, drafter, {"tree_nodes": 10**9}, "tree_nodes 1000000000"),
         (None, drafter, {"tree_nodes": 2.5}, "tree_nodes 2.5"),
         (None, drafter, {"tree_nodes": True}, "tree_nodes True"),
+        (None, drafter, {"tree_nodes": 4, "tree_temperature": 0.0}, "tree_temperature 0.0"),
+        (None, drafter, {"tree_temperature": 0.5}, "tree_temperature 0.5 with tree_nodes None"),
         (None, drafter, {"tree_nodes": 4, "verify_slots": 2}, "verify_slots 2"),
         (None, None, {"tree_nodes": 4}, "no drafter that predicts"),
         (None, PromptLookup(4), {"tree_nodes": 4}, "no drafter that predicts"),

@@ -99,7 +99,9 @@ def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> 
             if f"{name}/tree {nodes}" in folders:
                 raise SpecaufError(f"a drafter named {name}/tree {nodes}", "names other than those of the trees",
                                    "give it another name")  # fmt: skip
-            methods[f"{name}/tree {nodes}"] = Method(dataclasses.replace(chain.decoding, tree_nodes=nodes), params)
+            heat = config.tree_temperature
+            tree = dataclasses.replace(chain.decoding, tree_nodes=nodes, tree_temperature=heat)
+            methods[f"{name}/tree {nodes}"] = Method(tree, params)
     return methods
 
 
@@ -167,7 +169,15 @@ def _narrowed(method: Method, requests, size: int, models: Models, config: Bench
         return method
     params = method.drafter_params, models.target_params
     decoding = with_drafts(
-        method.decoding, config.verify_slots, None, params, requests, batch_size=size, mesh=models.mesh, console=console
+        method.decoding,
+        config.verify_slots,
+        None,
+        1.0,
+        params,
+        requests,
+        batch_size=size,
+        mesh=models.mesh,
+        console=console,
     )
     return dataclasses.replace(method, decoding=decoding)
 

@@ -29,6 +29,9 @@ class Benchmark:
     which (at temperature 0); none for all."""
     tree_nodes: tuple[int, ...] = ()
     """Sizes of draft trees, each measured beside the chain of every drafter as NAME/tree N."""
+    tree_temperature: float = 1.0
+    """Of the drafter's distribution by which a tree's paths are chosen. Below 1 (0.5) for drafters that were trained on
+    the target's distribution, at temperature 0: the target is surer there than they are."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     """Rows that decode together."""
     max_prompts: int = 16

@@ -37,7 +37,13 @@ def evaluate(config: Evaluate, console: Console) -> dict:
         models.tell_clock(everything, console)
         spread = everything[:: max(1, len(everything) // config.batch_size)]
         models = models.with_drafts(
-            config.verify_slots, config.tree_nodes, spread, config.batch_size, config.max_new_tokens, console
+            config.verify_slots,
+            config.tree_nodes,
+            config.tree_temperature,
+            spread,
+            config.batch_size,
+            config.max_new_tokens,
+            console,
         )
         measured = {}
         for name, prompts in sets.items():
@@ -144,6 +150,7 @@ def _meta(config: Evaluate, models: Models, origin: dict) -> dict:
         "temperature": config.sampling.temperature,
         "block_size": models.decoding.block_size,
         "tree_nodes": models.decoding.tree_nodes,
+        "tree_temperature": models.decoding.tree_temperature,
         "seed": config.seed,
         "objective": objective_title(origin),
         "drafter": origin,

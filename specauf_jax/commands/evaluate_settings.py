@@ -23,6 +23,9 @@ class Evaluate:
     which (at temperature 0); none for all."""
     tree_nodes: int | None = None
     """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
+    tree_temperature: float = 1.0
+    """Of the drafter's distribution by which a tree's paths are chosen. Below 1 (0.5) for drafters that were trained on
+    the target's distribution, at temperature 0: the target is surer there than they are."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0

@@ -39,7 +39,13 @@ def generate(config: Generate, console: Console) -> int:
         models.tell_clock(prompts, console)
         rows = config.batch_size if config.out is not None else 1
         models = models.with_drafts(
-            config.verify_slots, config.tree_nodes, prompts, rows, config.max_new_tokens, console
+            config.verify_slots,
+            config.tree_nodes,
+            config.tree_temperature,
+            prompts,
+            rows,
+            config.max_new_tokens,
+            console,
         )
         if config.out is None:
             _stream_all(models, prompts, config, console)

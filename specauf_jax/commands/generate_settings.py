@@ -26,6 +26,9 @@ class Generate:
     which (at temperature 0); none for all."""
     tree_nodes: int | None = None
     """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
+    tree_temperature: float = 1.0
+    """Of the drafter's distribution by which a tree's paths are chosen. Below 1 (0.5) for drafters that were trained on
+    the target's distribution, at temperature 0: the target is surer there than they are."""
     max_new_tokens: int = 128
     sampling: SamplingFlags = Sampling()
     seed: int = 0
@@ -46,7 +49,15 @@ class Generate:
         template_arguments(self.template_args)
         drafts(self, self.sampling.temperature)
         if self.method == "autoregressive":
-            unused(self, "drafter", "check", "verify_slots", "tree_nodes", when="with --method autoregressive")
+            unused(
+                self,
+                "drafter",
+                "check",
+                "verify_slots",
+                "tree_nodes",
+                "tree_temperature",
+                when="with --method autoregressive",
+            )
         elif self.drafter is None:
             raise SpecaufError(
                 "--method speculative without --drafter",

@@ -128,17 +128,18 @@ class Models:
         self,
         slots: VerifySlots,
         nodes: int | None,
+        heat: float,
         prompts: list[Prompt],
         batch_size: int,
         max_new_tokens: int,
         console: Console,
     ) -> "Models":
-        """With the drafts that --verify-slots and --tree-nodes ask for; `auto` measures on first turns."""
+        """With the drafts that --verify-slots and the flags of trees ask for; `auto` measures on first turns."""
         requests = [encode_first_turn(self.tokenizer, prompt) for prompt in prompts] if slots == "auto" else []
         self.check_room(requests, max_new_tokens)
         params = self.drafter_params, self.target_params
         decoding = with_drafts(
-            self.decoding, slots, nodes, params, requests, batch_size=batch_size, mesh=self.mesh, console=console
+            self.decoding, slots, nodes, heat, params, requests, batch_size=batch_size, mesh=self.mesh, console=console
         )
         return dataclasses.replace(self, decoding=decoding)
 
@@ -184,6 +185,7 @@ def with_drafts(
     decoding: Decoding,
     slots: VerifySlots,
     nodes: int | None,
+    heat: float,
     params,
     requests,
     *,
@@ -191,9 +193,10 @@ def with_drafts(
     mesh,
     console: Console,
 ) -> Decoding:
-    """`decoding` with the number of verified tokens, or the tree, that --verify-slots and --tree-nodes ask for.
+    """`decoding` with the number of verified tokens, or the tree, that the flags ask for.
 
     Args:
+      slots, nodes, heat: --verify-slots, --tree-nodes, --tree-temperature.
       params: the drafter's and the target's.
       requests: token ids, some of which are decoded to see what is fastest.
       Others as for `generate`.
@@ -202,7 +205,7 @@ def with_drafts(
         found = fastest_width(params[0], params[1], requests, config=decoding, batch_size=batch_size, mesh=mesh)
         slots = int(from_primary(np.asarray(found[0].slots)))
         console.print(f"verifies {slots} of {decoding.block_size} slots, the fastest here", highlight=False)
-    return dataclasses.replace(decoding, verify_slots=slots, tree_nodes=nodes)
+    return dataclasses.replace(decoding, verify_slots=slots, tree_nodes=nodes, tree_temperature=heat)
 
 
 def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console: Console, stops: tuple[int, ...]):

@@ -74,6 +74,7 @@ def regenerate(config: Regenerate, console: Console) -> dict:
             decoding,
             config.verify_slots,
             config.tree_nodes,
+            config.tree_temperature,
             params,
             first,
             batch_size=config.batch_size,

@@ -23,6 +23,9 @@ class Regenerate:
     which (at temperature 0); none for all."""
     tree_nodes: int | None = None
     """Nodes of a draft tree, judged in one pass of N + 1 tokens a row; none for a chain of drafts."""
+    tree_temperature: float = 1.0
+    """Of the drafter's distribution by which a tree's paths are chosen. Below 1 (0.5) for drafters that were trained on
+    the target's distribution, at temperature 0: the target is surer there than they are."""
     documents: int = 0
     """Documents to regenerate, spread evenly over the dataset; 0 for all."""
     prompt_length: int = 64
@@ -45,4 +48,4 @@ class Regenerate:
         template_arguments(self.template_args)
         drafts(self, self.sampling.temperature)
         if self.drafter is None:
-            unused(self, "verify_slots", "tree_nodes", when="without --drafter")
+            unused(self, "verify_slots", "tree_nodes", "tree_temperature", when="without --drafter")

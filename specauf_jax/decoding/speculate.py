@@ -78,6 +78,7 @@ def propose_tree(drafter_params, target_params, state: DecodeState, anchor, *, c
     """The likeliest paths of drafts, of which nothing is drawn. Arguments as for `propose`."""
     assert config.model is not None and config.tree_nodes is not None
     hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
+    heat = config.tree_temperature * jnp.where(state.temperature > 0, state.temperature, 1.0)
     return grow(
         config.model.head,
         drafter_params,
@@ -85,7 +86,7 @@ def propose_tree(drafter_params, target_params, state: DecodeState, anchor, *, c
         embedding=config.target_head(target_params).embedding,
         anchor=anchor,
         logits=logits,
-        temperature=state.temperature,
+        temperature=jnp.maximum(heat, jnp.finfo(heat.dtype).tiny),
         nodes=config.tree_nodes,
     )
 

@@ -1,6 +1,7 @@
 """What decoding carries from round to round, and what each part of a round hands to the next."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ class Decoding:
       verify_slots: tokens verified per round, fewer than the drafter's block holds; None for all of them.
       tree_nodes: N, nodes of the draft tree of a round (`specauf_jax.decoding.tree`), whose target pass reads N + 1
         tokens; None for a chain. Needs a target step with `read_tree` and `keep`, as `TargetStep` has.
+      tree_temperature: of the drafter's distribution when a tree's paths are chosen, times that of sampling.
       target_head: target_params → Head, for a target whose parameters are not ours.
     """
 
@@ -37,6 +39,7 @@ class Decoding:
     stop_tokens: tuple[int, ...] = ()
     verify_slots: int | None = None
     tree_nodes: int | None = None
+    tree_temperature: float = 1.0
     target_head: Callable = target_head
 
     def __post_init__(self):
@@ -48,6 +51,13 @@ class Decoding:
             )
         if self.tree_nodes is not None:
             self._check_tree()
+        heat = self.tree_temperature
+        if not 0 < heat < math.inf or (heat != 1 and self.tree_nodes is None):
+            raise SpecaufError(
+                f"tree_temperature {heat} with tree_nodes {self.tree_nodes}",
+                "a finite number above 0, of a tree",
+                "change --tree-temperature, or leave it out",
+            )
 
     def _check_tree(self):
         what, methods = f"tree_nodes {self.tree_nodes}", ("read_tree", "keep")

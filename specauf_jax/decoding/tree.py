@@ -43,12 +43,11 @@ def grow(
       embedding: `[V, D]`, the target's.
       anchor: int32 `[B, 1]`, the last committed token.
       logits: float32 `[B, K-1, V]`, the target's LM head on `hidden`.
-      temperature: float32 `[B]`; 0 takes the drafter's distribution at 1.
+      temperature: float32 `[B]`, above 0, of the drafter's distribution.
       nodes: N.
     """
     B, levels, V = logits.shape
     most = min(nodes, V)
-    heat = jnp.where(temperature > 0, temperature, 1.0)[:, None, None]
 
     def level(carry, inputs):
         states, tokens, scores = carry  # of the best N nodes of the level before
@@ -57,7 +56,9 @@ def grow(
             params, states, tokens, n, hidden[:, None], logits[:, None], embedding=embedding
         )
         below = logits - logits.max(-1, keepdims=True)  # so that no heat, however low, makes infinities of the best
-        likely, after = lax.top_k(jax.nn.log_softmax(below / heat), most)  # [B, N, most], [B, 1, most] of all alike
+        likely, after = lax.top_k(
+            jax.nn.log_softmax(below / temperature[:, None, None]), most
+        )  # [B, N, most], [B, 1, most] of all alike
         paths = (scores[..., None] + likely).reshape(B, -1)
         after = jnp.broadcast_to(after, (B, nodes, most)).reshape(B, -1)
         scores, best = lax.top_k(paths, nodes)
