@@ -62,9 +62,14 @@ LOG_EVERY = 10
 FILE_ROWS = 64  # rows of a file of features
 HELD_OUT_ROWS = 64  # that tell the accuracy
 CURVE_SETS = 3  # sets of prompts that are decoded at every point
-HEADS = {"domino": ("emb_dim=64", "gru_hidden_dim=256"), "dspark": ("markov_rank=64",)}
+HEADS = {
+    "domino": ("emb_dim=64", "gru_hidden_dim=256"),
+    "dspark": ("markov_rank=64",),
+    "dflash2": ("selector_rank=64",),
+}
 SETTINGS = ("target", "data", "arms", "every_seed", "seeds", "steps", "batch_size", "anchors", "layers", "block_size",
-            "learning_rate", "dtype", "points", "point_prompts", "eval_tokens", "tree_nodes")  # fmt: skip
+            "learning_rate", "dtype", "points", "point_prompts", "eval_tokens", "tree_nodes",
+            "tree_temperature")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,8 @@ ARMS |= {  # others, for --arms
     "dspark": Arm(Objective("decay", "ce=0.1,tv=1.8"), head="dspark"),
     "dspark_decay": Arm(Objective("decay"), head="dspark"),
     "dspark_auf": Arm(Objective("auf"), head="dspark"),
+    "dflash2": Arm(Objective("decay"), Objective("decay"), head="dflash2"),
+    "dflash2_b_auf": Arm(Objective("decay"), Objective("auf"), head="dflash2"),
 }
 EVERY_SEED = ("decay", "dpace", "auf")
 
@@ -154,6 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-tokens", type=int, default=128, help="most new tokens of a prompt")
     add("--eval-batch-size", type=int, default=16)
     add("--tree-nodes", type=int, nargs="+", default=[], metavar="N", help="draft trees to decode with at the end, too")
+    add("--tree-temperature", type=float, default=1.0, help="of the distribution that trees are made by")
     add("--check", action="store_true", help="only read the arguments")
     arguments = parser.parse_args()
     arguments.arms = [name for name in ARMS if name in arguments.arms]
@@ -455,7 +463,8 @@ def measure(study: Study, name: str, seed: int, step: int, what: str, params: di
         sets = {key: study.prompts[key][:count] for key in (study.prompts if last else curve_sets(study.prompts))}
         config = decoding_of(study, study.drafter(ARMS[name]))
         if what.startswith("tree"):
-            config = dataclasses.replace(config, tree_nodes=int(what.removeprefix("tree")))
+            nodes, heat = int(what.removeprefix("tree")), study.arguments.tree_temperature
+            config = dataclasses.replace(config, tree_nodes=nodes, tree_temperature=heat)
         found = {"sets": of_sets(study, config, params, sets, own, temperature=float(what == "t1"))}
         shown = f"tau {tau_micro([h for values in found['sets'].values() for h in values['accepted']]):.3f}"
     if last and what == "t0":

@@ -18,7 +18,7 @@ from specauf_jax.evaluation.measure import alpha, tau_macro, tau_micro
 PAIRS = (("auf", "decay"), ("dpace", "decay"), ("auf_decay", "auf"), ("decay_auf", "decay"),
          ("domino_b_auf_d", "domino_baseline"), ("auf_k16", "decay_k16"))  # fmt: skip
 FIRST_ALPHAS = 7
-ANY = ("arms", "seeds", "every_seed", "tree_nodes", "environment")  # may differ from part to part
+ANY = ("arms", "seeds", "every_seed", "tree_nodes", "tree_temperature", "environment")  # may differ from part to part
 SHOWN = ("target", "documents", "supervised_tokens", "steps", "batch_size", "anchors", "layers", "block_size",
          "learning_rate", "dtype", "eval_tokens")  # fmt: skip
 
