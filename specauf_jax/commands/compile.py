@@ -23,8 +23,10 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure
+from specauf_jax.evaluation.xla_time import read_cycles
 from specauf_jax.files import output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
+from specauf_jax.kernels.attention import TILE
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_shapes
@@ -37,13 +39,27 @@ from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
 _PROGRAMS = ("train", "decode")
-# Of one device as JAX counts them: its name in PEAK_FLOPS, memory that XLA may use in bytes, how many are a chip.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+    """One device as JAX counts them. Rates by Google's pages on each version, of a half chip where that is a device."""
+
+    kind: str  # in PEAK_FLOPS
+    memory: float  # bytes that XLA may use
+    per_chip: int
+    clock: float  # Hz: the peak, over what its matrix units multiply and add in a cycle
+    bandwidth: float  # bytes/s of its memory
+    links: float  # bytes/s to its neighbours in a slice, all links together
+
+
 _DEVICES = {
-    "v5e": ("TPU v5 lite", 15.75 * _GIB, 1),
-    "v5p": ("TPU v5", 95.0 * _GIB, 1),
-    "v6e": ("TPU v6 lite", 31.25 * _GIB, 1),
-    "tpu7x": ("TPU7x", 94.75 * _GIB, 2),
+    "v5e": _Device("TPU v5 lite", 15.75 * _GIB, 1, 1.5e9, 819e9, 200e9),
+    "v5p": _Device("TPU v5", 95.0 * _GIB, 1, 1.75e9, 2765e9, 600e9),
+    "v6e": _Device("TPU v6 lite", 31.25 * _GIB, 1, 1.75e9, 1638e9, 448e9),
+    "tpu7x": _Device("TPU7x", 94.75 * _GIB, 2, 2.2e9, 3690e9, 600e9),
 }
+_TRAFFIC = {"all-reduce": 2}  # bytes that pass a device's links for each byte of the result; 1 for others
 
 
 def compile_recipe(config: Compile, console: Console) -> int:
@@ -75,8 +91,8 @@ def _resolved(config: Compile) -> tuple:
 
 def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Target, mesh, console: Console) -> dict:
     """Everything that is written, but where it came from."""
-    kind, hbm, per_chip = _DEVICES[config.topology.partition(":")[0]]
-    speed = PEAK_FLOPS[kind]
+    device = _DEVICES[config.topology.partition(":")[0]]
+    speed = PEAK_FLOPS[device.kind]
     settings, S = recipe.train, config.sequence_length
     rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
     place = f"for {mesh.size} devices of {config.topology}"
@@ -84,21 +100,22 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
         train, decode = _measured(config, _PROGRAMS, rows)
     loss = _loss(recipe, drafter, S)
     counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": loss.num_anchors}
-    train |= _time(step_flops(drafter, target, **counts, soft=loss.soft), mesh.size * speed)
-    decode |= _time(
+    train |= _operations(step_flops(drafter, target, **counts, soft=loss.soft), mesh.size * speed)
+    decode |= _operations(
         round_flops(drafter, target, rows=rows, context=config.decode_length, nodes=config.tree_nodes),
         mesh.size * speed,
     )
     for program in (train, decode):
-        program["fits"] = program["peak_bytes"] <= hbm
+        program["fits"] = program["peak_bytes"] <= device.memory
+        program["time"] = _time(program, device)
     return {
         "fits": train["fits"] and decode["fits"],
         "peak_bytes": max(train["peak_bytes"], decode["peak_bytes"]),
-        "hbm_bytes": int(hbm),
+        "hbm_bytes": int(device.memory),
         "flops_per_step": train["flops"],
         "collectives": train["collectives"],
         "devices": mesh.size,
-        "devices_per_chip": per_chip,
+        "devices_per_chip": device.per_chip,
         "mesh": dict(mesh.shape),
         "rows": {"train": settings.batch_size, "decode": rows},
         "train": train,
@@ -152,9 +169,16 @@ def _measure(config: Compile, name: str, rows: int) -> dict:
     with float32_precision(recipe.train.dtype):
         if name == "train":
             program = _train_step(recipe, drafter, target, mesh, config.sequence_length)
+            loss = _loss(recipe, drafter, config.sequence_length)
+            blocks = loss.num_anchors * recipe.train.batch_size // (recipe.train.accumulation * batch_shards(mesh))
+            turns = -(-blocks // loss.slot_chunk)  # of the LM head's loop over blocks, a slot of each; or all slots
+            data = {"lm_head": (turns, turns * drafter.num_labels)}
         else:
             program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length, config.tree_nodes)
-        return measure(*program, code=config.code)
+            data = {"attention": (1, -(-config.decode_length // TILE))}
+        found, text = measure(*program, code=config.code)
+        cycles = read_cycles(text, data)
+        return found | {"cycles": {name: dict(x) for name, x in vars(cycles).items()}}
 
 
 def _recipe(config: Compile) -> Train:
@@ -230,11 +254,31 @@ def _decode_round(
     return decode_round.lower(*arguments, config=decoding), arguments
 
 
-def _time(parts: dict[str, float], speed: float) -> dict:
+def _operations(parts: dict[str, float], speed: float) -> dict:
     """Operations, and the seconds that they take at least."""
     flops = sum(parts.values())
     seconds = {"at_100_percent": flops / speed, "at_40_percent": flops / speed / 0.4}
     return {"flops": flops, "flops_by_part": parts, "seconds": seconds}
+
+
+def _time(program: dict, device: _Device) -> dict:
+    """Seconds of one call at least and at most, and what they are made of.
+
+    compiler: its estimate, by scope. kernels: block attention's operations at the peak and at 40 % of it, where Pallas
+    kernels compute it. collectives: their bytes by the links' rate; nothing at least, as computing may hide them.
+    memory: the arguments read once, which no call can be faster than.
+    """
+    least, most, kernels = (program["cycles"][name] for name in ("least", "most", "kernels"))
+    compiler = {scope: [least.get(scope, 0) / device.clock, cycles / device.clock] for scope, cycles in most.items()}
+    own = program["flops_by_part"]["attention"] / program["flops"] * bool(kernels)
+    shares = [own * seconds for seconds in program["seconds"].values()]
+    sent = sum(_TRAFFIC.get(kind, 1) * entry["bytes"] for kind, entry in program["collectives"].items())
+    memory, collectives = program["argument_bytes"] / device.bandwidth, sent / device.links
+    low, high = (sum(pair[i] for pair in compiler.values()) + shares[i] for i in (0, 1))
+    total = [max(low, memory), max(high, memory) + collectives]
+    peak = program["seconds"]["at_100_percent"]
+    return {"total": total, "compiler": compiler, "kernels": shares, "collectives": [0.0, collectives],
+            "memory": memory, "utilisation": [peak / seconds for seconds in reversed(total)]}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -276,6 +320,20 @@ def _show_program(name: str, program: dict, console: Console) -> None:
     console.print(f"{program['flops'] / 1e12:,.1f} TFLOP ({parts})", highlight=False)
     whole, part = program["seconds"].values()
     console.print(f"{whole:.3g} s at 100 % of peak, {part:.3g} s at 40 %", highlight=False)
+    _show_time(program["time"], console)
+
+
+def _show_time(time: dict, console: Console) -> None:
+    table = Table("time of one call", "at least, ms", "at most, ms")
+    rows = sorted(time["compiler"].items(), key=lambda row: -row[1][1])
+    rows = [(f"{scope or 'elsewhere'}, by the compiler", *pair) for scope, pair in rows]
+    rows += [("attention in Pallas kernels, at 100 and 40 % of peak", *time["kernels"])] if time["kernels"][1] else []
+    rows += [("collectives, hidden or not", *time["collectives"]), ("all arguments read once", *[time["memory"]] * 2)]
+    for name, *pair in [*rows, ("together", *time["total"])]:
+        table.add_row(name, *(f"{1e3 * seconds:,.2f}" for seconds in pair))
+    console.print(table)
+    low, high = time["utilisation"]
+    console.print(f"that is {100 * low:.0f} to {100 * high:.0f} % of peak", highlight=False)
 
 
 def _train_advice(recipe: Train) -> list[str]:

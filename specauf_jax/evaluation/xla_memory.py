@@ -13,10 +13,10 @@ import jax
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _LARGEST = 8
-_NAME = r"%([\w.\-]+)"
+NAME = r"%([\w.\-]+)"
 
 
-def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
+def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict, str]:
     """Compile, and tell what the program needs of one device.
 
     Args:
@@ -27,8 +27,8 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
 
     Returns:
       argument_bytes, temporary_bytes, output_bytes (those that take no donated argument's place), code_bytes,
-      peak_bytes (their sum), collectives, largest. Without code, and where the compiler gave up for want of room,
-      output and code are None and the peak is what the rest needs.
+      peak_bytes (their sum), collectives, largest; and the HLO text. Without code, and where the compiler gave up for
+      want of room, output and code are None and the peak is what the rest needs.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
         compiled = None
@@ -50,7 +50,7 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> dict:
             "output_bytes": stats.output_size_in_bytes - stats.alias_size_in_bytes,
             "code_bytes": stats.generated_code_size_in_bytes,
         }
-    return sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found
+    return sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found, program
 
 
 def _compiled(lowered, dump: str) -> jax.stages.Compiled | None:
@@ -100,7 +100,7 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
         found = re.match(r" value: <\d+ ([\w.\-]+)\S* @\d+> \(size=(\d+),offset=(\d+)\): (\w+\[[\d,]*\])", line)
         if inside and found:  # values at one place, one after another, are one buffer
             buffers.setdefault((int(found[2]), int(found[3])), []).append((found[1], found[4]))
-    sources = dict(re.findall(rf'{_NAME} = .*?op_name="([^"]*)"', program))
+    sources = dict(re.findall(rf'{NAME} = .*?op_name="([^"]*)"', program))
     largest = []
     for (size, _), values in sorted(buffers.items(), key=lambda item: -item[0][0])[:_LARGEST]:
         name, shape = next((value for value in values if value[0] in sources), values[0])
@@ -110,7 +110,7 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
 
 def read_collectives(program: str) -> dict:
     """Kind → how often a device runs it in one call of the program, and the bytes of its results."""
-    computations, entry = _computations(program)
+    computations, entry = computations_of(program)
     collectives: dict[str, dict[str, int]] = {}
     for name, runs in _runs(computations, entry).items():
         for line in computations[name]:
@@ -123,13 +123,13 @@ def read_collectives(program: str) -> dict:
     return collectives
 
 
-def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(program: str) -> tuple[dict[str, list[str]], str]:
     """Lines of every computation by its name, and which is the program's entry."""
     computations: dict[str, list[str]] = {}
     lines: list[str] = []
     entry = ""
     for line in program.splitlines():
-        head = re.match(rf"(ENTRY )?{_NAME} \(.*\{{$", line)
+        head = re.match(rf"(ENTRY )?{NAME} \(.*\{{$", line)
         if head:
             lines = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
@@ -145,13 +145,13 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     def visit(name: str, times: int) -> None:
         runs[name] = runs.get(name, 0) + times
         for line in computations[name]:
-            loop = re.search(rf"condition={_NAME}, body={_NAME}", line)
+            loop = re.search(rf"condition={NAME}, body={NAME}", line)
             if loop:
                 limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
                 visit(loop[2], times * max(map(int, limits), default=1))
                 continue
             called = re.search(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|\S+)", line)
-            for inner in re.findall(_NAME, called[1]) if called else ():
+            for inner in re.findall(NAME, called[1]) if called else ():
                 visit(inner, times)
 
     visit(entry, 1)

@@ -1,0 +1,100 @@
+"""How long a program takes on a TPU, as its compiler estimates it: cycles by named scope, from XLA's own text.
+
+The compiler writes `estimated_cycles` to fusions. It has no figure for Pallas kernels, for what it copies and sends
+beside them, and for how often a loop turns where that is for the data to say.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+from specauf_jax.evaluation.xla_memory import NAME, computations_of
+
+SCOPES = (
+    "target",
+    "context",
+    "blocks",
+    "attention",
+    "lm_head",
+    "objective",
+    "optimiser",
+    "propose",
+    "verify",
+    "commit",
+)
+"""Names that this project gives to parts of its programs (`jax.named_scope`)."""
+_SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
+KERNEL = "tpu_custom_call"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """By scope, such as "verify/target": cycles if all goes well and at most, and calls of Pallas kernels."""
+
+    least: Counter
+    most: Counter
+    kernels: Counter
+
+    def __add__(self, other: "Cycles") -> "Cycles":
+        return Cycles(self.least + other.least, self.most + other.most, self.kernels + other.kernels)
+
+    def times(self, least: int, most: int) -> "Cycles":
+        """Of so many turns."""
+        parts = (self.least, least), (self.most, most), (self.kernels, most)
+        return Cycles(*(Counter({scope: turns * count for scope, count in part.items()}) for part, turns in parts))
+
+    def within(self, scope: str) -> "Cycles":
+        """What has no scope of its own gets this one."""
+        parts = self.least, self.most, self.kernels
+        return Cycles(*(sum((Counter({name or scope: n}) for name, n in part.items()), Counter()) for part in parts))
+
+
+_NONE = Cycles(Counter(), Counter(), Counter())
+
+
+def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
+    """Cycles of one call of a program.
+
+    Args:
+      program: the HLO text of a finished compilation.
+      turns: last name of a scope → how often loops in it turn at least and at most, where only the data know; others
+        count once. Of branches the cheapest and the dearest one count.
+    """
+    computations, entry = computations_of(program)
+    known: dict[str, Cycles] = {}
+
+    def of(name: str) -> Cycles:
+        if name not in known:
+            known[name] = sum(map(of_line, computations[name]), _NONE)
+        return known[name]
+
+    def of_line(line: str) -> Cycles:
+        scope = _scope(line)
+        if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+            spent = Counter({scope: int(found[1])})
+            return Cycles(spent, spent, Counter())
+        if f'custom_call_target="{KERNEL}"' in line:
+            return Cycles(Counter(), Counter(), Counter({scope: 1}))
+        if loop := re.search(rf"condition={NAME}, body={NAME}", line):
+            limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
+            count = max(map(int, limits), default=0)
+            return of(loop[2]).within(scope).times(*((count, count) if count else _turns(scope, turns)))
+        called = re.search(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|\S+)", line)
+        inner = [of(name).within(scope) for name in re.findall(NAME, called[1])] if called else []
+        if " conditional(" in line:
+            return Cycles(min((x.least for x in inner), key=Counter.total),
+                          max((x.most for x in inner), key=Counter.total),
+                          max((x.kernels for x in inner), key=Counter.total))  # fmt: skip
+        return sum(inner, _NONE) if re.search(r" (call|async-start)\(", line) else _NONE
+
+    return of(entry)
+
+
+def _scope(line: str) -> str:
+    """Of an instruction, by what JAX calls its source; empty where it has none."""
+    source = re.search(r'op_name="([^"]*)"', line)
+    return "/".join(dict.fromkeys(_SCOPE.findall(source[1]))) if source else ""
+
+
+def _turns(scope: str, turns: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    return turns.get(scope.rpartition("/")[2], (1, 1))
