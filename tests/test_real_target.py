@@ -220,6 +220,8 @@ def test_parts_of_a_study_are_one(script, world, straight, tmp_path, monkeypatch
             assert table == {name: cells for name, cells in found[title].items() if name != "full"}, title
     assert "full" in found["tau at temperature 1"]
     called(script, monkeypatch, *world, *SMALL, "--seeds", 0, "--steps", 4, "--out", tmp_path / "other")
+    with pytest.raises(SystemExit, match="'auf', 0, 3, 't0'.* stand in two of"):
+        load("real_target_report.py").report(parts[0], straight)
     with pytest.raises(SystemExit, match="other/study.json is of another study than .*: steps differ"):
         load("real_target_report.py").report(parts[0], tmp_path / "other")
 
@@ -242,6 +244,15 @@ def test_the_mask_stands_nowhere_in_the_data(script):
     assert script.mask_token(Tokenizer, [7], rows) == 7
     with pytest.raises(script.SpecaufError, match="special token"):
         script.mask_token(Tokenizer, [4], rows)
+
+
+@pytest.mark.parametrize(
+    "line", [["--tree-nodes", "0"], ["--tree-nodes", "3", "3"], ["--tree-temperature", "0.5"],
+             ["--tree-nodes", "3", "--tree-temperature", "0"]]
+)  # fmt: skip
+def test_trees_that_cannot_be_are_refused_at_once(line, capsys):
+    assert run("real_target.py", "--out", "o", "--target", "t", "--data", "d", *line, "--check") == 2
+    assert "--tree-" in capsys.readouterr().err
 
 
 def test_decay_auf_needs_decay(capsys):

@@ -168,6 +168,10 @@ def parse_arguments() -> argparse.Namespace:
     arguments.every_seed = [name for name in arguments.arms if name in arguments.every_seed]
     if any(ARMS[name].late for name in arguments.arms) and "decay" not in arguments.arms:
         parser.error("decay_auf begins as decay: name both arms")
+    if min(arguments.tree_nodes, default=1) < 1 or len({*arguments.tree_nodes}) < len(arguments.tree_nodes):
+        parser.error(f"--tree-nodes {arguments.tree_nodes}: different numbers of at least 1")
+    if not 0 < arguments.tree_temperature < math.inf or (arguments.tree_temperature != 1 and not arguments.tree_nodes):
+        parser.error(f"--tree-temperature {arguments.tree_temperature}: a finite number above 0, with --tree-nodes")
     return arguments
 
 
@@ -440,14 +444,15 @@ targets_of = jax.jit(with_target, static_argnames=("config", "target"))
 
 def missing(study: Study, seed: int, step: int) -> list[tuple[str, str]]:
     """(arm, what) at a point that was not measured: decoding at temperature 0, and at the end all else."""
-    trees = [f"tree{nodes}" for nodes in study.arguments.tree_nodes]
-    every = ("t0", "blocks", *trees, "t1") if step == study.arguments.steps else ("t0",)
+    a = study.arguments
+    heat = "" if a.tree_temperature == 1 else f" at {a.tree_temperature:g}"
+    every = ("t0", "blocks", *(f"tree {nodes}{heat}" for nodes in a.tree_nodes), "t1") if step == a.steps else ("t0",)
     open_ = [(name, what) for what in every for name in study.arms(seed, step)]
     return [(name, what) for name, what in open_ if not path_of(study, name, seed, step, what).exists()]
 
 
 def path_of(study: Study, name: str, seed: int, step: int, what: str) -> Path:
-    return study.arguments.out / "measured" / f"{name}_{seed}" / f"{step}_{what}.json"
+    return study.arguments.out / "measured" / f"{name}_{seed}" / f"{step}_{what.replace(' ', '_')}.json"
 
 
 def measure(study: Study, name: str, seed: int, step: int, what: str, params: dict) -> None:
@@ -463,7 +468,7 @@ def measure(study: Study, name: str, seed: int, step: int, what: str, params: di
         sets = {key: study.prompts[key][:count] for key in (study.prompts if last else curve_sets(study.prompts))}
         config = decoding_of(study, study.drafter(ARMS[name]))
         if what.startswith("tree"):
-            nodes, heat = int(what.removeprefix("tree")), study.arguments.tree_temperature
+            nodes, heat = int(what.split()[1]), study.arguments.tree_temperature
             config = dataclasses.replace(config, tree_nodes=nodes, tree_temperature=heat)
         found = {"sets": of_sets(study, config, params, sets, own, temperature=float(what == "t1"))}
         shown = f"tau {tau_micro([h for values in found['sets'].values() for h in values['accepted']]):.3f}"

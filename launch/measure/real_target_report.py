@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 from specauf_jax.evaluation.measure import alpha, tau_macro, tau_micro
@@ -34,6 +35,10 @@ def report(out: Path, *others: Path) -> str:
     parts = [out, *others]
     study = joined({part / "study.json": json.loads((part / "study.json").read_text()) for part in parts})
     files = [json.loads(path.read_text()) for part in parts for path in sorted(part.glob("measured/*/*.json"))]
+    if twice := [key for key, count in Counter(map(place, files)).items() if count > 1]:
+        sys.exit(
+            f"real_target_report: arm, seed, step and measure {twice[0]} stand in two of {', '.join(map(str, parts))}"
+        )
     files.sort(key=lambda file: (study["arms"].index(file["arm"]), file["seed"], file["step"]))
     found = [file | {"set": key} | values for file in files for key, values in file.get("sets", {}).items()]
     logs, passes = (
@@ -63,11 +68,16 @@ def report(out: Path, *others: Path) -> str:
     return "\n\n".join(parts)
 
 
+def place(file: dict) -> tuple:
+    """Of a measure in the study."""
+    return tuple(file[name] for name in ("arm", "seed", "step", "what"))
+
+
 def joined(studies: dict[Path, dict]) -> dict:
     """The studies of several folders as one: arms and seeds of all of them; all else must be the same."""
     (first, study), *others = studies.items()
     for path, other in others:
-        differ = [key for key in study if key not in ANY and study[key] != other.get(key)]
+        differ = [key for key in study | other if key not in ANY and study.get(key) != other.get(key)]
         if differ:
             sys.exit(f"real_target_report: {path} is of another study than {first}: {', '.join(differ)} differ")
     arms = [arm for part in studies.values() for arm in part["arms"]]
@@ -111,13 +121,13 @@ def final_taus(rows: list[dict], sets: dict[str, str]) -> dict:
 
 def by_nodes(final: dict[str, list[dict]]) -> dict:
     """Arm → tau of chains and of trees of N nodes, and how many of all trees' texts are the target's own."""
-    sizes = sorted(int(what.removeprefix("tree")) for what in final if what.startswith("tree"))
+    trees = sorted((what for what in final if what.startswith("tree")), key=lambda what: int(what.split()[1]))
     table = {}
-    for name in dict.fromkeys(row["arm"] for nodes in sizes for row in final[f"tree{nodes}"]):
+    for name in dict.fromkeys(row["arm"] for what in trees for row in final[what]):
         own = {what: [row for row in rows if row["arm"] == name] for what, rows in final.items()}
         table[name] = {"chain": over_seeds(own["t0"], micro)}
-        table[name] |= {f"N = {nodes}": over_seeds(own[f"tree{nodes}"], micro) for nodes in sizes}
-        table[name]["exact"] = exact([row for nodes in sizes for row in own[f"tree{nodes}"]])
+        table[name] |= {what.replace("tree", "N ="): over_seeds(own[what], micro) for what in trees if own[what]}
+        table[name]["exact"] = exact([row for what in trees for row in own[what]])
     return table
 
 
