@@ -15,7 +15,7 @@ from specauf_jax.kernels.block_attention_xla import FLOOR, absorb
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 NO_WINDOW = 0  # as the `window` of a layer that has none
-TILE, TILE_ON_CPU = 512, 64  # positions of the cache whose scores exist at one time
+TILE, TILE_ON_CPU, TILE_ON_GPU = 512, 64, 4096  # positions of the cache whose scores exist at one time
 
 
 @jax.named_scope("attention")
@@ -40,8 +40,8 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
     specs = (heads, cache, cache, PartitionSpec(), rows, rows, own_specs)
 
     def run(*arrays):
-        forms = (functools.partial(_attend, most=most) for most in (TILE_ON_CPU, TILE))
-        return lax.platform_dependent(*arrays, cpu=next(forms), default=next(forms))
+        cpu, gpu, tpu = (functools.partial(_attend, most=most) for most in (TILE_ON_CPU, TILE_ON_GPU, TILE))
+        return lax.platform_dependent(*arrays, cpu=cpu, cuda=gpu, default=tpu)
 
     return per_device(run, mesh, specs, heads)(q, cache_k, cache_v, jnp.asarray(layer), start, stop, own)
 
@@ -69,7 +69,7 @@ def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
         return absorb(state, queries, keys, values, seen(visible))
 
     first, last = jnp.where(stop > start, start, S).min() // size, -(-jnp.minimum(stop, S).max() // size)
-    _, total, mixed = lax.fori_loop(first, last, tile, state)
+    _, total, mixed = tile(0, state) if size == S else lax.fori_loop(first, last, tile, state)
     mixed = (mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype)
     return mixed.reshape(B, G, T, H // G, E).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 

@@ -1,9 +1,9 @@
 """Attention of drafted blocks: every slot sees a range of its row's context and a range of its own block.
 
 Both parts share one softmax, whose running maximum and sum start with the own block and go on over tiles of
-the context. Three forms give the same numbers: `dense` (all scores at one time; the reference), loops of XLA, and a
-kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of a forward pass only its result and the
-log-sum-exp of the scores.
+the context. Three forms give the same numbers: `dense` (all scores at one time; the reference, and what GPUs take
+where the scores are few), loops of XLA, and a kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of
+a forward pass only its result and the log-sum-exp of the scores.
 """
 
 import jax
@@ -15,6 +15,9 @@ from specauf_jax.kernels import block_attention_xla as xla
 from specauf_jax.kernels.attention import NO_WINDOW, in_range
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
+GPU_SCORES = (
+    2**30
+)  # bytes of all scores up to which a GPU takes them at one time: loops whose length data know wait there
 _HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
 
 
@@ -35,6 +38,8 @@ def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=Non
       `[B, A, K, H, E]` in q's dtype.
     """
     ranges = visible_ranges(start, stop, keep, q.shape[2], window)
+    if jax.default_backend() == "gpu" and 4 * q.size // q.shape[-1] * (context_k.shape[1] + q.shape[2]) <= GPU_SCORES:
+        return dense(q, k, v, context_k, context_v, ranges)
     return with_gradient(_forward, _backward)(q, k, v, context_k, context_v, ranges)
 
 
