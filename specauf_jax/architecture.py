@@ -139,13 +139,14 @@ class Drafter:
     """Of sliding_attention layers: a slot sees itself and the sliding_window - 1 positions before it."""
     projector_type: str = "dflash"
     """What makes drafts of the body's hidden states: dflash (the target's LM head alone), domino (a recurrent
-    correction of its logits, slot by slot), or dspark (a correction by the token before, and a confidence). One file
-    each in specauf_jax/models/heads."""
+    correction of its logits, slot by slot), dspark (a correction by the token before, and a confidence), or dflash2
+    (convolutions over the block's slots, a choice among likely tokens). One file each in specauf_jax/models/heads."""
     head: tuple[str, ...] = ()
     """NAME=VALUE of that file's settings, where not the defaults. dflash: shift_label=false. domino: emb_dim=256
     gru_hidden_dim=1024 shift_label=true pure_draft_prefix_len=1. dspark: markov_rank=256 markov_head_type=vanilla (or
     gated, rnn) enable_confidence_head=true confidence_head_alpha=1.0 confidence_head_with_markov=true
-    shift_label=true."""
+    shift_label=true. dflash2: conv_kernel_size=2 conv_group_size=16 selector_rank=256 selector_top_k=16
+    selector_loss_alpha=1.0 shift_label=false."""
 
     def __post_init__(self):
         check_drafter(self)
@@ -353,7 +354,6 @@ class ResolvedDrafter:
 
     def __post_init__(self):
         check_drafter(self)
-        self.head.check(self)
 
     @property
     def convolution(self) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from typing import Any
 
 from specauf_jax.errors import SpecaufError
@@ -107,6 +108,8 @@ def drafts(settings, temperature: float = 0.0) -> None:
     none for a chain.
     """
     positive(settings, "tree_temperature")
+    if settings.tree_temperature == math.inf:
+        raise SpecaufError("tree_temperature is inf", "a finite number above 0", "set it to 1, or leave it out")
     if not settings.tree_nodes:
         unused(settings, "tree_temperature", when="without tree_nodes")
     asked, sizes = settings.verify_slots, settings.tree_nodes

@@ -56,8 +56,8 @@ class Objective:
     chain: float = 0.1
     """first_error: weight of the expected accepted length."""
     witness: Literal["own", "base"] = "own"
-    """Whose hits and misses count, for the final branch of domino or dspark: its own, or the base branch's (all but
-    full and decay)."""
+    """Whose hits and misses count, for the final branch of a head with a base branch: its own, or the base branch's
+    (all but full and decay)."""
 
     @property
     def stop(self) -> int | None:
@@ -260,7 +260,7 @@ class TrainOptimisation(Optimisation):
     """Settings of drafter training."""
 
     num_anchors: int | None = None
-    """A: blocks sampled per row; None takes 512, for domino 256, or all places of shorter rows."""
+    """A: blocks sampled per row; None takes 512, for domino and dflash2 256, or all places of shorter rows."""
     slot_chunk: int = 256
     """Slots whose logits exist at one time, of every device."""
     head_slots: HeadSlots = "support"
@@ -280,7 +280,7 @@ class TrainOptimisation(Optimisation):
     decode_tokens: int = 64
     lambda_base_decay_ratio: float | None = None
     """domino, dspark: share of the steps over which the base branch's weight in the loss falls from 1 to 0, or 0 for no
-    base branch; None takes 1 for domino, 0 for dspark."""
+    base branch; None takes 1 for domino, 0 for dspark. dflash2 trains both to the end."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -238,9 +238,9 @@ def _device_rows(sharding: NamedSharding, count: int) -> dict[jax.Device, slice]
 
 
 def rows_at(shape: tuple[int, ...], axis: int, mesh: jax.sharding.Mesh | AbstractMesh | None) -> PartitionSpec:
-    """Of an array of what decodes: rows, at `axis`, over all batch axes; heads of caches `[N, B, S, G, E]` over
+    """Of an array of what decodes: rows, at `axis`, over all batch axes; heads of caches `[N, B, G, S, E]` over
     `tensor` where it divides them."""
-    heads = (None, "tensor") if len(shape) == 5 and axis == 1 and _divides(mesh, ("tensor",), shape[3]) else ()
+    heads = ("tensor",) if len(shape) == 5 and axis == 1 and _divides(mesh, ("tensor",), shape[2]) else ()
     return PartitionSpec(*[None] * axis, BATCH, *heads)
 
 

@@ -1,3 +1,5 @@
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,7 @@ def one_query(q, keys, values):
 def ranges(B=2, T=7, S=9, H=4, G=2, E=6, N=3):
     """q, cache_k, cache_v, start, stop; among the ranges are empty ones and a whole row."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, H, E), *[(N, B, S, G, E)] * 2))
+    q, k, v = (rng.normal(size=shape).astype(np.float32) for shape in ((B, T, H, E), *[(N, B, G, S, E)] * 2))
     start, stop = np.sort(rng.integers(0, S + 1, (2, B, T)), axis=0)
     start[0, :3], stop[0, :3] = (0, 4, 7), (S, 4, 3)
     return q, k, v, start, stop
@@ -43,7 +45,7 @@ def ranges(B=2, T=7, S=9, H=4, G=2, E=6, N=3):
 def test_cached_attention_equals_plain_loops_with_grouped_heads(tile, with_own, monkeypatch):
     monkeypatch.setattr(attention, "TILE_ON_CPU", tile)
     q, k, v, start, stop = ranges()
-    (B, T, H, E), G, layer = q.shape, k.shape[3], 1
+    (B, T, H, E), G, layer = q.shape, k.shape[2], 1
     rng = np.random.default_rng(1)
     own_k, own_v = rng.normal(size=(2, B, T, G, E)).astype(np.float32)
     sees = rng.integers(0, 2, (B, T, T)).astype(bool)
@@ -51,8 +53,8 @@ def test_cached_attention_equals_plain_loops_with_grouped_heads(tile, with_own, 
     mixed = jax.jit(cached_attention)(q, k, v, layer, start, stop, (own_k, own_v, sees) if with_own else None)
     for b, t, h in np.ndindex(B, T, H):
         g, seen, beside = h // (H // G), range(start[b, t], stop[b, t]), np.flatnonzero(sees[b, t] & with_own)
-        keys = [k[layer, b, j, g] for j in seen] + [own_k[b, j, g] for j in beside]
-        values = [v[layer, b, j, g] for j in seen] + [own_v[b, j, g] for j in beside]
+        keys = [k[layer, b, g, j] for j in seen] + [own_k[b, j, g] for j in beside]
+        values = [v[layer, b, g, j] for j in seen] + [own_v[b, j, g] for j in beside]
         np.testing.assert_allclose(mixed[b, t, h], one_query(q[b, t, h], keys, values), atol=1e-6)
     assert not mixed[0, 1].any()  # an empty range
 
@@ -62,13 +64,30 @@ def test_a_cache_is_read_up_to_its_longest_row_only():
     q, k, v, start, stop = ranges(S=600)
     stop = np.minimum(stop, attention.TILE_ON_CPU + 1)
     k, v = k.copy(), v.copy()
-    k[:, :, 2 * attention.TILE_ON_CPU :] = v[:, :, 2 * attention.TILE_ON_CPU :] = np.nan
+    k[..., 2 * attention.TILE_ON_CPU :, :] = v[..., 2 * attention.TILE_ON_CPU :, :] = np.nan
     assert np.isfinite(cached_attention(q, k, v, 2, start, stop)).all()
 
 
 def test_large_scores_stay_finite():
     q, k, v, start, stop = ranges()
     assert np.isfinite(cached_attention(q * 1e4, k, v, 0, start, stop)).all()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_entries_stand_at_their_rows_own_positions(layers):
+    """By a scatter, and row by row as on TPUs."""
+    N, B, G, S, E, T, layer = 3, 4, 2, 9, 6, 3, 3 - layers
+    rng = np.random.default_rng(0)
+    cache, new = rng.normal(size=(N, B, G, S, E)), rng.normal(size=(layers, B, T, G, E))
+    cache, new, first = cache.astype(np.float32), new.astype(np.float32), np.array([0, 6, 2, 3])
+    expected = cache.copy()
+    for n, b, t in np.ndindex(layers, B, T):
+        expected[layer + n, b, :, first[b] + t] = new[n, b, t]
+    run = jax.jit(lambda *x: attention.write_entries(*x))
+    np.testing.assert_array_equal(run(cache, new, first, layer), expected)
+    with mock.patch.object(jax.lax, "platform_dependent", lambda *x, tpu, default: tpu(*x)):
+        row_by_row = jax.jit(lambda *x: attention.write_entries(*x))(cache, new, first, layer)
+    np.testing.assert_array_equal(row_by_row, expected)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from rich.console import Console
 
 from specauf_jax.commands.benchmark import CONVENTIONS, Method, _narrowed, benchmark, summary
 from specauf_jax.commands.benchmark_settings import Benchmark
-from specauf_jax.commands.benchmark_train import benchmark_train
+from specauf_jax.commands.benchmark_train import _architectures, benchmark_train
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.report import write_report
 from specauf_jax.commands.report_settings import Report
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.tokenizer import train_bpe
 from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import Generation, generate
@@ -32,6 +33,7 @@ from specauf_jax.evaluation.timing import Timed
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.target import TargetStep, target_features
 from specauf_jax.models.weights import save_drafter, save_target
+from specauf_jax.recipes import read_recipe
 
 WORDS = ["the quick brown fox", "jumps over", "the lazy dog and the quick brown fox"]
 
@@ -285,6 +287,18 @@ def test_training(world, tmp_path):
     assert 0 < auf["active_ratio"] < decay["active_ratio"] == 1 and auf["flops"] < decay["flops"]
     meta = found["meta"]
     assert meta["recipe"]["init_from"] == str(world / "drafter") and meta["dtype"] == "bfloat16"
+
+
+def test_training_of_a_body_that_gets_a_head(world, tmp_path):
+    """The drafter that `specauf train` would train."""
+    recipe = tmp_path / "recipe.py"
+    text = RECIPE.format(target=str(world / "target"), data="").replace(
+        "Drafter(", 'Drafter(projector_type="dspark", ', 1
+    )
+    recipe.write_text(text)
+    config = dataclasses.replace(read_recipe(Train, str(recipe)), init_from=str(world / "drafter"))
+    _, drafter = _architectures(config)
+    assert drafter.head.projector_type == "dspark"
 
 
 def test_training_refusals(tmp_path):

@@ -23,6 +23,7 @@ from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.heads.dflash2 import DFlash2
 from specauf_jax.models.layers import SlotConvolution
 from specauf_jax.models.weights import load_drafter, save_drafter, save_target
+from specauf_jax.objectives import objective_sums
 from specauf_jax.sharding import make_mesh
 from specauf_jax.training.blocks import make_blocks
 from specauf_jax.training.loss import LossConfig, block_hidden, branch_factors, loss_fn, loss_sums, weighted
@@ -79,7 +80,9 @@ def test_training_starts_from_plain_dflash():
 
     def states(config, params):
         blocks = make_blocks(batch, anchors, keep, config=config)
-        return block_hidden(params, HEAD, batch, blocks, config=LossConfig(drafter=config, objective=Objective()))
+        base = Objective() if "base" in config.head.branches else None
+        loss = LossConfig(drafter=config, objective=Objective(), base_objective=base)
+        return block_hidden(params, HEAD, batch, blocks, config=loss)
 
     assert tiny.largest_difference(states(drafter, params), states(plain, body)) < 1e-6
     moved = jax.tree.map(lambda x: x + 0.1, params["layers"]["attention_conv"])
@@ -197,8 +200,27 @@ def test_the_selector_compares_with_labels_alone():
     drafter, _ = drafter_and_params("unshifted")
     for objective in (Objective("auf", "kl"), Objective("survival")):
         with pytest.raises(SpecaufError, match="final branch of DFlash2"):
-            LossConfig(drafter=drafter, objective=objective)
+            LossConfig(drafter=drafter, objective=objective, base_objective=Objective())
         LossConfig(drafter=drafter, objective=Objective(), base_objective=objective)
+    with pytest.raises(SpecaufError, match="no base_objective for DFlash2"):
+        LossConfig(drafter=drafter, objective=Objective())
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective("griffin", griffin_top_n=8), Objective("auf", tree_nodes=32), Objective("auf")]
+)
+def test_a_label_that_is_no_candidate_is_a_miss(objective):
+    """Also where the support forgives labels of a lower rank: decoding never drafts it."""
+    drafter, params = drafter_and_params("unshifted")
+    logits = jnp.tile(jnp.arange(drafter.vocab_size, dtype=jnp.float32)[::-1] * 9, (1, drafter.num_labels, 1))
+    context = jnp.zeros((1, drafter.num_labels, drafter.head.selector_rank))
+    weights = []
+    for label in (k - 1, k):
+        labels = jnp.full((1, drafter.num_labels), label)
+        scores = drafter.head.selector_scores(params, logits, context, labels)
+        weights.append(objective_sums(objective, scores, labels >= 0, block_size=K).weights[0])
+    assert weights[1].tolist() == [1, 0, 0, 0]
+    assert (weights[0].sum() > 1) == (objective.name == "griffin" or objective.tree_nodes is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,7 +237,7 @@ def test_training_knows_what_decoding_drafts(name):
     finite = np.isfinite(proposal.logits).sum(-1)
     assert (finite == k).all() and (proposal.tokens != tiny.MASK_TOKEN).all()
     index = 7 + anchors[:, None]
-    config = LossConfig(drafter=drafter, objective=Objective())
+    config = LossConfig(drafter=drafter, objective=Objective(), base_objective=Objective())
     for change, tau in ((0, K), (1, 1)):
         drafts = (proposal.tokens + change) % tiny.MASK_TOKEN if change else proposal.tokens
         tokens = batch.tokens.at[jnp.arange(5)[:, None], index + 1 + jnp.arange(K - 1)].set(drafts)
@@ -269,7 +291,7 @@ def test_one_text_learnt_by_heart_decodes_at_tau_k(name, monkeypatch):
 
 
 @forms
-@pytest.mark.parametrize("layout", ["zlab", "specforge", "speculators"])
+@pytest.mark.parametrize("layout", ["zlab", "speculators"])
 def test_files_hold_the_head(name, layout, tmp_path):
     drafter, params = drafter_and_params(name)
     save_target(TARGET_PARAMS, TARGET, tmp_path / "target")
@@ -283,6 +305,13 @@ def test_files_hold_the_head(name, layout, tmp_path):
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["architectures"] == ["DFlash2DraftModel"]
     assert (values["selector_rank"], values["selector_top_k"], values["conv_group_size"]) == (6, k, 4)
+
+
+def test_specforge_has_no_place_for_it(tmp_path):
+    drafter, params = drafter_and_params("unshifted")
+    with pytest.raises(SpecaufError, match="a DFlash2 drafter for the layout of SpecForge"):
+        save_drafter(params, drafter, tmp_path / "out", layout="specforge")
+    assert not (tmp_path / "out").exists()
 
 
 def test_keys_that_change_nothing_are_passed_over(tmp_path):

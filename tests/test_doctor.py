@@ -19,7 +19,7 @@ from specauf_jax import config as c
 from specauf_jax.data.tokenizer import hashes, load_tokenizer, train_bpe
 from specauf_jax.decoding.generate import Generation, generate
 from specauf_jax.decoding.state import Decoding
-from specauf_jax.evaluation.doctor.checks import Folder, read_findings, read_folder
+from specauf_jax.evaluation.doctor.checks import Folder, _tensor_names, read_findings, read_folder
 from specauf_jax.evaluation.doctor.engines import LINES, engine_table, unserved_heads
 from specauf_jax.evaluation.doctor.variants import Decoded, Gain, Variant, decode_variants, gain, layer_id_variants
 from specauf_jax.models.drafter import drafter_shapes, init_drafter
@@ -232,6 +232,8 @@ def test_a_dflash2_drafter(doctor):
     expected = {"vLLM": "yes", "z-lab": "yes", "sglang-jax": "no", "tpu-inference": "no", "speculators": "converted"}
     assert serves(result).items() >= expected.items()
     assert code == 0 and levels(result, "tensors") == []
+    wide = DFlash2(conv_group_size=96, conv_kernel_size=20, selector_top_k=5000)  # fits no drafter of the default sizes
+    assert "layers.1.mlp_conv.base_kernel" in _tensor_names(wide, 2)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Corrupted:
     def __call__(self, params, tokens, positions, cache):
         logits, taps, cache = self.inner(params, tokens, positions, cache)
         if tokens.shape[1] > 1:
-            cache = KVCache(k=cache.k.at[:, :, 6].set(3.0), v=cache.v.at[:, :, 6].set(-3.0))
+            cache = KVCache(k=cache.k.at[:, :, :, 6].set(3.0), v=cache.v.at[:, :, :, 6].set(-3.0))
         return logits, taps, cache
 
     def init_cache(self, *args):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import heapq
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +230,7 @@ def test_caches_hold_what_was_committed_and_nothing_else(name):
             jax.tree.leaves((again.target_cache, again.drafter_cache)),
             strict=True,
         ):
-            one, other = (np.asarray(x[:, row, : len(text) - 1]) for x in (found, expected))
+            one, other = (np.asarray(x[:, row, :, : len(text) - 1]) for x in (found, expected))
             np.testing.assert_allclose(one, other, atol=2e-3 * np.abs(other).max())  # the target sharpens rounding
 
 
@@ -322,6 +323,7 @@ def test_what_cannot_draft_trees_is_refused():
         (None, drafter, {"tree_nodes": True}, "tree_nodes True"),
         (None, drafter, {"tree_nodes": 4, "tree_temperature": 0.0}, "tree_temperature 0.0"),
         (None, drafter, {"tree_temperature": 0.5}, "tree_temperature 0.5 with tree_nodes None"),
+        (None, drafter, {"tree_nodes": 4, "tree_temperature": math.inf}, "tree_temperature inf"),
         (None, drafter, {"tree_nodes": 4, "verify_slots": 2}, "verify_slots 2"),
         (None, None, {"tree_nodes": 4}, "no drafter that predicts"),
         (None, PromptLookup(4), {"tree_nodes": 4}, "no drafter that predicts"),

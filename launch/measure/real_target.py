@@ -545,7 +545,7 @@ def own_batches(study: Study) -> list[Batch]:
 def of_blocks(study: Study, arm: Arm, params: dict) -> dict[str, float]:
     """Measures of blocks in the target's own answers, the same for all arms of equal K; every slot is read."""
     full, batches = Objective("full"), enumerate(own_batches(study))
-    config = study.loss(arm, objective=full, base_objective=None, head_slots="all")
+    config = study.loss(dataclasses.replace(arm, base=full), objective=full, head_slots="all")
     sums = [block_sums(params, study.params, batch, jax.random.key(i), config=config) for i, batch in batches]
     return {key: float(value) for key, value in jax.tree.map(lambda *x: sum(x), *sums).measures().items()}
 

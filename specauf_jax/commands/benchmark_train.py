@@ -16,7 +16,7 @@ from rich.table import Table
 from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
 from specauf_jax.checks import unused
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
-from specauf_jax.commands.loading import load_target_with_bar
+from specauf_jax.commands.loading import drafter_to_train, load_target_with_bar
 from specauf_jax.commands.record import announce
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.config import another
@@ -28,9 +28,8 @@ from specauf_jax.evaluation.timing import spread
 from specauf_jax.files import as_path, output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
 from specauf_jax.models.layers import cast
-from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import Head, init_target, target_head
-from specauf_jax.models.weights import drafter_config, load_drafter, target_config
+from specauf_jax.models.weights import load_drafter, target_config
 from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import check_batch, local_rows, make_mesh, put_rows
 from specauf_jax.training.blocks import Batch, eligible_anchors, make_blocks, predicting_states, sample_anchors
@@ -94,10 +93,8 @@ def _measure(recipe: Train, config: BenchmarkTrain, console: Console) -> dict:
 
 def _architectures(recipe: Train) -> tuple[Target, ResolvedDrafter]:
     target = KNOWN_TARGETS.get(recipe.target) or target_config(recipe.target)
-    if recipe.init_from is not None:
-        return target, fitted(drafter_config(recipe.init_from), target)
     mask = read_manifest(recipe.data)["mask_token_id"] if _has_data(recipe) else None
-    return target, resolve_drafter(recipe.drafter, target, mask)
+    return target, drafter_to_train(recipe, target, mask)
 
 
 def _has_data(recipe: Train) -> bool:

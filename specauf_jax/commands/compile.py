@@ -59,7 +59,7 @@ _DEVICES = {
     "v6e": _Device("TPU v6 lite", 31.25 * _GIB, 1, 1.75e9, 1638e9, 448e9),
     "tpu7x": _Device("TPU7x", 94.75 * _GIB, 2, 2.2e9, 3690e9, 600e9),
 }
-_TRAFFIC = {"all-reduce": 2}  # bytes that pass a device's links for each byte of the result; 1 for others
+_TRAFFIC = {"all-reduce": 2}  # bytes that pass a device's links for each byte of the result, about; 1 for others
 
 
 def compile_recipe(config: Compile, console: Console) -> int:
@@ -177,8 +177,8 @@ def _measure(config: Compile, name: str, rows: int) -> dict:
             program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length, config.tree_nodes)
             data = {"attention": (1, -(-config.decode_length // TILE))}
         found, text = measure(*program, code=config.code)
-        cycles = read_cycles(text, data)
-        return found | {"cycles": {name: dict(x) for name, x in vars(cycles).items()}}
+        cycles = None if text is None else {name: dict(x) for name, x in vars(read_cycles(text, data)).items()}
+        return found | {"cycles": cycles}
 
 
 def _recipe(config: Compile) -> Train:
@@ -261,18 +261,22 @@ def _operations(parts: dict[str, float], speed: float) -> dict:
     return {"flops": flops, "flops_by_part": parts, "seconds": seconds}
 
 
-def _time(program: dict, device: _Device) -> dict:
-    """Seconds of one call at least and at most, and what they are made of.
+def _time(program: dict, device: _Device) -> dict | None:
+    """Seconds of one call at least and at most, and what they are made of; None where the compiler has no estimates.
 
     compiler: its estimate, by scope. kernels: block attention's operations at the peak and at 40 % of it, where Pallas
-    kernels compute it. collectives: their bytes by the links' rate; nothing at least, as computing may hide them.
-    memory: the arguments read once, which no call can be faster than.
+    kernels compute it. collectives: their bytes by the links' rate, at most; computing may hide them. memory: the
+    arguments read once.
     """
+    if program["cycles"] is None or not program["cycles"]["most"]:
+        return None
     least, most, kernels = (program["cycles"][name] for name in ("least", "most", "kernels"))
     compiler = {scope: [least.get(scope, 0) / device.clock, cycles / device.clock] for scope, cycles in most.items()}
     own = program["flops_by_part"]["attention"] / program["flops"] * bool(kernels)
     shares = [own * seconds for seconds in program["seconds"].values()]
-    sent = sum(_TRAFFIC.get(kind, 1) * entry["bytes"] for kind, entry in program["collectives"].items())
+    sent = sum(
+        _TRAFFIC.get(kind, 1) * entry["bytes"] for kind, entry in program["collectives"].items() if kind != "send"
+    )
     memory, collectives = program["argument_bytes"] / device.bandwidth, sent / device.links
     low, high = (sum(pair[i] for pair in compiler.values()) + shares[i] for i in (0, 1))
     total = [max(low, memory), max(high, memory) + collectives]
@@ -323,7 +327,10 @@ def _show_program(name: str, program: dict, console: Console) -> None:
     _show_time(program["time"], console)
 
 
-def _show_time(time: dict, console: Console) -> None:
+def _show_time(time: dict | None, console: Console) -> None:
+    if time is None:
+        console.print("time: not known without the finished program's code", highlight=False)
+        return
     table = Table("time of one call", "at least, ms", "at most, ms")
     rows = sorted(time["compiler"].items(), key=lambda row: -row[1][1])
     rows = [(f"{scope or 'elsewhere'}, by the compiler", *pair) for scope, pair in rows]

@@ -7,8 +7,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from specauf_jax.architecture import Target
+from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
 from specauf_jax.checks import template_arguments
+from specauf_jax.commands.train_settings import Train
 from specauf_jax.config import Dtype, VerifySlots
 from specauf_jax.data.chat import clock_notes
 from specauf_jax.data.dataset import read_manifest
@@ -20,7 +21,8 @@ from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
 from specauf_jax.evaluation.timing import fastest_width
 from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.cpu import serving_params
-from specauf_jax.models.resolve import fitted
+from specauf_jax.models.heads import head_settings, make_head
+from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
 from specauf_jax.sharding import batch_shards
@@ -217,3 +219,38 @@ def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console:
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
     decoding = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
     return (drafter_params, target_params), decoding
+
+
+def drafter_to_train(config: Train, target: Target, mask: int | None) -> ResolvedDrafter:
+    """The resolved architecture: of --drafter, or of the folder to start from; a plain body may get a head."""
+    if config.init_from is None:
+        return resolve_drafter(config.drafter, target, mask)
+    found, plain = fitted(drafter_config(config.init_from), target), Drafter.projector_type
+    if found.head.projector_type == plain != config.drafter.projector_type:
+        head = make_head(config.drafter.projector_type, config.drafter.head)
+        found = dataclasses.replace(found, head=type(head)(**head_settings(head) | head_settings(found.head)))
+    for name, asked in _asked(config.drafter, found).items():
+        has = found.head.projector_type if name == "projector_type" else getattr(found, name, None)
+        has = head_settings(found.head).get(name, has)
+        if asked != has:
+            raise SpecaufError(
+                f"--drafter asks for {name} {asked!r}, but {config.init_from} was trained with {has!r}",
+                "the conventions of the drafter that training starts from",
+                f"leave {name} out, or start from random weights without --init-from",
+            )
+    if mask is not None and mask != found.mask_token_id and config.drafter.mask_token_id is None:
+        raise SpecaufError(
+            f"{config.init_from} was trained with mask token {found.mask_token_id}, the dataset's tokenizer has {mask}",
+            "one mask token",
+            f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
+        )
+    return found
+
+
+def _asked(drafter: Drafter, found: ResolvedDrafter) -> dict:
+    """Settings that are not the defaults, those of the head among them."""
+    asked = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(drafter)
+             if getattr(drafter, field.name) != field.default and field.name != "head"}  # fmt: skip
+    named = {setting.partition("=")[0] for setting in drafter.head}
+    settings = head_settings(make_head(asked.get("projector_type", found.head.projector_type), drafter.head))
+    return asked | {name: settings[name] for name in named}

@@ -1,15 +1,13 @@
 """`specauf train`: a drafter against a frozen target."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from specauf_jax.architecture import Drafter, ResolvedDrafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.checks import unused
-from specauf_jax.commands.loading import check_requests, load_target_with_bar, read_data, warn
+from specauf_jax.commands.loading import check_requests, drafter_to_train, load_target_with_bar, read_data, warn
 from specauf_jax.commands.record import announce, check_room, run_folder, run_record
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.data.dataset import open_dataset
@@ -24,11 +22,9 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import AnyPath, as_path
 from specauf_jax.flops import needed_flops, step_flops
-from specauf_jax.models.heads import head_settings, make_head
 from specauf_jax.models.hf_config import write_drafter
-from specauf_jax.models.resolve import fitted, resolve_drafter
 from specauf_jax.models.target import TargetStep
-from specauf_jax.models.weights import drafter_config, load_drafter, save_drafter, target_config
+from specauf_jax.models.weights import load_drafter, save_drafter, target_config
 from specauf_jax.sharding import (
     batch_shards,
     check_batch,
@@ -56,7 +52,7 @@ def _train(config: Train, out: AnyPath, console: Console) -> None:
     data = as_path(config.data)
     target = target_config(config.target)
     manifest = read_data(data, target, config.target)
-    drafter = _drafter(config, target, manifest)
+    drafter = drafter_to_train(config, target, manifest["mask_token_id"])
     _check_branches(config, drafter)
     _warn_of_heads(drafter, target, console)
     losses = {
@@ -125,33 +121,6 @@ def make_run(
     )
 
 
-def _drafter(config: Train, target: Target, manifest: dict) -> ResolvedDrafter:
-    """The resolved architecture: of --drafter, or of the folder to start from; a plain body may get a head."""
-    if config.init_from is None:
-        return resolve_drafter(config.drafter, target, manifest["mask_token_id"])
-    found, plain = fitted(drafter_config(config.init_from), target), Drafter.projector_type
-    if found.head.projector_type == plain != config.drafter.projector_type:
-        head = make_head(config.drafter.projector_type, config.drafter.head)
-        found = dataclasses.replace(found, head=type(head)(**head_settings(head) | head_settings(found.head)))
-    for name, asked in _asked(config.drafter, found).items():
-        has = found.head.projector_type if name == "projector_type" else getattr(found, name, None)
-        has = head_settings(found.head).get(name, has)
-        if asked != has:
-            raise SpecaufError(
-                f"--drafter asks for {name} {asked!r}, but {config.init_from} was trained with {has!r}",
-                "the conventions of the drafter that training starts from",
-                f"leave {name} out, or start from random weights without --init-from",
-            )
-    mask = manifest["mask_token_id"]
-    if mask is not None and mask != found.mask_token_id and config.drafter.mask_token_id is None:
-        raise SpecaufError(
-            f"{config.init_from} was trained with mask token {found.mask_token_id}, the dataset's tokenizer has {mask}",
-            "one mask token",
-            f"pass --drafter.mask-token-id {found.mask_token_id} if the drafter's is right",
-        )
-    return found
-
-
 def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -> None:
     """Heads that a TPU engine which taps such a target will not run: better known before training than after."""
     if target.model_type != "qwen2" and (found := unserved_heads(drafter, target)):
@@ -173,15 +142,6 @@ def _check_branches(config: Train, drafter: ResolvedDrafter) -> None:
     unused(config, "base_objective", when=where)
     for _, objective in config.stages:
         unused(objective, "witness", when=where)
-
-
-def _asked(drafter: Drafter, found: ResolvedDrafter) -> dict:
-    """Settings that are not the defaults, those of the head among them."""
-    asked = {field.name: getattr(drafter, field.name) for field in dataclasses.fields(drafter)
-             if getattr(drafter, field.name) != field.default and field.name != "head"}  # fmt: skip
-    named = {setting.partition("=")[0] for setting in drafter.head}
-    settings = head_settings(make_head(asked.get("projector_type", found.head.projector_type), drafter.head))
-    return asked | {name: settings[name] for name in named}
 
 
 def _check_rows(config: Train, loss: LossConfig, manifest: dict, console: Console) -> None:

@@ -16,7 +16,7 @@ from specauf_jax.decoding.state import DecodeState, Decoding, Proposal, Round, V
 from specauf_jax.decoding.tree import Tree, ancestors, grow, walk
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.drafter import context_keys_values, draft_cached
-from specauf_jax.models.layers import KVCache
+from specauf_jax.models.layers import KVCache, with_entries
 
 PROMPT_CHUNK, PROMPT_CHUNK_ON_CPU = 256, 32  # tokens of a prompt that are read at one time
 
@@ -86,7 +86,7 @@ def propose_tree(drafter_params, target_params, state: DecodeState, anchor, *, c
         embedding=config.target_head(target_params).embedding,
         anchor=anchor,
         logits=logits,
-        temperature=jnp.maximum(heat, jnp.finfo(heat.dtype).tiny),
+        temperature=jnp.clip(heat, jnp.finfo(heat.dtype).tiny, 1e30),
         nodes=config.tree_nodes,
     )
 
@@ -228,9 +228,7 @@ def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decod
     if config.model is None:
         return state
     new = context_keys_values(drafter_params, taps, positions, config=config.model)
-    rows = jnp.arange(positions.shape[0])[:, None]
-    cache = jax.tree.map(lambda old, x: old.at[:, rows, positions].set(x.astype(old.dtype)), _drafter_cache(state), new)
-    return dataclasses.replace(state, drafter_cache=cache)
+    return dataclasses.replace(state, drafter_cache=with_entries(_drafter_cache(state), new, positions[:, 0]))
 
 
 def _drafter_cache(state: DecodeState) -> KVCache:

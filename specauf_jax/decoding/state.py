@@ -108,7 +108,7 @@ class DecodeState:
     top_k: jax.Array  # int32 [B]; 0 for all
     top_p: jax.Array  # float32 [B]; 1 for all
     target_cache: Any  # room for positions up to max(limit) + K - 2
-    drafter_cache: KVCache | None  # [M, B, ≥ max(limit) + K - 1, G, E]
+    drafter_cache: KVCache | None  # [M, B, G, ≥ max(limit) + K - 1, E]
 
 
 @pytree

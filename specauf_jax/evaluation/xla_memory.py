@@ -16,7 +16,7 @@ _LARGEST = 8
 NAME = r"%([\w.\-]+)"
 
 
-def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict, str]:
+def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict, str | None]:
     """Compile, and tell what the program needs of one device.
 
     Args:
@@ -27,8 +27,8 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict
 
     Returns:
       argument_bytes, temporary_bytes, output_bytes (those that take no donated argument's place), code_bytes,
-      peak_bytes (their sum), collectives, largest; and the HLO text. Without code, and where the compiler gave up for
-      want of room, output and code are None and the peak is what the rest needs.
+      peak_bytes (their sum), collectives, largest; and the finished program's HLO text. Without code, and where the
+      compiler gave up for want of room, output, code and that text are None and the peak is what the rest needs.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as dump:
         compiled = None
@@ -50,7 +50,8 @@ def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict
             "output_bytes": stats.output_size_in_bytes - stats.alias_size_in_bytes,
             "code_bytes": stats.generated_code_size_in_bytes,
         }
-    return sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found, program
+    everything = sizes | {"peak_bytes": sum(size or 0 for size in sizes.values())} | found
+    return everything, None if compiled is None else compiled.as_text()
 
 
 def _compiled(lowered, dump: str) -> jax.stages.Compiled | None:

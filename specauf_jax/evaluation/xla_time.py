@@ -1,7 +1,7 @@
 """How long a program takes on a TPU, as its compiler estimates it: cycles by named scope, from XLA's own text.
 
-The compiler writes `estimated_cycles` to fusions. It has no figure for Pallas kernels, for what it copies and sends
-beside them, and for how often a loop turns where that is for the data to say.
+The compiler writes `estimated_cycles` to the fusions of a finished program. It has no figure for Pallas kernels, for
+sorts, for what it copies and sends, and for how often a loop turns where that is for the data to say.
 """
 
 import dataclasses

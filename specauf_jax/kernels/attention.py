@@ -1,4 +1,4 @@
-"""Attention over a cache: every query sees the positions `start <= j < stop` of its row.
+"""Attention over a cache: every query sees the positions `start <= j < stop` of its row; and writing to it.
 
 For decoding. Tiles of the cache are read one after another, up to the last one that any row sees, in place: a layer
 taken out of the cache would be a copy. Training's attention is in block_attention.py.
@@ -24,7 +24,7 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
 
     Args:
       q: `[B, T, H, E]`.
-      cache_k, cache_v: `[N, B, S, G, E]`, H a multiple of G.
+      cache_k, cache_v: `[N, B, G, S, E]`, H a multiple of G.
       layer: int [], which of the N is meant.
       start, stop: int `[B, T]`; a query that sees nothing gets 0.
       own: keys and values `[B, T, G, E]` that are not in the cache, and bool `[B, T, T]`, which of them each query
@@ -33,9 +33,9 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
     Returns:
       `[B, T, H, E]` in q's dtype.
     """
-    mesh, B, G = mesh_of(q), q.shape[0], cache_k.shape[3]
+    mesh, B, G = mesh_of(q), q.shape[0], cache_k.shape[2]
     rows, heads = rows_spec(mesh, B), heads_spec(mesh, B, G, 2)
-    cache = PartitionSpec(None, *heads_spec(mesh, B, G, 2))
+    cache = PartitionSpec(None, *heads_spec(mesh, B, G, 1))
     own_specs = None if own is None else (heads, heads, rows)
     specs = (heads, cache, cache, PartitionSpec(), rows, rows, own_specs)
 
@@ -48,7 +48,7 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
 
 def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
     """`cached_attention` of what one device holds, in tiles of at most so many positions."""
-    (B, T, H, E), (S, G) = q.shape, cache_k.shape[2:4]
+    (B, T, H, E), (G, S) = q.shape, cache_k.shape[2:4]
     size = min(most, S)
     queries = q.reshape(B, T, G, H // G, E).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, E)
     state = jnp.full(queries.shape[:-1], FLOOR), jnp.zeros(queries.shape[:-1]), jnp.zeros(queries.shape, jnp.float32)
@@ -62,8 +62,8 @@ def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
 
     def tile(i, state):
         at = jnp.minimum(i * size, S - size)  # the last tile may overlap the one before it
-        place, shape = (layer, 0, at, 0, 0), (1, B, size, G, E)
-        keys, values = (jnp.moveaxis(lax.dynamic_slice(x, place, shape)[0], 2, 1) for x in (cache_k, cache_v))
+        place, shape = (layer, 0, 0, at, 0), (1, B, G, size, E)
+        keys, values = (lax.dynamic_slice(x, place, shape)[0] for x in (cache_k, cache_v))
         j = at + jnp.arange(size)
         visible = (j >= i * size) & (j >= start[..., None]) & (j < stop[..., None])
         return absorb(state, queries, keys, values, seen(visible))
@@ -72,6 +72,34 @@ def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
     _, total, mixed = tile(0, state) if size == S else lax.fori_loop(first, last, tile, state)
     mixed = (mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype)
     return mixed.reshape(B, G, T, H // G, E).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+
+
+def write_entries(cache: jax.Array, new: jax.Array, first: jax.Array, layer: jax.Array) -> jax.Array:
+    """A cache `[N, B, G, S, E]` with `[n, B, T, G, E]` from `layer` and from each row's position `first` on."""
+    mesh, (n, B, _, G, _) = mesh_of(cache), new.shape
+    entries = PartitionSpec(None, *heads_spec(mesh, B, G, 2))
+    specs = (PartitionSpec(None, *heads_spec(mesh, B, G, 1)), entries, rows_spec(mesh, B), PartitionSpec())
+
+    def scattered(cache, new, first, layer):
+        rows, positions = jnp.arange(new.shape[1])[:, None], first[:, None] + jnp.arange(new.shape[2])
+        if n == 1:
+            return cache.at[layer, rows, :, positions].set(new[0])
+        layers = layer + jnp.arange(n)[:, None, None]
+        return cache.at[layers, rows, :, positions].set(new)
+
+    def row_by_row(cache, new, first, layer):  # a scatter would choose a layout that attention then has to turn
+        new = jnp.moveaxis(new, 2, 3)
+
+        def put(b, cache):
+            row = lax.dynamic_slice_in_dim(new, b, 1, axis=1)
+            return lax.dynamic_update_slice(cache, row, (layer, b, 0, first[b], 0))
+
+        return lax.fori_loop(0, new.shape[1], put, cache)
+
+    def run(*arrays):
+        return lax.platform_dependent(*arrays, tpu=row_by_row, default=scattered)
+
+    return per_device(run, mesh, specs, specs[0])(cache, new, first, layer)
 
 
 def in_range(start, stop, length: int) -> jax.Array:

@@ -119,7 +119,7 @@ def draft_cached(params: dict, embeddings, positions, cache: KVCache, *, config:
       params: as from `init_drafter`.
       embeddings: `[B, K, D]`.
       positions: int32 `[B, K]`, the anchor's first.
-      cache: `[M, B, S, G, E]`, by position.
+      cache: `[M, B, G, S, E]`, by position.
       config: resolved.
 
     Returns:

@@ -19,8 +19,6 @@ _SPECULATORS = {head.speculator.kind: head for head in head_types().values() if 
 SPECULATORS = tuple(head.speculator.architecture for head in head_types().values() if head.speculator)
 """Architectures in speculators' layout."""
 _UNNAMED = "dflash"  # the projector type of a file that names none
-_NEUTRAL = {"input_embedding_scale": 1.0, "output_multiplier": 1.0, "final_logit_softcapping": None}
-"""What z-lab's code reads of dflash_config beside, and the value that changes nothing."""
 _MOST = 2**31 - 1
 _MOST_LAYERS = 4096
 
@@ -135,7 +133,6 @@ def read_drafter(values: dict, where: str) -> ResolvedDrafter:
     head, inside = kinds[projector], f"{where}: dflash_config"
     own = [field.name for field in dataclasses.fields(head)]
     section = _object(values, where, "dflash_config")
-    section = {name: x for name, x in section.items() if name not in _NEUTRAL or x != _NEUTRAL[name]}
     check_keys(section, inside, {*_DFLASH_KEYS, *own, "is_causal"}, strict=True)
     found = _build(
         ResolvedDrafter,
@@ -148,6 +145,7 @@ def read_drafter(values: dict, where: str) -> ResolvedDrafter:
         num_target_layers=_number(dflash, where, "num_target_layers") if "num_target_layers" in dflash else None,
         head=_read_head(head, dflash, where),
     )
+    _build(found.head.check, where, drafter=found)
     for place, name in ((values, where), (section, inside)):
         _check_causal(place, found, name)
     if dflash.get("attention_mode", mode := _attention_mode(found)) != mode:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from specauf_jax.config import Remat
+from specauf_jax.kernels.attention import write_entries
 from specauf_jax.models.cpu import gated, is_serving, product, turn_products
 from specauf_jax.models.rope import apply_rope
 from specauf_jax.pytrees import pytree
@@ -23,16 +24,36 @@ _PRODUCT = "product with weights"  # the name of such a result, for what is kept
 
 @pytree
 class KVCache:
-    """Keys and values of all layers, addressed by position: `[N, B, S, G, E]` each."""
+    """Keys and values of all layers, by position.
+
+    A row's context and what one pass reads `[N, B, T, G, E]`; caches `[N, B, G, S, E]`: a head's positions lie
+    together, and S is a multiple of a tile's rows, so that TPUs read them as they lie.
+    """
 
     k: jax.Array
     v: jax.Array
 
 
+_TILE_ROWS = 16  # of bfloat16
+
+
 def init_kv_cache(config, batch: int, length: int, dtype) -> KVCache:
-    """An empty cache for a `Target` or `Drafter`; 0 everywhere."""
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    """An empty cache for a `Target` or `Drafter`, of at least so many positions; 0 everywhere."""
+    room = -(-length // _TILE_ROWS) * _TILE_ROWS
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, room, config.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def with_entries(cache: KVCache, new: KVCache, first, layer=0) -> KVCache:
+    """A cache with entries of consecutive positions, which must be in it, in the place of what was there.
+
+    Args:
+      cache: `[N, B, G, S, E]`.
+      new: `[n, B, T, G, E]`, of the layers from `layer` on.
+      first: int32 `[B]`, the position of each row's first entry.
+      layer: int [].
+    """
+    return jax.tree.map(lambda old, x: write_entries(old, x.astype(old.dtype), first, jnp.asarray(layer)), cache, new)
 
 
 class Attention(nnx.Module):

@@ -63,6 +63,7 @@ def fitted(drafter: ResolvedDrafter, target: Target) -> ResolvedDrafter:
     Raises:
       SpecaufError: naming the field that cannot work with this target.
     """
+    drafter.head.check(drafter)
     if drafter.num_target_layers not in (None, target.num_hidden_layers):
         raise SpecaufError(
             f"the drafter was made for a target of {drafter.num_target_layers} layers, this one has "

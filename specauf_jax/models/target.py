@@ -19,6 +19,7 @@ from specauf_jax.models.layers import (
     scan_first_layers,
     scan_layers,
     stack_layers,
+    with_entries,
 )
 from specauf_jax.models.rope import rope_angles
 from specauf_jax.pytrees import pytree
@@ -159,13 +160,9 @@ class TargetStep:
 
     @jax.named_scope("target")
     def __call__(self, params, tokens, positions, cache: KVCache):
-        rows = jnp.arange(tokens.shape[0])[:, None]
 
         def attend(q, k, v, i, cache):
-            written = KVCache(
-                k=cache.k.at[i, rows, positions].set(k.astype(cache.k.dtype)),
-                v=cache.v.at[i, rows, positions].set(v.astype(cache.v.dtype)),
-            )
+            written = with_entries(cache, KVCache(k=k[None], v=v[None]), positions[:, 0], i)
             # Written, then read: what is read afterwards could not be written in place.
             start, stop = jnp.zeros_like(positions), positions + 1
             return cached_attention(q, written.k, written.v, i, start, stop), written
@@ -194,17 +191,14 @@ class TargetStep:
             read = KVCache(k=read.k.at[i].set(own[0]), v=read.v.at[i].set(own[1]))
             return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, sees)), read
 
-        read = init_kv_cache(self.config, tokens.shape[0], tokens.shape[1], cache.k.dtype)
+        N, B, G, _, E = cache.k.shape
+        read = jax.tree.map(lambda x: jnp.zeros((N, B, tokens.shape[1], G, E), x.dtype), cache)
         return self._run(params, tokens, anchor + depths, attend, read)
 
     def keep(self, cache: KVCache, read: KVCache, path, positions) -> KVCache:
-        """The cache with a tree's nodes `path`, int32 `[B, K]`, at `positions`, int32 `[B, K]`."""
-        rows = jnp.arange(path.shape[0])[:, None]
-        return jax.tree.map(
-            lambda x, new: x.at[:, rows, positions].set(jnp.take_along_axis(new, path[None, ..., None, None], axis=2)),
-            cache,
-            read,
-        )
+        """The cache with a tree's nodes `path`, int32 `[B, K]`, at consecutive `positions`, int32 `[B, K]`."""
+        chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, path[None, ..., None, None], axis=2), read)
+        return with_entries(cache, chosen, positions[:, 0])
 
     def _run(self, params, tokens, positions, attend, cache: KVCache):
         """All layers, each of which attends as it is told: (q, k, v, layer, cache) → (mixed, cache)."""

@@ -148,6 +148,9 @@ def save_drafter(
     """
     _check_kind(params, config)
     head = config.head
+    if layout == "specforge" and "SpecForge" in head.engines:
+        raise SpecaufError(f"a {head.title} drafter for the layout of SpecForge", "zlab or speculators",
+                           "use --layout zlab")  # fmt: skip
     if layout == "speculators":
         if head.speculator is None:
             raise SpecaufError(f"a {head.title} drafter for the layout of speculators", "zlab or specforge",

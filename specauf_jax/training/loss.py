@@ -46,6 +46,12 @@ class LossConfig:
                 "None for a head without a base branch",
                 "leave it out",
             )
+        if self.base_objective is None and self.drafter.head.lambda_base_decay_ratio is None:
+            raise SpecaufError(
+                f"no base_objective for {self.drafter.head.title}",
+                "one for the body's own logits, of which its candidates come",
+                "give one",
+            )
         for name, objective in self.objectives.items():
             if objective.soft and name in self.drafter.head.hard_branches:
                 raise SpecaufError(

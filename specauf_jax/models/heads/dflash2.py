@@ -120,7 +120,7 @@ class DFlash2(Head):
         unary = jnp.take_along_axis(logits, candidates, axis=-1)
         place = (candidates == labels[..., None]).argmax(-1)
         found = label_scores(unary + self.transitions(params, context, candidates), place)
-        return LabelScores(found.cross_entropy, jnp.where(held, found.rank, self.selector_top_k))
+        return LabelScores(found.cross_entropy, jnp.where(held, found.rank, jnp.iinfo(jnp.int32).max))
 
     def first_state(self, shape, dtype):
         return jnp.zeros((*shape, 0), dtype)
