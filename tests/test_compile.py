@@ -89,7 +89,7 @@ def test_flops_equal_those_of_every_product_in_the_forward_pass(head):
     unseen = B * 4 * (2 * S * S + 4 * S) * width
     assert products(jax.make_jaxpr(features)(params, batch).jaxpr) == found["target"] + unseen
 
-    base = Objective("full") if head == "domino" else None
+    base = Objective("full") if head in ("domino", "dflash2") else None
     loss = LossConfig(drafter=drafter, objective=Objective("full"), base_objective=base, slot_chunk=9999)
     anchors, keep = jnp.zeros((B, A), jnp.int32), jnp.ones((B, A), bool)
     batch = batch.replace(features=features(params, batch))
@@ -170,7 +170,7 @@ def test_a_recipe_that_fits(run, capsys):
     assert decode["output_bytes"] < 1000  # what the round did
     assert report["peak_bytes"] == max(train["peak_bytes"], decode["peak_bytes"])
     parts = step_flops(drafter, TARGET, rows=4, sequence_length=S, num_anchors=4)
-    assert report["flops_per_step"] == train["flops"] == sum(parts.values())
+    assert train["flops"] == sum(parts.values())
     assert train["seconds"]["at_40_percent"] == train["seconds"]["at_100_percent"] / 0.4 > 0
     assert decode["flops"] == sum(round_flops(drafter, TARGET, rows=3, context=20).values())
     for program in (train, decode):
@@ -211,7 +211,7 @@ def test_one_program_too_large_is_enough(run, measured, monkeypatch, capsys, nam
     code, report = run()
     assert code == 1 and not report["fits"] and report["peak_bytes"] == 11
     assert [report[other]["fits"] for other in ("train", "decode")] == [name != "train", name != "decode"]
-    assert report["collectives"].keys() == {"train"}
+    assert report["train"]["collectives"].keys() == {"train"}
     said = capsys.readouterr().out
     assert ("train step does not fit" in said) == ('remat="layers"' in said) == (name == "train")
     assert ("decode round does not fit" in said) == ("--decode-batch-size" in said) == (name == "decode")
@@ -354,8 +354,8 @@ def test_a_size_that_no_dimension_takes_is_refused_with_those_that_would():
 
 
 def test_heads_that_a_tensor_axis_does_not_divide_stay_together():
-    cache = jax.ShapeDtypeStruct((36, 32, 64, 8, 128), jnp.bfloat16)
-    for tensor, shape in ((16, (36, 16, 64, 8, 128)), (8, (36, 16, 64, 1, 128))):
+    cache = jax.ShapeDtypeStruct((36, 32, 8, 64, 128), jnp.bfloat16)
+    for tensor, shape in ((16, (36, 16, 8, 64, 128)), (8, (36, 16, 1, 64, 128))):
         mesh = abstract_mesh(1, 2, tensor)
         assert NamedSharding(mesh, rows_at(cache.shape, 1, mesh)).shard_shape(cache.shape) == shape
 

@@ -314,12 +314,10 @@ def test_the_matrix_of_compilations(tmp_path):
         "hbm_bytes": 2**34,
         "fits": False,
         "rows": {"train": 64},
-        "flops_per_step": 3e12,
         "meta": {"recipe": {"train": {"accumulation": 4}}},
-        "collectives": {"all-gather": {"bytes": 2**31}},
     }
-    program = {"argument_bytes": 2**30, "temporary_bytes": 2**31, "peak_bytes": 3 * 2**30,
-               "seconds": {"at_40_percent": 1.5}}  # fmt: skip
+    program = {"flops": 3e12, "collectives": {"all-gather": {"bytes": 2**31}}, "argument_bytes": 2**30,
+               "temporary_bytes": 2**31, "peak_bytes": 3 * 2**30, "seconds": {"at_40_percent": 1.5}}  # fmt: skip
     report |= {"train": program, "decode": program}
     package = f"""
 import json, pathlib, sys

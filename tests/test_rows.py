@@ -198,8 +198,8 @@ for mesh in (make_mesh(Mesh(2, 2, 2)), make_mesh(Mesh(fsdp=4), jax.devices()[:4]
         state, tensor = rows.running.state, mesh.shape["tensor"]
         for cache in (state.target_cache, state.drafter_cache):
             shape = list(cache.k.shape)
-            assert shape[1] == 8 and shape[3] == 2
-            shape[1], shape[3] = 2, 2 // tensor
+            assert shape[1] == 8 and shape[2] == 2
+            shape[1], shape[2] = 2, 2 // tensor
             for x in (cache.k, cache.v):
                 assert list(x.addressable_shards[0].data.shape) == shape, x.sharding
         for x in (state.tokens, state.length, state.keys, rows.running.accepted):

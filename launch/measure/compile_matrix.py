@@ -70,7 +70,7 @@ def table(cells: list[tuple[Path, str]], out: Path) -> str:
 def row(report: dict) -> tuple[str, ...]:
     """One report's figures; memory in GiB per device, collectives in GiB that a device receives in a step."""
     train, parts = report["train"], report["meta"]["recipe"]["train"]["accumulation"]
-    moved = sum(entry["bytes"] for entry in report["collectives"].values()) / 2**30
+    moved = sum(entry["bytes"] for entry in train["collectives"].values()) / 2**30
     return (
         str(report["devices"]),
         f"{report['rows']['train'] // parts} × {parts}",
@@ -79,7 +79,7 @@ def row(report: dict) -> tuple[str, ...]:
         memory(report["decode"]),
         "yes" if report["fits"] else "no",
         f"{moved:,.0f}",
-        f"{report['flops_per_step'] / 1e12:,.0f}",
+        f"{train['flops'] / 1e12:,.0f}",
         f"{train['seconds']['at_40_percent']:.2f}",
     )
 

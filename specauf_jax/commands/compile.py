@@ -38,7 +38,7 @@ from specauf_jax.training.loss import LossConfig, loss_config
 from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
-_PROGRAMS = ("train", "decode")
+_PROGRAMS = {"train": "train step", "decode": "decode round"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +97,27 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
     rows = -(-config.decode_batch_size // batch_shards(mesh)) * batch_shards(mesh)
     place = f"for {mesh.size} devices of {config.topology}"
     with console.status(f"compiling {place}"):
-        train, decode = _measured(config, _PROGRAMS, rows)
+        names = [name for name in _PROGRAMS if config.only in (None, name)]
+        found = dict(zip(names, _measured(config, names, rows), strict=True))
     loss = _loss(recipe, drafter, S)
     counts = {"rows": settings.batch_size, "sequence_length": S, "num_anchors": loss.num_anchors}
-    train |= _operations(step_flops(drafter, target, **counts, soft=loss.soft), mesh.size * speed)
-    decode |= _operations(
-        round_flops(drafter, target, rows=rows, context=config.decode_length, nodes=config.tree_nodes),
-        mesh.size * speed,
-    )
-    for program in (train, decode):
+    operations = {
+        "train": step_flops(drafter, target, **counts, soft=loss.soft),
+        "decode": round_flops(drafter, target, rows=rows, context=config.decode_length, nodes=config.tree_nodes),
+    }
+    for name, program in found.items():
+        program |= _operations(operations[name], mesh.size * speed)
         program["fits"] = program["peak_bytes"] <= device.memory
         program["time"] = _time(program, device)
     return {
-        "fits": train["fits"] and decode["fits"],
-        "peak_bytes": max(train["peak_bytes"], decode["peak_bytes"]),
+        "fits": all(program["fits"] for program in found.values()),
+        "peak_bytes": max(program["peak_bytes"] for program in found.values()),
         "hbm_bytes": int(device.memory),
-        "flops_per_step": train["flops"],
-        "collectives": train["collectives"],
         "devices": mesh.size,
         "devices_per_chip": device.per_chip,
         "mesh": dict(mesh.shape),
         "rows": {"train": settings.batch_size, "decode": rows},
-        "train": train,
-        "decode": decode,
+        **found,
     }
 
 
@@ -292,13 +290,14 @@ def _time(program: dict, device: _Device) -> dict | None:
 def _show(report: dict, recipe: Train, console: Console) -> None:
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     console.print(f"{report['devices']} devices, {report['devices_per_chip']} a chip, mesh {mesh}", highlight=False)
-    for name, program in (("train step", report["train"]), ("decode round", report["decode"])):
+    programs = [(title, report[name]) for name, title in _PROGRAMS.items() if name in report]
+    for name, program in programs:
         _show_program(name, program, console)
     rows = report["rows"]
     console.print(f"rows: {rows['train']} a step in {recipe.train.accumulation} parts, {rows['decode']} that decode")
     room = report["hbm_bytes"] / _GIB
     advice = {"train step": _train_advice(recipe), "decode round": ["fewer --decode-batch-size", "more devices"]}
-    for name, program in (("train step", report["train"]), ("decode round", report["decode"])):
+    for name, program in programs:
         peak = program["peak_bytes"] / _GIB
         said = "fits" if program["fits"] else "does not fit"
         tried = "" if program["fits"] else f"; try {', '.join(advice[name])}"

@@ -1,6 +1,7 @@
 """Settings of `specauf compile`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from specauf_jax.checks import at_least, positive
 from specauf_jax.config import Mesh
@@ -30,10 +31,12 @@ class Compile:
     """Tokens of each row that decodes, prompt and continuation; its caches have room for them."""
     tree_nodes: int | None = None
     """Nodes of a draft tree that the decode round judges; none for a chain."""
+    only: Literal["train", "decode"] | None = None
+    """One of the two programs; none for both."""
     code: bool = True
     """Generate code too, which takes most of the time and tells its bytes (about 0.1 GiB for Qwen3-8B)."""
     out: str | None = None
-    """JSON to write: fits, peak_bytes, hbm_bytes, flops_per_step, collectives, and the same for train and decode."""
+    """JSON to write: fits, peak_bytes, hbm_bytes, and what each of train and decode needs."""
 
     def __post_init__(self):
         positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size", "tree_nodes")

@@ -109,6 +109,8 @@ def verify_sampled(keys, drafts, q, p) -> tuple[jax.Array, jax.Array]:
     """
     B, K, V = p.shape
     accept_keys, residual_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    if K == 1:  # no drafts; compilers would be long at folding what follows
+        return jnp.zeros(B, jnp.int32), draw(residual_keys, p)[:, 0]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (K - 1,)))(accept_keys)
     p_draft = jnp.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
     q_draft = jnp.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]

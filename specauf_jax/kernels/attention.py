@@ -89,12 +89,9 @@ def write_entries(cache: jax.Array, new: jax.Array, first: jax.Array, layer: jax
 
     def row_by_row(cache, new, first, layer):  # a scatter would choose a layout that attention then has to turn
         new = jnp.moveaxis(new, 2, 3)
-
-        def put(b, cache):
-            row = lax.dynamic_slice_in_dim(new, b, 1, axis=1)
-            return lax.dynamic_update_slice(cache, row, (layer, b, 0, first[b], 0))
-
-        return lax.fori_loop(0, new.shape[1], put, cache)
+        for b in range(new.shape[1]):
+            cache = lax.dynamic_update_slice(cache, new[:, b : b + 1], (layer, b, 0, first[b], 0))
+        return cache
 
     def run(*arrays):
         return lax.platform_dependent(*arrays, tpu=row_by_row, default=scattered)

@@ -1,9 +1,9 @@
 """Attention of drafted blocks: every slot sees a range of its row's context and a range of its own block.
 
-Both parts share one softmax, whose running maximum and sum start with the own block and go on over tiles of
-the context. Three forms give the same numbers: `dense` (all scores at one time; the reference, and what GPUs take
-where the scores are few), loops of XLA, and a kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of
-a forward pass only its result and the log-sum-exp of the scores.
+Both parts share one softmax, whose running maximum and sum start with the own block and go on over tiles of the
+context. Three forms give the same numbers: `dense` (all scores at one time; the reference, and what GPUs take where the
+scores are few), loops of XLA, and a kernel for TPU. The last two skip tiles that no slot of theirs sees, and keep of a
+forward pass only its result and the log-sum-exp of the scores.
 """
 
 import jax
