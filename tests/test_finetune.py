@@ -172,7 +172,12 @@ def test_what_a_drafter_says_of_its_origin(world):
     ("kind", "asked", "said"),
     [
         ("plain", "--drafter.block-size 8", "asks for block_size 8, but plain/drafter was trained with 4"),
-        ("plain", DOMINO, "asks for projector_type 'domino', but plain/drafter was trained with 'dflash'"),
+        ("plain", f"{DOMINO} shift_label=true", "asks for shift_label True, but plain/drafter was trained with False"),
+        (
+            "domino",
+            "--drafter.projector-type dspark",
+            "asks for projector_type 'dspark', but domino/drafter was trained",
+        ),
         (
             "domino",
             "--drafter.head shift_label=false",
