@@ -425,6 +425,8 @@ def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     assert train["largest"][0]["bytes"] >= 2**30 and train["largest"][0]["source"].startswith("jit(step)")
     assert train["collectives"]["all-gather"]["bytes"] > 0
     assert decode["fits"] and 0 < decode["code_bytes"] < decode["peak_bytes"]
+    least, most = decode["time"]["total"]
+    assert train["time"] is None and 0 < least <= most and "verify/target" in decode["time"]["compiler"]
 
 
 def command_line(pid: str) -> bytes:
