@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from specauf_jax.config import Mesh
+from specauf_jax.kernels import block_attention as form
 from specauf_jax.kernels import block_attention_tpu as kernel
 from specauf_jax.kernels import block_attention_xla as loops
 from specauf_jax.kernels.attention import NO_WINDOW
@@ -387,3 +388,23 @@ def test_causal_attention_of_packed_rows_equals_attention_over_ranges(monkeypatc
     ranges = jnp.stack([start, jnp.broadcast_to(index + 1, start.shape), own, own], axis=2)[..., None]
     expected = run(lambda q, k, v: dense(*(x[:, :, None] for x in (q, k, v)), k, v, ranges)[:, :, 0], q, k, v)
     assert tiny.largest_difference(found, expected) < 1e-5
+
+
+def test_a_gpu_takes_few_scores_at_one_time(monkeypatch):
+    """The form is another, the numbers are not."""
+    rng, (B, A, K, H, G, E, S) = np.random.default_rng(0), (2, 3, 4, 4, 2, 8, 12)
+    q, k, v, context_k, context_v = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((B, A, K, H, E), *[(B, A, K, G, E)] * 2, *[(B, S, G, E)] * 2)
+    )
+    seen = jnp.zeros((B, A), jnp.int32), jnp.full((B, A), 7), jnp.ones((B, A), bool)
+    calls, real = [], form.dense
+    monkeypatch.setattr(form, "dense", lambda *x: calls.append(0) or real(*x))
+    expected = form.block_attention(q, k, v, context_k, context_v, *seen)
+    assert not calls
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = form.block_attention(q, k, v, context_k, context_v, *seen)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    monkeypatch.setattr(form, "GPU_SCORES", 4 * B * A * K * H * (S + K) - 1)
+    form.block_attention(q, k, v, context_k, context_v, *seen)
+    assert len(calls) == 1

@@ -15,15 +15,14 @@ from specauf_jax.kernels import block_attention_xla as xla
 from specauf_jax.kernels.attention import NO_WINDOW, in_range
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
-GPU_SCORES = (
-    2**30
-)  # bytes of all scores up to which a GPU takes them at one time: loops whose length data know wait there
+# Bytes of all scores up to which a GPU takes them at one time: it would wait for loops whose length the data know.
+GPU_SCORES = 2**30
 _HEADS = (3, 3, 3, 2, 2, None)  # axis of the heads of (q, k, v, context_k, context_v, ranges)
 
 
 @jax.named_scope("attention")
 def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=None) -> jax.Array:
-    """Softmax attention with grouped key/value heads; never an array of A·K·S numbers for more than one block.
+    """Softmax attention with grouped key/value heads; an array of A·K·S numbers only on GPUs, where it is small.
 
     Args:
       q: `[B, A, K, H, E]`.
