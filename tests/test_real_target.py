@@ -158,7 +158,7 @@ def test_tables(straight, capsys):
     lines = text.splitlines()
     results = json.loads((straight / "results.json").read_text())["tables"]
     titles = [line.strip("*") for line in lines if line.startswith("**")]
-    assert titles == [title for title, table in results.items() if table] and len(titles) == 8
+    assert titles == [title for title, table in results.items() if table] and len(titles) == 9
     final = results[titles[0]]
     assert list(final) == ["decay", "auf", "decay_auf"]
     assert len(final["decay"]["json (3)"]) == 2 and len(final["decay_auf"]["json (3)"]) == 1
@@ -173,7 +173,8 @@ def test_tables(straight, capsys):
     assert [list(cells) for cells in steps.values()] == [["3", "6"], ["3", "6"], ["6"]]
     blocks = [json.loads((straight / f"measured/decay_{seed}/6_blocks.json").read_text())["blocks"] for seed in (0, 1)]
     assert results[titles[4]]["decay"]["accuracy"] == [found["common_token_accuracy"] for found in blocks]
-    assert results[titles[7]][""].keys() == {"target", "decay", "auf", "decay_auf"}
+    assert [len(cells["6"]) for cells in results[titles[7]].values()] == [2, 2, 1]
+    assert results[titles[8]][""].keys() == {"target", "decay", "auf", "decay_auf"}
 
 
 def test_figures_of_the_tables(tmp_path):
@@ -195,13 +196,19 @@ def test_figures_of_the_tables(tmp_path):
                     for key, count in study["prompts"].items()}  # fmt: skip
             row = {"arm": arm, "seed": seed, "step": 10, "what": "t0", "sets": sets}
             (tmp_path / f"measured/x/{arm}_{seed}.json").write_text(json.dumps(row))
+    for seed in (0, 1):
+        logged = [{"step": n, "tau": {"decay": 1 + n / 10 + seed}, "seconds": {}} for n in (1, 9, 10)]
+        (tmp_path / f"seed_{seed}").mkdir()
+        (tmp_path / f"seed_{seed}/steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
     text = report.report(tmp_path)
+    learnt = "| | 1 | 3 | 5 | 6 | 8 | 10 |\n|---|---|---|---|---|---|---|\n"
+    assert f"{learnt}| decay | 1.600 ± 0.707 (2) | — | — | — | — | 2.450 ± 0.707 (2) |" in text
     # a of decay: rounds of 1 1 2 and 2 1 2; b: 1 1 and 2 1; macro: means of 1, 2, 1 and 1.5, 2, 1.5
     assert ("| decay | 1.500 ± 0.236 (2) | 1.250 ± 0.354 (2) | 1.400 ± 0.283 (2) | 1.500 ± 0.236 (2) | — "
             "| 6 of 8 (4 ties) |") in text  # fmt: skip
     assert "| auf - decay | 0.667 ± 0.000: +0.667 +0.667 | 1.000 ± 0.000: +1.000 +1.000 |" in text
     assert "| 4 of 4 |" in text
-    assert text.endswith("| | 10 |\n|---|---|\n| decay | 1.250 ± 0.354 (2) |\n| auf | 2.250 ± 0.354 (2) |")
+    assert "| | 10 |\n|---|---|\n| decay | 1.250 ± 0.354 (2) |\n| auf | 2.250 ± 0.354 (2) |" in text
 
 
 def test_parts_of_a_study_are_one(script, world, straight, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ alone. DIR/results.json gets the values of every seed, DIR/report.md the tables.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -17,8 +18,11 @@ from pathlib import Path
 from specauf_jax.evaluation.measure import alpha, tau_macro, tau_micro
 
 PAIRS = (("auf", "decay"), ("dpace", "decay"), ("auf_decay", "auf"), ("decay_auf", "decay"),
-         ("domino_b_auf_d", "domino_baseline"), ("auf_k16", "decay_k16"))  # fmt: skip
+         ("domino_b_auf_d", "domino_baseline"), ("auf_k16", "decay_k16"), ("auf_muon", "decay_muon"),
+         ("auf_muon", "auf"), ("dflash2_b_auf", "dflash2"), ("auf_tv", "decay_tv"),
+         ("dspark_auf", "dspark_decay"))  # fmt: skip
 FIRST_ALPHAS = 7
+STAGES = 6  # of training
 ANY = ("arms", "seeds", "every_seed", "tree_nodes", "tree_temperature", "environment")  # may differ from part to part
 SHOWN = ("target", "documents", "supervised_tokens", "steps", "batch_size", "anchors", "layers", "block_size",
          "learning_rate", "dtype", "eval_tokens")  # fmt: skip
@@ -58,6 +62,7 @@ def report(out: Path, *others: Path) -> str:
         ),
         "alpha at temperature 0": alphas(greedy),
         f"tau at temperature 0 by steps: {curve}": curves(found, study),
+        f"tau in the rows learnt from: means over each {STAGES}th of the steps": learning(logs, study["steps"]),
         "Seconds of a step, medians, and of the target's pass over its rows, made once for all": seconds(logs, passes),
         "Speed": speeds(out / "speed.json"),
     }
@@ -85,7 +90,8 @@ def joined(studies: dict[Path, dict]) -> dict:
 
 
 def lines(paths) -> list[dict]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    """Of all files; each knows its folder."""
+    return [{"folder": path.parent.name} | json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def by(key: str, rows: list[dict]) -> dict:
@@ -178,6 +184,17 @@ def curves(rows: list[dict], study: dict) -> dict:
             if row["what"] == "t0" and row["set"] in study["curve_sets"]]  # fmt: skip
     return {name: {f"{step}": over_seeds(at, micro) for step, at in by("step", own).items()}
             for name, own in by("arm", rows).items()}  # fmt: skip
+
+
+def learning(logs: list[dict], steps: int) -> dict:
+    """Arm → tau by the end of each stage, of the batches that were logged."""
+    table, ends = {}, sorted({steps * i // STAGES for i in range(STAGES + 1)})
+    for name in dict.fromkeys(name for row in logs for name in row["tau"]):
+        own = by("folder", [row for row in logs if name in row["tau"]]).values()
+        stages = {f"{end}": [[row["tau"][name] for row in rows if start < row["step"] <= end] for rows in own]
+                  for start, end in itertools.pairwise(ends)}  # fmt: skip
+        table[name] = {end: [statistics.mean(taus) for taus in seeds if taus] for end, seeds in stages.items()}
+    return table
 
 
 def seconds(logs: list[dict], passes: list[dict]) -> dict:
