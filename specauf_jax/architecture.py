@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # help must come before JAX is loaded
     from specauf_jax.config import Objective
     from specauf_jax.objectives import ConfidenceScores, Scores
 
-ModelType = Literal["qwen3", "qwen2", "llama"]
+ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -64,14 +64,37 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of every layer's MLP."""
+
+    num_experts: int
+    """X."""
+    num_experts_per_tok: int
+    """k: those that a token meets."""
+    moe_intermediate_size: int
+    """F of each of them."""
+    norm_topk_prob: bool
+    """Whether the weights of a token's experts are brought to a sum of 1."""
+
+    def __post_init__(self):
+        positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        if self.num_experts_per_tok > self.num_experts:
+            raise SpecaufError(
+                f"num_experts_per_tok {self.num_experts_per_tok} of num_experts {self.num_experts}",
+                "at most all of them",
+                "correct one of the two",
+            )
+
+
+@dataclass(frozen=True)
 class Target:
-    """Architecture of a dense causal language model: Qwen3, Qwen2.5 or Llama 3."""
+    """Architecture of a causal language model: Qwen3, Qwen2.5, Llama 3 or Qwen3-MoE."""
 
     convolution: ClassVar[None] = None
     """Of a drafter's layers alone."""
 
     model_type: ModelType = "qwen3"
-    """qwen3 norms queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
+    """qwen3 and qwen3_moe norm queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
     vocab_size: int = 2048
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -84,9 +107,14 @@ class Target:
     rope_scaling: RopeScaling = RopeScaling()
     max_position_embeddings: int = 32_768
     tie_word_embeddings: bool = True
+    experts: Annotated[Experts | None, tyro.conf.Suppress] = None
+    """Of qwen3_moe; others have one MLP a layer, of intermediate_size."""
 
     def __post_init__(self):
         choice(self, "model_type", typing.get_args(ModelType))
+        if (self.model_type == "qwen3_moe") != (self.experts is not None):
+            raise SpecaufError(f"model_type {self.model_type} and experts {self.experts}",
+                               "experts of a qwen3_moe, and of no other", "change model_type or experts")  # fmt: skip
         positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         positive(self, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
         _check_heads(self)
@@ -94,7 +122,7 @@ class Target:
     @property
     def qk_norm(self) -> bool:
         """RMSNorm of every head's queries and keys."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @property
     def qkv_bias(self) -> bool:
@@ -351,6 +379,7 @@ class ResolvedDrafter:
 
     qk_norm: ClassVar[bool] = True
     qkv_bias: ClassVar[bool] = False
+    experts: ClassVar[None] = None
 
     def __post_init__(self):
         check_drafter(self)
@@ -438,6 +467,15 @@ KNOWN_TARGETS = {
     "Qwen3-8B": _QWEN3,
     "Qwen3-32B": dataclasses.replace(
         _QWEN3, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64
+    ),
+    "Qwen3-30B-A3B": dataclasses.replace(
+        _QWEN3,
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_key_value_heads=4,
+        experts=Experts(128, 8, 768, True),
     ),
 }
 """Architectures of published targets, for what needs no weights (their config.json on Hugging Face)."""

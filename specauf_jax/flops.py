@@ -99,4 +99,9 @@ def _layer_weights(config: Target | ResolvedDrafter) -> int:
     D, E = config.hidden_size, config.head_dim
     attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
     taps, group = config.convolution or (0, 1)
-    return attention + 3 * D * config.intermediate_size + 2 * D * 2 * taps * (D // group)
+    if config.experts is None:
+        mlp = 3 * D * config.intermediate_size
+    else:
+        mlp = 3 * D * config.experts.moe_intermediate_size * config.experts.num_experts_per_tok
+        mlp += D * config.experts.num_experts
+    return attention + mlp + 2 * D * 2 * taps * (D // group)

@@ -38,6 +38,7 @@ _PARAMETER_AXES = {
     "predecessor_codebook": ("tensor", "fsdp"),  # of DFlash2's
     "successor_codebook": ("tensor", "fsdp"),
 }
+_EXPERTS = ("tensor", "fsdp", None)
 _OTHER_MATRICES = ("fsdp", None)
 
 
@@ -104,6 +105,7 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         others = _OTHER_MATRICES if names[-1] == "kernel" else ()
         axes = next((_PARAMETER_AXES[name] for name in reversed(names) if name in _PARAMETER_AXES), others)
+        axes = _EXPERTS if "experts" in names else axes
         axes = axes if leaf.ndim else ()
         first = leaf.ndim - len(axes)  # behind the axis of stacked layers, which a scan takes apart
         held = [[] for _ in leaf.shape]
@@ -190,6 +192,11 @@ def heads_spec(mesh: AbstractMesh | None, rows: int, groups: int, axis: int) -> 
 def vocabulary_spec(mesh: AbstractMesh | None, vocabulary: int) -> PartitionSpec:
     """For `per_device`: an LM head `[D, V]`, V over `tensor` where it divides it."""
     return PartitionSpec(None, "tensor" if _divides(mesh, ("tensor",), vocabulary) else None)
+
+
+def experts_spec(mesh: AbstractMesh | None, experts: int) -> PartitionSpec:
+    """For `per_device`: stacked matrices of experts, over `tensor` where it divides their number."""
+    return PartitionSpec("tensor" if _divides(mesh, ("tensor",), experts) else None)
 
 
 def gather_head(lm_head: jax.Array) -> jax.Array:

@@ -25,7 +25,8 @@ def serving_params(params: dict) -> dict:
 
     def turned(path, x):
         names = [key.key for key in path]
-        return x.T if names[-1] == "kernel" and names[0] in ("layers", "fc", "lm_head") else x
+        turns = names[-1] == "kernel" and names[0] in ("layers", "fc", "lm_head") and "experts" not in names
+        return x.T if turns else x
 
     layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]

@@ -8,12 +8,13 @@ import dataclasses
 import math
 import typing
 
-from specauf_jax.architecture import Head, ResolvedDrafter, RopeScaling, RopeType, Target
+from specauf_jax.architecture import Experts, Head, ResolvedDrafter, RopeScaling, RopeType, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.heads import head_settings, head_types
 from specauf_jax.models.hf_keys import check_keys
 
-TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama",
+                        "Qwen3MoeForCausalLM": "qwen3_moe"}  # fmt: skip
 DRAFTER_ARCHITECTURES = tuple(dict.fromkeys(name for head in head_types().values() for name in head.architectures))
 _SPECULATORS = {head.speculator.kind: head for head in head_types().values() if head.speculator}
 SPECULATORS = tuple(head.speculator.architecture for head in head_types().values() if head.speculator)
@@ -38,6 +39,11 @@ TARGET_KEYS = (
     *("attention_bias", "mlp_bias", "quantization_config", "tie_word_embeddings", "is_causal"),
 )
 """Keys of a target's config.json that are read here."""
+_EXPERTS_KEYS = (
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef", "output_router_logits"),
+)
+"""With them those of a mixture of experts; the last two change no number."""
 _LABELS = ("shift_label", "sample_from_anchor", "query_zero_predicts_next")
 """Names of one flag: in SpecForge, in speculators and vLLM, in DeepSpec."""
 _DFLASH_KEYS = (
@@ -73,7 +79,7 @@ def read_target(values: dict, where: str) -> Target:
         raise SpecaufError(
             f"{where}: architecture {architecture!r}",
             f"one of {', '.join(TARGET_ARCHITECTURES)}",
-            "use a dense Qwen3, Qwen2.5 or Llama 3 checkpoint",
+            "use a checkpoint of Qwen3, Qwen2.5, Llama 3 or Qwen3-MoE",
         )
     model_type = TARGET_ARCHITECTURES[architecture]
     if values.get("model_type", model_type) != model_type:
@@ -83,11 +89,12 @@ def read_target(values: dict, where: str) -> Target:
     biases = () if model_type == "qwen2" else ("attention_bias",)
     _refuse(values, where, *biases, "mlp_bias", "use_sliding_window", "quantization_config")
     _check_full_attention(values, where)
-    check_keys(values, where, TARGET_KEYS)
+    sparse = model_type == "qwen3_moe"
+    check_keys(values, where, (*TARGET_KEYS, *_EXPERTS_KEYS) if sparse else TARGET_KEYS)
     if values.get("is_causal") not in (None, True):
         raise SpecaufError(f"{where}: is_causal is {values['is_causal']!r}", "true", "use a causal language model")
     values = dict(values)
-    if model_type != "qwen3" and values.get("head_dim") is None:
+    if model_type in ("qwen2", "llama") and values.get("head_dim") is None:
         values["head_dim"] = _number(values, where, "hidden_size") // _number(values, where, "num_attention_heads")
     return _build(
         Target,
@@ -95,17 +102,39 @@ def read_target(values: dict, where: str) -> Target:
         **_shared(values, where),
         model_type=model_type,
         tie_word_embeddings=_flag(values, where, "tie_word_embeddings"),
+        experts=_read_experts(values, where) if sparse else None,
     )
+
+
+def _read_experts(values: dict, where: str) -> Experts:
+    """All layers alike; transformers writes num_local_experts for num_experts."""
+    for key, neutral in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if values.get(key, neutral) not in (neutral, None):
+            raise SpecaufError(
+                f"{where}: {key} is {values[key]!r}", f"{neutral!r}: experts in every layer", "use another model"
+            )
+    names = [name for name in ("num_experts", "num_local_experts") if name in values] or ["num_experts"]
+    counts = {_number(values, where, name) for name in names}
+    if len(counts) > 1:
+        raise SpecaufError(f"{where}: num_experts and num_local_experts differ", "one number", "correct the file")
+    sizes = {name: _number(values, where, name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    norm = _flag(values, where, "norm_topk_prob")
+    return _build(Experts, where, num_experts=counts.pop(), **sizes, norm_topk_prob=norm)
 
 
 def write_target(config: Target, eos_token_id: int | None = None) -> dict:
     """config.json of a target, in Hugging Face layout."""
     [architecture] = [name for name, kind in TARGET_ARCHITECTURES.items() if kind == config.model_type]
-    return _shared_json(config, config.model_type) | {
-        "architectures": [architecture],
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "eos_token_id": eos_token_id,
-    }
+    experts = {} if config.experts is None else dataclasses.asdict(config.experts)
+    return (
+        _shared_json(config, config.model_type)
+        | experts
+        | {
+            "architectures": [architecture],
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "eos_token_id": eos_token_id,
+        }
+    )
 
 
 def read_drafter(values: dict, where: str) -> ResolvedDrafter:

@@ -1,4 +1,4 @@
-"""The building blocks of Qwen3, Qwen2.5 and Llama in Flax NNX, shared by target and drafter.
+"""The building blocks of the Qwens and Llama in Flax NNX, shared by target and drafter.
 
 Modules are thin: they hold parameters and say how a token's vector is transformed. What a query
 may see is the caller's business, passed in as a function. Compute precision is that of the
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import write_entries
 from specauf_jax.models.cpu import gated, is_serving, product, turn_products
+from specauf_jax.models.experts import SparseMLP
 from specauf_jax.models.rope import apply_rope
 from specauf_jax.pytrees import pytree
 
@@ -148,7 +149,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = nnx.RMSNorm(D, epsilon=epsilon, rngs=rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = nnx.RMSNorm(D, epsilon=epsilon, rngs=rngs)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        self.mlp = SwiGLU(config, rngs=rngs) if config.experts is None else SparseMLP(config, rngs=rngs)
         shape = config.convolution
         self.attention_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
         self.mlp_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)

@@ -2,13 +2,16 @@
 
 One rule of names serves every model: our tree's path is the tensor's name, `kernel` (transposed),
 `scale` and `embedding` are called `weight` in files, and the leading axis of stacked layers becomes
-the number after `layers.`. The heads' own exceptions stand in their files.
+the number after `layers.`, that of stacked experts the one after `experts.`. The heads' own exceptions stand in their
+files.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -32,20 +35,25 @@ Progress = Callable[[int, int], None]
 
 
 def file_names(path, shape) -> list[str]:
-    """Names of the tensors behind one leaf of our tree: one, or one per stacked layer."""
+    """Names of the tensors behind one leaf of our tree: one, or one per stacked layer, and expert of it."""
     *parts, last = [p.key for p in path]
     parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
-    if parts[0] != "layers":
+    stacks = _stacks(path)
+    if not stacks:
         name = ".".join(parts)
         return [_RENAMED.get(name, name)]
-    return [".".join(["layers", str(i), *parts[1:]]) for i in range(shape[0])]
+    names = []
+    for numbers in np.ndindex(*shape[: len(stacks)]):
+        after = dict(zip(stacks, numbers, strict=True))
+        names.append(".".join(f"{part}.{after[part]}" if part in after else part for part in parts))
+    return names
 
 
 def file_shapes(shapes: dict) -> dict[str, tuple]:
     """Name → shape in files, [out, in], of every tensor behind our tree."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
+        shape = leaf.shape[len(_stacks(path)) :]
         for name in file_names(path, leaf.shape):
             found[name] = shape[::-1] if _is_transposed(path) else shape
     return found
@@ -58,9 +66,11 @@ def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
     """
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        slices = (leaf[i] for i in range(len(leaf))) if _is_stacked(path) else [leaf]
+        stacks = len(_stacks(path))
+        slices: Iterable = map(to_host, (leaf[i] for i in range(len(leaf))) if stacks else [leaf])
+        if stacks > 1:
+            slices = itertools.chain.from_iterable(slices)
         for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
-            x = to_host(x)
             tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
     return tensors
 
@@ -113,7 +123,8 @@ def read_tree(
 
     def fill(path, leaf, sharding):
         names = [prefixed(name) for name in file_names(path, leaf.shape)]
-        stored = _Stored(names, files, _is_stacked(path), _is_transposed(path), np.dtype(dtype))
+        stacks = leaf.shape[: len(_stacks(path))]
+        stored = _Stored(names, files, stacks, _is_transposed(path), np.dtype(dtype))
         arrays = [
             array
             for bounds, devices in _parts(leaf, sharding).items()
@@ -143,7 +154,7 @@ class _Stored:
 
     names: list[str]
     files: dict[str, Path]
-    stacked: bool
+    stacks: tuple[int, ...]  # sizes of the leading axes, along which every tensor is one of the names
     transposed: bool
     dtype: np.dtype
 
@@ -169,29 +180,29 @@ class _Stored:
         item = max(self.dtype.itemsize, 4)
         size = item * _size(bounds)
         cuts = [1] * len(bounds)
-        if self.stacked:
-            layers = bounds[0][1] - bounds[0][0]
-            cuts[0] = min(layers, -(-size // PIECE_BYTES))
-            size = -(-layers // cuts[0]) * size // max(layers, 1)
+        for axis, (start, stop) in enumerate(bounds[: len(self.stacks)]):
+            cuts[axis] = min(stop - start, -(-size // PIECE_BYTES))
+            size = -(-(stop - start) // cuts[axis]) * size // max(stop - start, 1)
         # Along the axis that is the file's first: its rows lie together.
-        rows = len(bounds) - 1 if self.transposed else int(self.stacked)
+        rows = len(bounds) - 1 if self.transposed else len(self.stacks)
         if rows < len(bounds) and size > PIECE_BYTES:
             cuts[rows] = min(bounds[rows][1] - bounds[rows][0], -(-size // PIECE_BYTES))
         return itertools.product(*(_cut(*bound, count) for bound, count in zip(bounds, cuts, strict=True)))
 
     def _read(self, box) -> np.ndarray:
         """The box as a host array, in our orientation and dtype."""
-        inner = box[1:] if self.stacked else box
-        layers = range(*box[0]) if self.stacked else [0]
-        host = np.empty((len(layers), *(stop - start for start, stop in inner)), self.dtype)
+        stacks, inner = box[: len(self.stacks)], box[len(self.stacks) :]
+        host = np.empty([stop - start for start, stop in box], self.dtype)
         order = inner[::-1] if self.transposed else inner
-        for row, layer in enumerate(layers):
-            name = self.names[layer]
-            # Opened anew: closing unmaps the pages that were read.
-            with safe_open(self.files[name], framework="numpy") as file:
-                x = file.get_slice(name)[tuple(slice(*bound) for bound in order)]
-            host[row] = x.T if self.transposed else x
-        return host if self.stacked else host[0]
+        # Opened anew for every piece: closing unmaps the pages that were read.
+        with contextlib.ExitStack() as stack:
+            opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="numpy")))
+            for place in np.ndindex(*host.shape[: len(stacks)]):
+                numbers = [start + i for (start, _), i in zip(stacks, place, strict=True)]
+                name = self.names[np.ravel_multi_index(numbers, self.stacks) if stacks else 0]
+                x = opened(self.files[name]).get_slice(name)[tuple(slice(*bound) for bound in order)]
+                host[place] = x.T if self.transposed else x
+        return host
 
 
 _write_piece = jax.jit(lax.dynamic_update_slice, donate_argnums=0)
@@ -293,8 +304,10 @@ def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple
         )
 
 
-def _is_stacked(path) -> bool:
-    return path[0].key == "layers"
+def _stacks(path) -> list[str]:
+    """Parts of a leaf's path behind which files have a number: a leading axis each."""
+    keys = [part.key for part in path]
+    return ([keys[0]] if keys[0] == "layers" else []) + (["experts"] if "experts" in keys else [])
 
 
 def _is_transposed(path) -> bool:

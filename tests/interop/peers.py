@@ -10,9 +10,9 @@ from specforge.modeling.draft import dflash
 from specforge.modeling.draft.domino import DominoDraftModel
 from specforge.modeling.draft.dspark import DSparkDraftModel
 from speculators import SpeculatorModel, SpeculatorModelConfig
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {
     "vocab_size": 151,
@@ -111,8 +111,8 @@ def randomise(model, seed):
             noise = torch.randn(x.shape, generator=generator)
             if "norm" in name:
                 noise = 1 + 0.2 * noise
-            elif x.ndim == 2 and "embed_tokens" not in name:
-                noise = noise / math.sqrt(x.shape[1])
+            elif x.ndim > 1 and "embed_tokens" not in name:
+                noise = noise / math.sqrt(x.shape[-1])
             x.copy_(noise)
     return model
 

@@ -38,6 +38,10 @@ def heads(query, key_value, size):
     return {"num_attention_heads": query, "num_key_value_heads": key_value, "head_dim": size}
 
 
+def experts(count, chosen, norm):
+    return {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": 40, "norm_topk_prob": norm}
+
+
 FILES = {
     "qwen3, 4 queries a key, shards": dict(**heads(8, 2, 128), rope={"rope_theta": 1e6}, tie_word_embeddings=False,
                                            shards=3),
@@ -61,6 +65,10 @@ FILES = {
     "qwen2.5, yarn": dict(model_type="qwen2", hidden_size=512, num_attention_heads=4, num_key_value_heads=1,
                           rope={"rope_theta": 1e6, **yarn(4.0, LONG)}, tie_word_embeddings=False,
                           max_position_embeddings=4 * LONG),
+    "qwen3 moe, weights brought to 1, shards": dict(model_type="qwen3_moe", **heads(8, 2, 64), rope={"rope_theta": 1e6},
+                                                    tie_word_embeddings=False, shards=3, **experts(8, 3, True)),
+    "qwen3 moe, bfloat16, tied": dict(model_type="qwen3_moe", **heads(4, 1, 64), rope={"rope_theta": 1e7},
+                                      tie_word_embeddings=True, dtype="bfloat16", **experts(6, 1, False)),
 }  # fmt: skip
 
 
