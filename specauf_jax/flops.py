@@ -28,7 +28,8 @@ def step_flops(
       soft: the loss compares with the target's distribution, whose logits are a product of their own.
 
     Returns:
-      target, context, blocks, attention, lm_head, and what the head adds.
+      target, experts (those of its layers, where it has some), context, blocks, attention, lm_head, and what the head
+      adds.
     """
     S, A, K = sequence_length, num_anchors, drafter.block_size
     D, L, M, V = target.hidden_size, len(drafter.target_layer_ids), drafter.num_hidden_layers, target.vocab_size
@@ -46,14 +47,16 @@ def step_flops(
         "attention": 3 * M * 4 * A * K * visible * heads,
         "lm_head": (3 if soft else 2) * 2 * A * N * D * V,  # frozen: no gradient of its weights
     }
+    parts |= _experts(target, layers_run * S)
     parts |= {name: 3 * A * N * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}
 
 
 def needed_flops(parts: dict[str, float], head_share: float) -> dict[str, float]:
     """`step_flops` as target and drafter, of a step whose LM head sees this share of the slots (`active_ratio`)."""
-    drafter = sum(count for name, count in parts.items() if name not in ("target", "lm_head"))
-    return {"target": parts["target"], "drafter": drafter + head_share * parts["lm_head"]}
+    target = parts["target"] + parts.get("experts", 0.0)
+    drafter = sum(count for name, count in parts.items() if name not in ("target", "experts", "lm_head"))
+    return {"target": target, "drafter": drafter + head_share * parts["lm_head"]}
 
 
 def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[str, float]:
@@ -61,6 +64,7 @@ def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[s
     S = sequence_length
     causal = 2 * S * S * target.num_attention_heads * target.head_dim
     layers = target.num_hidden_layers * (2 * S * _layer_weights(target) + causal)
+    layers += sum(_experts(target, target.num_hidden_layers * S).values())
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
 
@@ -77,7 +81,7 @@ def round_flops(
       nodes: N of a draft tree; None for a chain.
 
     Returns:
-      target, context, blocks, attention, lm_head, and what the head adds.
+      as `step_flops`.
     """
     K, D, V, L = drafter.block_size, target.hidden_size, target.vocab_size, len(drafter.target_layer_ids)
     W = K if nodes is None else nodes + 1  # tokens that the target reads
@@ -90,18 +94,23 @@ def round_flops(
         "attention": drafter.num_hidden_layers * 4 * K * (context + K) * drafter.num_attention_heads * drafter.head_dim,
         "lm_head": 2 * (K - 1 + W) * D * V,  # of K-1 drafts, and of the target's judgement
     }
+    parts |= _experts(target, target.num_hidden_layers * W)
     parts |= {name: (K - 1) * (nodes or 1) * count for name, count in drafter.head.draft_flops(drafter).items()}
     return {name: float(rows * count) for name, count in parts.items()}
 
 
 def _layer_weights(config: Target | ResolvedDrafter) -> int:
-    """Matrix entries that a token meets in one decoder layer."""
+    """Matrix entries that a token meets in one decoder layer, but for its experts'."""
     D, E = config.hidden_size, config.head_dim
     attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
+    mlp = 3 * D * config.intermediate_size if config.experts is None else D * config.experts.num_experts
     taps, group = config.convolution or (0, 1)
-    if config.experts is None:
-        mlp = 3 * D * config.intermediate_size
-    else:
-        mlp = 3 * D * config.experts.moe_intermediate_size * config.experts.num_experts_per_tok
-        mlp += D * config.experts.num_experts
     return attention + mlp + 2 * D * 2 * taps * (D // group)
+
+
+def _experts(target: Target, tokens: int) -> dict[str, int]:
+    """Of the experts that so many tokens of a layer meet, where there are some."""
+    if target.experts is None:
+        return {}
+    met = target.experts.num_experts_per_tok * target.experts.moe_intermediate_size
+    return {"experts": tokens * 2 * 3 * target.hidden_size * met}

@@ -38,7 +38,7 @@ _PARAMETER_AXES = {
     "predecessor_codebook": ("tensor", "fsdp"),  # of DFlash2's
     "successor_codebook": ("tensor", "fsdp"),
 }
-_EXPERTS = ("tensor", "fsdp", None)
+_EXPERTS = (("tensor", "fsdp"), None, None)  # whole ones: gathered as they lie
 _OTHER_MATRICES = ("fsdp", None)
 
 
@@ -109,7 +109,10 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
         axes = axes if leaf.ndim else ()
         first = leaf.ndim - len(axes)  # behind the axis of stacked layers, which a scan takes apart
         held = [[] for _ in leaf.shape]
-        for at, axis in enumerate(axes, first):
+        wanted = (
+            (at, axis) for at, names in enumerate(axes, first) for axis in (names if type(names) is tuple else [names])
+        )
+        for at, axis in wanted:
             others = [dim for dim in range(first, leaf.ndim) if dim != at]
             free = [dim for dim in (at, *others) if leaf.shape[dim] % _ways(mesh, [*held[dim], axis]) == 0]
             if axis and free:

@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from specauf_jax import cli
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter
+from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Experts
 from specauf_jax.commands import compile as command
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import decode_round, start
@@ -28,7 +28,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collectives
 from specauf_jax.evaluation.xla_time import read_cycles
-from specauf_jax.flops import round_flops, step_flops
+from specauf_jax.flops import needed_flops, pretrain_flops, round_flops, step_flops
 from specauf_jax.models import hf_config
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
@@ -53,6 +53,9 @@ def products(jaxpr) -> int:
     total = 0
     for equation in jaxpr.eqns:
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "ragged_dot_general":
+            rows, width = equation.invars[0].aval.shape
+            total += 2 * rows * width * equation.outvars[0].aval.shape[-1]
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
@@ -123,6 +126,35 @@ def test_flops_equal_those_of_every_product_in_a_round(head, nodes, monkeypatch)
     unseen += B * K * 4 * drafter.num_attention_heads * drafter.head_dim * drafter.num_hidden_layers * (room - context)
     assert products(program.jaxpr) == sum(found.values()) + unseen
     assert ("correction" in found) == (head != "dflash")
+
+
+def test_flops_of_experts_are_those_of_their_products():
+    """`ragged_dot` multiplies every choice of a token once by each of three matrices."""
+    target = tiny.target_config(model_type="qwen3_moe", experts=Experts(6, 2, 12, True))
+    drafter, batch = tiny.drafter_config(target), tiny.random_batch([[S]] * B, length=S)
+    found = step_flops(drafter, target, rows=B, sequence_length=S, num_anchors=A)
+
+    def features(params, batch):
+        return target_features(params, batch.tokens, batch.positions, batch.document_ids, config=target,
+                               layer_ids=drafter.target_layer_ids)  # fmt: skip
+
+    program = jax.make_jaxpr(features)(tiny.target_params(target), batch).jaxpr
+    unseen = B * 2 * (2 * S * S + 4 * S) * target.num_attention_heads * target.head_dim
+    assert products(program) == found["target"] + found["experts"] + unseen
+    needed = needed_flops(found, 1.0)
+    assert needed["target"] == found["target"] + found["experts"]
+    assert sum(needed.values()) == sum(found.values())
+    alone = {"target": found["target"] + found["experts"]}
+    training = pretrain_flops(dataclasses.replace(target, num_hidden_layers=2), rows=B, sequence_length=S)
+    assert training["target"] == 3 * alone["target"]
+
+
+def test_weights_of_a_published_mixture():
+    """Qwen3-30B-A3B by its model card: 30.5 billion parameters, 29.9 without embeddings."""
+    target = KNOWN_TARGETS["Qwen3-30B-A3B"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(target_shapes(target)))
+    assert round(count / 1e9, 1) == 30.5
+    assert round((count - 2 * target.vocab_size * target.hidden_size) / 1e9, 1) == 29.9
 
 
 def test_flops_of_a_published_target():

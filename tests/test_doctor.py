@@ -518,6 +518,7 @@ def test_engines(doctor, name, changes, engine, expected, why):
 
 
 LLAMA_31 = a.RopeScaling("llama3", 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+MOE = {"model_type": "qwen3_moe", "experts": a.Experts(4, 2, 64, True)}
 WINDOWS = {"layer_types": ("sliding_attention",), "sliding_window": 16}
 QWEN3 = {"rope_theta": 1e6, "hidden_size": 2048, "num_attention_heads": 16, "head_dim": 128}  # 1.7B's
 TPU, JAX = "tpu-inference", "sglang-jax"
@@ -538,15 +539,17 @@ TPU, JAX = "tpu-inference", "sglang-jax"
      """takes theta 1e6 and Llama 3 scaling (with transformers 5): --hf-overrides '{"rope_theta": 500000}' makes"""),
     (TPU, {"rope_scaling": dataclasses.replace(LLAMA_31, factor=32.0)}, {}, "differently", "not the scaling"),
     (TPU, {"rope_scaling": a.RopeScaling("yarn", 4.0, 8192)}, {}, "no", "has no YaRN"),
-    (TPU, {}, {"model_type": "qwen2"}, "no", "taps Qwen3 and Llama targets only"),
+    (TPU, {}, {"model_type": "qwen2"}, "no", "taps dense Qwen3 and Llama targets only"),
     (TPU, {}, {"model_type": "llama"}, "yes", ""),
+    (TPU, {}, MOE, "no", "taps dense Qwen3 and Llama targets only"),
     (TPU, WINDOWS, {}, "differently", "ignores layer_types"),
     (JAX, {}, {}, "yes", ""),
     (JAX, {"head_dim": 64}, {}, "yes", ""),
     (JAX, {"rope_theta": 5e5}, {}, "yes", ""),
     (JAX, {"rope_scaling": LLAMA_31}, {}, "differently", "ignores RoPE scaling"),
     (JAX, {}, {"tie_word_embeddings": True}, "no", "fails on a target whose LM head is its embedding"),
-    (JAX, {}, {"model_type": "qwen2"}, "no", "taps Qwen3 and Llama targets only"),
+    (JAX, {}, {"model_type": "qwen2"}, "no", "taps dense Qwen3 and Llama targets only"),
+    (JAX, {}, MOE, "no", "taps dense Qwen3 and Llama targets only"),
     (JAX, {"target_layer_ids": (1, 5)}, {}, "no", "never taps layer 5"),
     (JAX, WINDOWS, {}, "differently", "ignores layer_types"),
 ])  # fmt: skip

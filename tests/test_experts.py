@@ -111,7 +111,7 @@ def test_experts_are_spread_over_tensor():
     assert len(lines) == 3
     for line, tensor in zip(lines, (1, 4, 8), strict=True):
         assert line["difference"] < 1e-5
-        assert line["spec"] == [None, "tensor", "fsdp", None]
+        assert line["spec"] == [None, ["tensor", "fsdp"], None, None]
         assert line["experts"] and max(line["experts"]) == X // tensor, line
 
 

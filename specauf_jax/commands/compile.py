@@ -262,21 +262,22 @@ def _operations(parts: dict[str, float], speed: float) -> dict:
 def _time(program: dict, device: _Device) -> dict | None:
     """Seconds of one call at least and at most, and what they are made of; None where the compiler has no estimates.
 
-    compiler: its estimate, by scope. kernels: block attention's operations at the peak and at 40 % of it, where Pallas
-    kernels compute it. collectives: their bytes by the links' rate, at most; computing may hide them. memory: the
+    compiler: its estimate, by scope. kernels: operations at the peak and at 40 % of it, by part, of what Pallas kernels
+    compute. collectives: their bytes by the links' rate, at most; computing may hide them. memory: the
     arguments read once.
     """
     if program["cycles"] is None or not program["cycles"]["most"]:
         return None
     least, most, kernels = (program["cycles"][name] for name in ("least", "most", "kernels"))
     compiler = {scope: [least.get(scope, 0) / device.clock, cycles / device.clock] for scope, cycles in most.items()}
-    own = program["flops_by_part"]["attention"] / program["flops"] * bool(kernels)
-    shares = [own * seconds for seconds in program["seconds"].values()]
+    called = {scope.rpartition("/")[2] for scope in kernels} & {"attention", "experts"}
+    shares = {part: [program["flops_by_part"][part] / program["flops"] * seconds
+                     for seconds in program["seconds"].values()] for part in sorted(called)}  # fmt: skip
     sent = sum(
         _TRAFFIC.get(kind, 1) * entry["bytes"] for kind, entry in program["collectives"].items() if kind != "send"
     )
     memory, collectives = program["argument_bytes"] / device.bandwidth, sent / device.links
-    low, high = (sum(pair[i] for pair in compiler.values()) + shares[i] for i in (0, 1))
+    low, high = (sum(pair[i] for pair in [*compiler.values(), *shares.values()]) for i in (0, 1))
     total = [max(low, memory), max(high, memory) + collectives]
     peak = program["seconds"]["at_100_percent"]
     return {"total": total, "compiler": compiler, "kernels": shares, "collectives": [0.0, collectives],
@@ -333,7 +334,7 @@ def _show_time(time: dict | None, console: Console) -> None:
     table = Table("time of one call", "at least, ms", "at most, ms")
     rows = sorted(time["compiler"].items(), key=lambda row: -row[1][1])
     rows = [(f"{scope or 'elsewhere'}, by the compiler", *pair) for scope, pair in rows]
-    rows += [("attention in Pallas kernels, at 100 and 40 % of peak", *time["kernels"])] if time["kernels"][1] else []
+    rows += [(f"{part} in Pallas kernels, at 100 and 40 % of peak", *pair) for part, pair in time["kernels"].items()]
     rows += [("collectives, hidden or not", *time["collectives"]), ("all arguments read once", *[time["memory"]] * 2)]
     for name, *pair in [*rows, ("together", *time["total"])]:
         table.add_row(name, *(f"{1e3 * seconds:,.2f}" for seconds in pair))

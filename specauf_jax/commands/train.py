@@ -123,7 +123,7 @@ def make_run(
 
 def _warn_of_heads(drafter: ResolvedDrafter, target: Target, console: Console) -> None:
     """Heads that a TPU engine which taps such a target will not run: better known before training than after."""
-    if target.model_type != "qwen2" and (found := unserved_heads(drafter, target)):
+    if target.model_type in ("qwen3", "llama") and (found := unserved_heads(drafter, target)):
         warn(console, f"tpu-inference cannot run {found}")
 
 

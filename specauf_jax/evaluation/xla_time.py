@@ -15,6 +15,7 @@ SCOPES = (
     "context",
     "blocks",
     "attention",
+    "experts",
     "lm_head",
     "objective",
     "optimiser",

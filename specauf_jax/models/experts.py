@@ -27,6 +27,7 @@ class SparseMLP(nnx.Module):
         )
         self.config: Experts = config.experts
 
+    @jax.named_scope("experts")
     def __call__(self, x):
         """`[B, T, D]` → `[B, T, D]`."""
         weights, chosen = route(self.gate(x), self.config)
@@ -81,11 +82,13 @@ def mix_experts(x, weights, chosen, gate, up, down, axis: str | None = None) -> 
     X, k, own = len(gate), chosen.shape[-1], chosen.reshape(-1)
     if axis is not None:
         own = own - lax.axis_index(axis) * X
-    own = jnp.where((own >= 0) & (own < X), own, X)  # others' come last, and no expert here sees them
+        own = jnp.where((own >= 0) & (own < X), own, X)  # others' come last, and no expert here sees them
     order = jnp.argsort(own)
-    sizes = jnp.bincount(own, length=X + 1)[:X].astype(jnp.int32)
+    sizes = jnp.bincount(own, length=X).astype(jnp.int32)
     rows = x.reshape(-1, x.shape[-1])[order // k]
     inner = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
-    said = lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)].reshape(*chosen.shape, -1)
-    mixed = jnp.where((own < X).reshape(*chosen.shape, 1), weights[..., None] * said, 0).sum(axis=-2)
+    said = lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)]
+    if axis is not None:
+        said = jnp.where((own < X)[:, None], said, 0)
+    mixed = (weights[..., None] * said.reshape(*chosen.shape, -1)).sum(axis=-2)
     return mixed if axis is None else lax.psum(mixed, axis)

@@ -1,4 +1,4 @@
-"""The target: a dense causal language model (Qwen3, Qwen2.5, Llama 3), as pure functions of a parameter tree."""
+"""The target: a causal language model (Qwen3, Qwen3-MoE, Qwen2.5, Llama 3), as pure functions of a parameter tree."""
 
 import dataclasses
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 from peers import relative_error
 
-from specauf_jax.architecture import Drafter, RopeScaling
+from specauf_jax.architecture import Drafter, Experts, RopeScaling
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
@@ -158,11 +158,15 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "qwen3_moe"])
 def test_our_own_target_loads_in_transformers(model_type, scaling, tmp_path):
     tied = scaling in ("linear", "yarn")
     config = tiny.target_config(
-        model_type=model_type, rope_scaling=SCALINGS[scaling], tie_word_embeddings=tied, num_hidden_layers=2
+        model_type=model_type,
+        rope_scaling=SCALINGS[scaling],
+        tie_word_embeddings=tied,
+        num_hidden_layers=2,
+        experts=Experts(**experts(6, 2, tied)) if model_type == "qwen3_moe" else None,
     )
     params = tiny.target_params(config)
     save_target(params, config, tmp_path / "target", eos_token_id=3)
@@ -194,7 +198,7 @@ def test_frequencies_differ_by_no_more_than_torchs_rounding_of_a_power(tmp_path)
     assert relative_error(found, asked_of_transformers(model, tokens, positions)[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1)])
+@pytest.mark.parametrize(("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1), ("qwen3_moe", 3)])
 def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     """50 prompts of 1 to 40 tokens, 256 new tokens, one batch: alone, and with a drafter that guesses at random.
 
@@ -202,6 +206,7 @@ def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     """
     rope = {"rope_theta": 5e5, **(llama3(8.0) if model_type == "llama" else {})}
     sizes = {"hidden_size": 64, "intermediate_size": 96, **heads(4, 2, 16)}
+    sizes |= experts(8, 2, True) if model_type == "qwen3_moe" else {}
     model = peers.write_target(
         tmp_path / "target", model_type, seed=seed, rope=rope, tie_word_embeddings=False, **sizes
     )

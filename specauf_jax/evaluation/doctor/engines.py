@@ -56,6 +56,11 @@ class Line:
 # Conditions that take more than a line
 
 
+def _untapped(folder: Folder) -> bool:
+    """A target whose layers the TPU engines do not tap."""
+    return folder.target.model_type not in ("qwen3", "llama")
+
+
 def _last_layer(folder: Folder) -> str:
     """The id of the target's last layer, if it is tapped."""
     last = folder.target.num_hidden_layers - 1
@@ -169,7 +174,7 @@ LINES = (
     Line(_VLLM, "no", lambda f: "in rope_parameters" not in f.thetas, "needs rope_parameters"),
     Line(_VLLM, "yes", lambda f: f.slides, "reads windows as this project does"),
     Line(_VLLM, "yes", lambda f: f.layer_ids, "adds 1 to target_layer_ids itself"),
-    Line(_TPU, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
+    Line(_TPU, "no", _untapped, "taps dense Qwen3 and Llama targets only"),
     Line(_TPU, "no", _unserved_heads, "cannot run {}"),
     Line(_TPU, "no", lambda f: f.dflash.get("target_layer_ids") is None, "needs dflash_config.target_layer_ids"),
     Line(_TPU, "no", lambda f: len({*_extra_names(f), *f.names.early, *f.names.missing}),
@@ -189,7 +194,7 @@ LINES = (
     Line(_TPU, "yes", _rope("Qwen3"),
          "takes Llama 3 scaling besides (with transformers 5), an error that grows with the context: "
          """--hf-overrides '{"rope_scaling": null}' makes it exact"""),
-    Line(_SGLANG_JAX, "no", lambda f: f.target.model_type == "qwen2", "taps Qwen3 and Llama targets only"),
+    Line(_SGLANG_JAX, "no", _untapped, "taps dense Qwen3 and Llama targets only"),
     Line(_SGLANG_JAX, "no", lambda f: f.target.tie_word_embeddings, "fails on a target whose LM head is its embedding"),
     Line(_SGLANG_JAX, "no", _last_layer, "never taps layer {}, the target's last"),
     Line(_SGLANG_JAX, "no", lambda f: f.dflash.get("target_layer_ids") is None,
