@@ -23,6 +23,8 @@ _HOME = {
     "prefix_acceptance": "objectives",
     "Head": "models.target",
     "TargetStep": "models.target",
+    "HybridStep": "models.target",
+    "target_step": "models.target",
     "serving_params": "models.cpu",
     "init_target": "models.target",
     "target_features": "models.target",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # help must come before JAX is loaded
     from specauf_jax.config import Objective
     from specauf_jax.objectives import ConfidenceScores, Scores
 
-ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe"]
+ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe", "qwen3_5"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -87,8 +87,49 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Hybrid:
+    """Layers with linear attention, gated delta nets, but for every `full_attention_interval`-th (Qwen3.5).
+
+    Such models also gate attention, turn a part of its heads by RoPE, and hold norms' scales less 1.
+    """
+
+    full_attention_interval: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    """H of the linear layers."""
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    """W: inputs that a convolution sees."""
+    partial_rotary_factor: float
+
+    def __post_init__(self):
+        positive(self, *(field.name for field in dataclasses.fields(self)))
+        if self.full_attention_interval < 2 or self.linear_conv_kernel_dim < 2 or self.partial_rotary_factor > 1:
+            raise SpecaufError(f"{self}", "an interval and a kernel of at least 2, and a share of at most 1",
+                               "correct the value")  # fmt: skip
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise SpecaufError(
+                f"{self.linear_num_value_heads} linear value heads over {self.linear_num_key_heads} key heads",
+                "a multiple",
+                "change one of the two",
+            )
+
+    @property
+    def channels(self) -> int:
+        """C: of queries, keys and values of a linear layer, which a convolution mixes."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """H, Dk, Dv."""
+        return self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+
+
+@dataclass(frozen=True)
 class Target:
-    """Architecture of a causal language model: Qwen3, Qwen2.5, Llama 3 or Qwen3-MoE."""
+    """Architecture of a causal language model: Qwen3, Qwen2.5, Llama 3, Qwen3-MoE or Qwen3.5."""
 
     convolution: ClassVar[None] = None
     """Of a drafter's layers alone."""
@@ -109,12 +150,18 @@ class Target:
     tie_word_embeddings: bool = True
     experts: Annotated[Experts | None, tyro.conf.Suppress] = None
     """Of qwen3_moe; others have one MLP a layer, of intermediate_size."""
+    hybrid: Annotated[Hybrid | None, tyro.conf.Suppress] = None
+    """Of qwen3_5."""
 
     def __post_init__(self):
         choice(self, "model_type", typing.get_args(ModelType))
-        if (self.model_type == "qwen3_moe") != (self.experts is not None):
-            raise SpecaufError(f"model_type {self.model_type} and experts {self.experts}",
-                               "experts of a qwen3_moe, and of no other", "change model_type or experts")  # fmt: skip
+        for kind, name in (("qwen3_moe", "experts"), ("qwen3_5", "hybrid")):
+            if (self.model_type == kind) != (getattr(self, name) is not None):
+                raise SpecaufError(f"model_type {self.model_type} and {name} {getattr(self, name)}",
+                                   f"{name} of a {kind}, and of no other", f"change model_type or {name}")  # fmt: skip
+        if self.num_hidden_layers % self.period:
+            raise SpecaufError(f"{self.num_hidden_layers} layers with full attention in every {self.period}th",
+                               "a multiple", "use another model")  # fmt: skip
         positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         positive(self, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
         _check_heads(self)
@@ -122,7 +169,17 @@ class Target:
     @property
     def qk_norm(self) -> bool:
         """RMSNorm of every head's queries and keys."""
-        return self.model_type in ("qwen3", "qwen3_moe")
+        return self.model_type in ("qwen3", "qwen3_moe", "qwen3_5")
+
+    @property
+    def period(self) -> int:
+        """Layers after which their kinds come again."""
+        return self.hybrid.full_attention_interval if self.hybrid else 1
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that RoPE turns, the first ones."""
+        return int(self.head_dim * self.hybrid.partial_rotary_factor) if self.hybrid else self.head_dim
 
     @property
     def qkv_bias(self) -> bool:
@@ -380,9 +437,15 @@ class ResolvedDrafter:
     qk_norm: ClassVar[bool] = True
     qkv_bias: ClassVar[bool] = False
     experts: ClassVar[None] = None
+    hybrid: ClassVar[None] = None
+    period: ClassVar[int] = 1
 
     def __post_init__(self):
         check_drafter(self)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
 
     @property
     def convolution(self) -> tuple[int, int] | None:
@@ -455,8 +518,12 @@ def _check_heads(config) -> None:
             "a multiple",
             "change num_attention_heads or num_key_value_heads",
         )
-    if config.head_dim % 2:
-        raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
+    if config.head_dim % 2 or config.rotary_dim % 2:
+        raise SpecaufError(
+            f"head_dim is {config.head_dim}",
+            "an even number, of what RoPE turns too (it turns pairs)",
+            "change head_dim",
+        )
 
 
 _QWEN3 = Target(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,

@@ -284,7 +284,7 @@ def test_rope_scaling_of_either_style(tmp_path, keys):
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE of type 'longrope'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has no factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "short_factor": [1]}}, "short_factor"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "architecture 'Qwen3MoeForCausalLM'"),
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture 'MixtralForCausalLM'"),
         ({"architectures": ["LlamaForCausalLM"]}, "model_type 'qwen3' under LlamaForCausalLM"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),

@@ -26,7 +26,7 @@ from specauf_jax.flops import round_flops, step_flops
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
-from specauf_jax.models.target import TargetStep, init_target
+from specauf_jax.models.target import init_target, target_step
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.loss import LossConfig
 from specauf_jax.training.step import init_state, make_optimizer, make_train_step
@@ -108,7 +108,7 @@ def train_step(width: int, *, B, S, A, K, V):
 def one_round(width: int, *, B, S, K, V):
     """As `train_step`; the round is `draft_and_verify` as it serves, on the same state each time."""
     target, drafter = models(width, K, V)
-    decoding = Decoding(target_step=TargetStep(target, drafter.target_layer_ids), drafter=drafter)
+    decoding = Decoding(target_step=target_step(target, drafter.target_layer_ids), drafter=drafter)
     params = init_drafter(drafter, jax.random.key(1)), init_target(target, jax.random.key(0))
     params = tuple(map(serving_params, params))
     prompts = np.random.default_rng(0).integers(0, V - 1, (B, S))

@@ -43,7 +43,7 @@ from specauf_jax.files import check_writable, sole_user, write_bytes, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
-from specauf_jax.models.target import TargetStep, target_head
+from specauf_jax.models.target import target_head, target_step
 from specauf_jax.models.weights import load_target, save_drafter
 from specauf_jax.training.blocks import Batch
 from specauf_jax.training.checkpoint import Checkpoints
@@ -506,7 +506,7 @@ def of_sets(study: Study, config: Decoding, params: dict, sets: dict, own: dict,
 
 
 def decoding_of(study: Study, drafter: ResolvedDrafter | None) -> Decoding:
-    return Decoding(target_step=TargetStep(study.target, study.taps), drafter=drafter, stop_tokens=study.stops)
+    return Decoding(target_step=target_step(study.target, study.taps), drafter=drafter, stop_tokens=study.stops)
 
 
 def decode(study: Study, config: Decoding, params, sets: dict, temperature: float) -> dict[str, list[Generation]]:

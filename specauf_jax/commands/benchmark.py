@@ -25,7 +25,7 @@ from specauf_jax.evaluation.timing import Timed, spread, timed_part, timed_pass,
 from specauf_jax.files import existing_folder, output_file, write_text
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.resolve import fitted
-from specauf_jax.models.target import TargetStep
+from specauf_jax.models.target import target_step
 from specauf_jax.models.weights import drafter_config, load_drafter, target_config
 from specauf_jax.sharding import make_mesh
 
@@ -92,7 +92,7 @@ def load_methods(folders: dict[str, str], models: Models, config: Benchmark) -> 
     methods = {ALONE: Method(alone), LOOKUP: Method(dataclasses.replace(alone, drafter=lookup))}
     for name, folder in folders.items():
         drafter = fitted(drafter_config(folder), target)
-        step = TargetStep(target, drafter.target_layer_ids)
+        step = target_step(target, drafter.target_layer_ids)
         params = serving_params(load_drafter(folder, config.dtype, models.mesh)[0])
         methods[name] = chain = Method(dataclasses.replace(alone, drafter=drafter, target_step=step), params)
         for nodes in config.tree_nodes:

@@ -29,7 +29,7 @@ from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
 from specauf_jax.kernels.attention import TILE
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
-from specauf_jax.models.target import TargetStep, target_shapes
+from specauf_jax.models.target import target_shapes, target_step
 from specauf_jax.models.weights import target_config
 from specauf_jax.recipes import read_recipe
 from specauf_jax.sharding import batch_shards, check_batch, make_mesh, parameter_sharding, placed
@@ -244,7 +244,7 @@ def _decode_round(
     shapes = (drafter_shapes(drafter), target_shapes(target))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     params = placed(params, parameter_sharding(params, mesh))
-    decoding = Decoding(TargetStep(target, drafter.target_layer_ids), drafter, tree_nodes=nodes)
+    decoding = Decoding(target_step(target, drafter.target_layer_ids), drafter, tree_nodes=nodes)
     state = abstract_state(
         config=decoding, batch_size=rows, room=length + drafter.block_size - 1, dtype=dtype, mesh=mesh
     )

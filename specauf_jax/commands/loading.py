@@ -23,7 +23,7 @@ from specauf_jax.files import as_path, existing_folder, read_json
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.heads import head_settings, make_head
 from specauf_jax.models.resolve import fitted, resolve_drafter
-from specauf_jax.models.target import TargetStep
+from specauf_jax.models.target import target_step
 from specauf_jax.models.weights import drafter_config, load_drafter, load_target, target_config
 from specauf_jax.sharding import batch_shards
 
@@ -217,7 +217,7 @@ def load_decoding(target: str, drafter: str | None, dtype: Dtype, mesh, console:
     layer_ids = resolved.target_layer_ids if resolved else (config.num_hidden_layers - 1,)
     target_params = serving_params(load_target_with_bar(target, dtype, console, mesh)[0])
     drafter_params = None if drafter is None else serving_params(load_drafter(drafter, dtype, mesh)[0])
-    decoding = Decoding(target_step=TargetStep(config, layer_ids), drafter=resolved, stop_tokens=stops)
+    decoding = Decoding(target_step=target_step(config, layer_ids), drafter=resolved, stop_tokens=stops)
     return (drafter_params, target_params), decoding
 
 

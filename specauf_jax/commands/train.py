@@ -23,7 +23,7 @@ from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import AnyPath, as_path
 from specauf_jax.flops import needed_flops, step_flops
 from specauf_jax.models.hf_config import write_drafter
-from specauf_jax.models.target import TargetStep
+from specauf_jax.models.target import target_step
 from specauf_jax.models.weights import load_drafter, save_drafter, target_config
 from specauf_jax.sharding import (
     batch_shards,
@@ -197,7 +197,7 @@ def _decode_measure(config: Train, drafter: ResolvedDrafter, target: Target, tar
     share = -(-config.train.decode_prompts // len(files))
     prompts = [encode_first_turn(tokenizer, prompt) for file in files for prompt in read_prompts(file)[:share]]
     check_requests(prompts, target, config.train.decode_tokens)
-    step, stops = TargetStep(target, drafter.target_layer_ids), stop_token_ids(tokenizer, config.target)
+    step, stops = target_step(target, drafter.target_layer_ids), stop_token_ids(tokenizer, config.target)
     decoding = Decoding(target_step=step, drafter=drafter, stop_tokens=stops)
 
     def measure(state) -> dict:

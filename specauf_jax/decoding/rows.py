@@ -93,6 +93,7 @@ class Rows:
         shape = {"batch_size": batch_size, "room": self._room, "dtype": float_dtype(target_params)}
         self.running = _idle(config=config, **shape, mesh=mesh)
         self._prefix = _common_start([request.prompt for request in requests])
+        self._prefix = self._prefix[: max(self._room - self._chunk, 0)]  # a chunk has room behind it
         # Which of its rows each device reads, turn by turn, `together` at a time; none for a place behind the last.
         shards = 1 if mesh is None else batch_shards(mesh)
         local = batch_size // shards

@@ -48,9 +48,11 @@ def draft_and_verify(drafter_params, target_params, state: DecodeState, *, confi
     block = jnp.concatenate([anchor, proposal.tokens], axis=1)
     with jax.named_scope("verify"):
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+    verdict = verify(logits, proposal, state, verify_keys)
+    cache = settled(config, cache, jnp.where(state.done, 0, verdict.accepted + 1))
     # Features of rejected drafts are written too: out of sight behind the next anchor, then overwritten.
     state = extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
-    return commit(state, proposal, verify(logits, proposal, state, verify_keys), config=config)
+    return commit(state, proposal, verdict, config=config)
 
 
 def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config: Decoding):
@@ -202,25 +204,33 @@ def prefill(
 ) -> DecodeState:
     """Read every prompt but its last token, the first anchor, into the caches, a chunk of all rows at a time.
 
-    Shorter rows are read beyond their end; what that leaves in the caches is out of sight and overwritten later.
-    Caches need room for whole chunks, of which the last one may end with `state.tokens`.
+    Shorter rows are read beyond their end; what that leaves in the caches is out of sight and overwritten later. No
+    chunk begins before the end of the one before: the first one counts for as many tokens as whole chunks leave.
 
     Args:
       chunk_size: tokens of a row that are read at one time; None for what suits the device.
-      begin: int [], tokens of every row that the caches hold already.
+      begin: int [], tokens of every row that the caches hold already; a whole chunk must have room behind them.
       Others as for `draft_and_verify`.
     """
     B, T = state.tokens.shape
     size = min(chunk_size or prompt_chunk(), T)
+    first = (T - begin - 1) % size + 1
 
     def chunk(i, state: DecodeState) -> DecodeState:
-        at = jnp.minimum(begin + i * size, T - size)
+        at = jnp.where(i > 0, begin + first + (i - 1) * size, begin)
         tokens = lax.dynamic_slice_in_dim(state.tokens, at, size, axis=1)
         positions = jnp.broadcast_to(at + jnp.arange(size, dtype=jnp.int32), (B, size))
         _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
+        cache = settled(config, cache, jnp.clip(state.length - 1 - at, 0, jnp.where(i > 0, size, first)))
         return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
 
-    return lax.fori_loop(0, -(-(state.length.max() - 1 - begin) // size), chunk, state)
+    left = state.length.max() - 1 - begin
+    return lax.fori_loop(0, jnp.where(left > 0, 1 + -(-jnp.maximum(left - first, 0) // size), 0), chunk, state)
+
+
+def settled(config: Decoding, cache, count):
+    """The target's cache after the first `count` tokens, int32 `[B]`, of the block that was read last."""
+    return config.target_step.settle(cache, count) if hasattr(config.target_step, "settle") else cache
 
 
 def extend(drafter_params, state: DecodeState, taps, positions, *, config: Decoding) -> DecodeState:

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from specauf_jax.decoding.rows import Generation
+from specauf_jax.decoding.speculate import settled
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.distributed import to_host
 from specauf_jax.models.layers import float_dtype
@@ -111,7 +112,7 @@ def _read_twice(target_params, tokens, length, *, config):
         block = lax.dynamic_slice_in_dim(tokens, start, width, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(width), block.shape)
         logits, _, cache = step(target_params, block, positions, cache)
-        return logits[0].astype(jnp.float32), cache
+        return logits[0].astype(jnp.float32), settled(config, cache, jnp.full(B, width))
 
     def block(i, carry):
         last, moved, singly, together = carry

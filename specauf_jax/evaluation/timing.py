@@ -14,7 +14,7 @@ from jax import lax
 from specauf_jax.config import Sampling
 from specauf_jax.decoding.generate import start
 from specauf_jax.decoding.rows import GREEDY, Generation, Request, Rows
-from specauf_jax.decoding.speculate import draft_and_verify, extend, propose, propose_tree
+from specauf_jax.decoding.speculate import draft_and_verify, extend, propose, propose_tree, settled
 from specauf_jax.decoding.state import DecodeState, Decoding
 from specauf_jax.evaluation.measure import alpha
 
@@ -122,6 +122,7 @@ def _target(drafter_params, target_params, state: DecodeState, *, config: Decodi
     if config.tree_nodes is None:
         block = jnp.broadcast_to(anchor[:, None], positions.shape)
         logits, taps, cache = config.target_step(target_params, block, positions, state.target_cache)
+        cache = settled(config, cache, jnp.full(len(anchor), config.block_size))
     else:
         nodes = jnp.broadcast_to(anchor[:, None], (len(anchor), config.tree_nodes + 1))
         depths, cache = jnp.ones_like(nodes), state.target_cache

@@ -8,13 +8,15 @@ import dataclasses
 import math
 import typing
 
-from specauf_jax.architecture import Experts, Head, ResolvedDrafter, RopeScaling, RopeType, Target
+from specauf_jax.architecture import Experts, Head, Hybrid, ResolvedDrafter, RopeScaling, RopeType, Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.heads import head_settings, head_types
 from specauf_jax.models.hf_keys import check_keys
 
 TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama",
-                        "Qwen3MoeForCausalLM": "qwen3_moe"}  # fmt: skip
+                        "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3_5ForCausalLM": "qwen3_5",
+                        "Qwen3_5ForConditionalGeneration": "qwen3_5"}  # fmt: skip
+_MODEL_TYPES = {"Qwen3_5ForCausalLM": "qwen3_5_text"}  # in files, where it is another name than here
 DRAFTER_ARCHITECTURES = tuple(dict.fromkeys(name for head in head_types().values() for name in head.architectures))
 _SPECULATORS = {head.speculator.kind: head for head in head_types().values() if head.speculator}
 SPECULATORS = tuple(head.speculator.architecture for head in head_types().values() if head.speculator)
@@ -44,6 +46,12 @@ _EXPERTS_KEYS = (
     *("decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef", "output_router_logits"),
 )
 """With them those of a mixture of experts; the last two change no number."""
+_LINEAR_KEYS = tuple(field.name for field in dataclasses.fields(Hybrid) if field.name.startswith("linear"))
+_HYBRID_KEYS = (
+    *(*_LINEAR_KEYS, "full_attention_interval", "partial_rotary_factor", "attn_output_gate"),
+    *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"),
+)
+"""With them those of layers with linear attention; the last three concern what is not computed here."""
 _LABELS = ("shift_label", "sample_from_anchor", "query_zero_predicts_next")
 """Names of one flag: in SpecForge, in speculators and vLLM, in DeepSpec."""
 _DFLASH_KEYS = (
@@ -79,18 +87,25 @@ def read_target(values: dict, where: str) -> Target:
         raise SpecaufError(
             f"{where}: architecture {architecture!r}",
             f"one of {', '.join(TARGET_ARCHITECTURES)}",
-            "use a checkpoint of Qwen3, Qwen2.5, Llama 3 or Qwen3-MoE",
+            "use a checkpoint of Qwen3, Qwen3-MoE, Qwen3.5, Qwen2.5 or Llama 3",
         )
     model_type = TARGET_ARCHITECTURES[architecture]
-    if values.get("model_type", model_type) != model_type:
+    wanted = _MODEL_TYPES.get(architecture, model_type)
+    if values.get("model_type", wanted) != wanted:
         raise SpecaufError(
-            f"{where}: model_type {values['model_type']!r} under {architecture}", f"{model_type!r}", "correct the file"
+            f"{where}: model_type {values['model_type']!r} under {architecture}", f"{wanted!r}", "correct the file"
         )
+    if architecture.endswith("ForConditionalGeneration"):
+        values, where = _text_of(values, where), f"{where}: text_config"
     biases = () if model_type == "qwen2" else ("attention_bias",)
     _refuse(values, where, *biases, "mlp_bias", "use_sliding_window", "quantization_config")
-    _check_full_attention(values, where)
-    sparse = model_type == "qwen3_moe"
-    check_keys(values, where, (*TARGET_KEYS, *_EXPERTS_KEYS) if sparse else TARGET_KEYS)
+    more = {"qwen3_moe": _EXPERTS_KEYS, "qwen3_5": _HYBRID_KEYS}.get(model_type, ())
+    check_keys(values, where, (*TARGET_KEYS, *more))
+    hybrid = _read_hybrid(values, where) if model_type == "qwen3_5" else None
+    if hybrid is None:
+        _check_full_attention(values, where)
+    else:
+        values = _plain_rope(values, where)
     if values.get("is_causal") not in (None, True):
         raise SpecaufError(f"{where}: is_causal is {values['is_causal']!r}", "true", "use a causal language model")
     values = dict(values)
@@ -102,8 +117,59 @@ def read_target(values: dict, where: str) -> Target:
         **_shared(values, where),
         model_type=model_type,
         tie_word_embeddings=_flag(values, where, "tie_word_embeddings"),
-        experts=_read_experts(values, where) if sparse else None,
+        experts=_read_experts(values, where) if model_type == "qwen3_moe" else None,
+        hybrid=hybrid,
     )
+
+
+def _text_of(values: dict, where: str) -> dict:
+    """The language model's part of a file of a model that sees, too; its other parts are not read."""
+    text = _object(values, where, "text_config")
+    tied = [place["tie_word_embeddings"] for place in (values, text) if place.get("tie_word_embeddings") is not None]
+    if tied and any(value != tied[0] for value in tied):
+        raise SpecaufError(f"{where}: tie_word_embeddings is {tied[0]!r}, in text_config {tied[1]!r}", "one value",
+                           "correct the file")  # fmt: skip
+    _refuse(values, where, "quantization_config")
+    return text | ({"tie_word_embeddings": tied[0]} if tied else {})
+
+
+def _read_hybrid(values: dict, where: str) -> Hybrid:
+    """One layer of full attention at the end of each period, as layer_types or full_attention_interval say."""
+    layers = _number(values, where, "num_hidden_layers", most=_MOST_LAYERS)
+    interval = values.get("full_attention_interval")
+    if values.get("layer_types") is not None:
+        types = _list(values, where, "layer_types", str)
+        period = types.index("full_attention") + 1 if "full_attention" in types else 0
+        expected = ["linear_attention"] * (period - 1) + ["full_attention"]
+        if not period or len(types) != layers or types != expected * (layers // period):
+            raise SpecaufError(
+                f"{where}: layer_types {types!r}",
+                f"{layers} of them, linear_attention but for full_attention at equal distances",
+                "use another model",
+            )
+        if interval not in (None, period):
+            raise SpecaufError(f"{where}: full_attention_interval is {interval!r}", f"{period}, as layer_types say",
+                               "correct the file")  # fmt: skip
+    else:
+        period = _number(values, where, "full_attention_interval")
+    if values.get("attn_output_gate", True) is not True:
+        raise SpecaufError(f"{where}: attn_output_gate is {values['attn_output_gate']!r}", "true", "use another model")
+    shares = {place["partial_rotary_factor"] for place in (_object(values, where, "rope_parameters"), values)
+              if place.get("partial_rotary_factor") is not None}  # fmt: skip
+    if len(shares) != 1:
+        raise SpecaufError(f"{where}: partial_rotary_factor is {shares or 'missing'}", "one value", "correct the file")
+    share = _number({"partial_rotary_factor": shares.pop()}, where, "partial_rotary_factor", kind=float)
+    sizes = {name: _number(values, where, name) for name in _LINEAR_KEYS}
+    return _build(Hybrid, where, full_attention_interval=period, partial_rotary_factor=share, **sizes)
+
+
+def _plain_rope(values: dict, where: str) -> dict:
+    """Without what concerns images: of text all three coordinates of a position are the same."""
+    rope = _object(values, where, "rope_parameters")
+    kept = {
+        key: x for key, x in rope.items() if key not in ("mrope_section", "mrope_interleaved", "partial_rotary_factor")
+    }
+    return values | {"rope_parameters": kept}
 
 
 def _read_experts(values: dict, where: str) -> Experts:
@@ -124,17 +190,21 @@ def _read_experts(values: dict, where: str) -> Experts:
 
 def write_target(config: Target, eos_token_id: int | None = None) -> dict:
     """config.json of a target, in Hugging Face layout."""
-    [architecture] = [name for name, kind in TARGET_ARCHITECTURES.items() if kind == config.model_type]
-    experts = {} if config.experts is None else dataclasses.asdict(config.experts)
-    return (
-        _shared_json(config, config.model_type)
-        | experts
-        | {
-            "architectures": [architecture],
-            "tie_word_embeddings": config.tie_word_embeddings,
-            "eos_token_id": eos_token_id,
+    architecture = next(name for name, kind in TARGET_ARCHITECTURES.items() if kind == config.model_type)
+    values = _shared_json(config, _MODEL_TYPES.get(architecture, config.model_type))
+    if config.experts is not None:
+        values |= dataclasses.asdict(config.experts)
+    if config.hybrid is not None:
+        types = ["linear_attention"] * (config.period - 1) + ["full_attention"]
+        values |= dataclasses.asdict(config.hybrid) | {
+            "layer_types": types * (config.num_hidden_layers // config.period)
         }
-    )
+        values["rope_parameters"] |= {"partial_rotary_factor": config.hybrid.partial_rotary_factor}
+    return values | {
+        "architectures": [architecture],
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "eos_token_id": eos_token_id,
+    }
 
 
 def read_drafter(values: dict, where: str) -> ResolvedDrafter:

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from specauf_jax.config import Remat
 from specauf_jax.kernels.attention import write_entries
 from specauf_jax.models.cpu import gated, is_serving, product, turn_products
+from specauf_jax.models.delta import GatedDeltaNet
 from specauf_jax.models.experts import SparseMLP
 from specauf_jax.models.rope import apply_rope
 from specauf_jax.pytrees import pytree
@@ -38,10 +39,11 @@ class KVCache:
 _TILE_ROWS = 16  # of bfloat16
 
 
-def init_kv_cache(config, batch: int, length: int, dtype) -> KVCache:
-    """An empty cache for a `Target` or `Drafter`, of at least so many positions; 0 everywhere."""
+def init_kv_cache(config, batch: int, length: int, dtype, layers: int | None = None) -> KVCache:
+    """An empty cache for a `Target` or `Drafter` (or so many layers), of at least so many positions; 0 everywhere."""
     room = -(-length // _TILE_ROWS) * _TILE_ROWS
-    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, room, config.head_dim)
+    layers = config.num_hidden_layers if layers is None else layers
+    shape = (layers, batch, config.num_key_value_heads, room, config.head_dim)
     return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
@@ -57,34 +59,62 @@ def with_entries(cache: KVCache, new: KVCache, first, layer=0) -> KVCache:
     return jax.tree.map(lambda old, x: write_entries(old, x.astype(old.dtype), first, jnp.asarray(layer)), cache, new)
 
 
+class CentredNorm(nnx.Module):
+    """RMSNorm whose parameter is its scale less 1."""
+
+    def __init__(self, D: int, epsilon: float, *, rngs: nnx.Rngs):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.zeros(D))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        wide *= lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def rms_norm(config, D: int, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm of a target's or drafter's kind."""
+    kind = CentredNorm if config.hybrid else nnx.RMSNorm
+    return kind(D, epsilon=config.rms_norm_eps, rngs=rngs)
+
+
 class Attention(nnx.Module):
-    """Projections of grouped-query attention; Qwen3 norms queries and keys per head, Qwen2.5 has biases."""
+    """Projections of grouped-query attention.
+
+    Qwen3 norms queries and keys per head, Qwen2.5 has biases, Qwen3.5 gates what heads have mixed.
+    """
 
     def __init__(self, config, *, rngs: nnx.Rngs):
         D, E, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.head_dim = E
-        self.q_proj = _linear(D, config.num_attention_heads * E, rngs, bias)
+        self.head_dim, self.gated = E, config.hybrid is not None
+        self.q_proj = _linear(D, config.num_attention_heads * E * (1 + self.gated), rngs, bias)
         self.k_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
         self.v_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
         self.o_proj = _linear(config.num_attention_heads * E, D, rngs)
-        norm = functools.partial(nnx.RMSNorm, E, epsilon=config.rms_norm_eps, rngs=rngs)
-        self.q_norm: nnx.RMSNorm | None = norm() if config.qk_norm else None
-        self.k_norm: nnx.RMSNorm | None = norm() if config.qk_norm else None
+        self.q_norm: nnx.Module | None = rms_norm(config, E, rngs) if config.qk_norm else None
+        self.k_norm: nnx.Module | None = rms_norm(config, E, rngs) if config.qk_norm else None
 
     def queries(self, x, angles):
         """`[..., D]` → `[..., H, E]`."""
-        return apply_rope(self._normed(self.q_norm, self.q_proj(x)), angles)
+        return apply_rope(self._normed(self.q_norm, self._queries_and_gates(x)[0]), angles)
 
     def keys_values(self, x, angles):
         """`[..., D]` → keys and values, `[..., G, E]` each."""
-        return apply_rope(self._normed(self.k_norm, self.k_proj(x)), angles), self._heads(self.v_proj(x))
+        return apply_rope(self._normed(self.k_norm, self._heads(self.k_proj(x))), angles), self._heads(self.v_proj(x))
 
-    def output(self, mixed):
-        """`[..., H, E]` → `[..., D]`."""
+    def output(self, mixed, x):
+        """What heads have mixed of the values, `[..., H, E]`, gated by the layer's input x → `[..., D]`."""
+        if self.gated:
+            mixed *= jax.nn.sigmoid(self._queries_and_gates(x)[1])
         return self.o_proj(mixed.reshape(*mixed.shape[:-2], -1))
 
-    def _normed(self, norm, x):
-        heads = self._heads(x)
+    def _queries_and_gates(self, x):
+        """`[..., H, E]`, and the gates, for which each head has E numbers more; one product under jit."""
+        found = self.q_proj(x)
+        found = found.reshape(*found.shape[:-1], -1, self.head_dim * (1 + self.gated))
+        return jnp.split(found, 2, axis=-1) if self.gated else (found, None)
+
+    def _normed(self, norm, heads):
         return heads if norm is None else norm(heads)
 
     def _heads(self, x):
@@ -142,38 +172,62 @@ def _convolution(conv: SlotConvolution | None, h):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm Transformer layer."""
+    """Pre-norm Transformer layer, of linear attention if `linear`."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
-        D, epsilon = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nnx.RMSNorm(D, epsilon=epsilon, rngs=rngs)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = nnx.RMSNorm(D, epsilon=epsilon, rngs=rngs)
+    def __init__(self, config, *, linear: bool = False, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.input_layernorm = rms_norm(config, D, rngs)
+        self.self_attn: Attention | None = None if linear else Attention(config, rngs=rngs)
+        self.linear_attn: GatedDeltaNet | None = GatedDeltaNet(config, rngs=rngs) if linear else None
+        self.post_attention_layernorm = rms_norm(config, D, rngs)
         self.mlp = SwiGLU(config, rngs=rngs) if config.experts is None else SparseMLP(config, rngs=rngs)
         shape = config.convolution
         self.attention_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
         self.mlp_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
 
-    def __call__(self, x, angles, attend):
+    def __call__(self, x, angles, attend, recur=None):
         """Args:
           x: `[..., D]`.
           angles: of x's positions.
           attend: (q, k, v of x) → (mixed `[..., H, E]`, anything).
+          recur: of linear attention, (GatedDeltaNet, its input) → (its output `[..., D]`, anything).
 
         Returns:
-          `[..., D]`, and what `attend` returned beside.
+          `[..., D]`, and what `attend` or `recur` returned beside.
         """
         normed, convolved = _convolution(self.attention_conv, self.input_layernorm(x))
-        mixed, beside = attend(self.self_attn.queries(normed, angles), *self.self_attn.keys_values(normed, angles))
-        x = x + convolved(self.self_attn.output(mixed))
+        if self.linear_attn is not None:
+            output, beside = recur(self.linear_attn, normed)
+        else:
+            mixed, beside = attend(self.self_attn.queries(normed, angles), *self.self_attn.keys_values(normed, angles))
+            output = self.self_attn.output(mixed, normed)
+        x = x + convolved(output)
         normed, convolved = _convolution(self.mlp_conv, self.post_attention_layernorm(x))
         return x + convolved(self.mlp(normed)), beside
 
 
-def stack_layers(config, rngs: nnx.Rngs) -> DecoderLayer:
-    """All layers as one module whose parameters have a leading layer axis."""
-    count = config.num_hidden_layers
-    return nnx.vmap(lambda rngs: DecoderLayer(config, rngs=rngs))(rngs.split(count))
+class Period(nnx.Module):
+    """Layers of linear attention, stacked, and one of full attention after them (Qwen3.5)."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        count = config.hybrid.full_attention_interval - 1
+        self.linear = nnx.vmap(lambda rngs: DecoderLayer(config, linear=True, rngs=rngs))(rngs.split(count))
+        self.full = DecoderLayer(config, rngs=rngs)
+
+
+def stack_layers(config, rngs: nnx.Rngs) -> DecoderLayer | Period:
+    """All layers, or periods of them, as one module whose parameters have a leading axis."""
+    kind: type = Period if config.hybrid else DecoderLayer
+    return nnx.vmap(lambda rngs: kind(config, rngs=rngs))(rngs.split(config.num_hidden_layers // config.period))
+
+
+def _layers_of(part: DecoderLayer | Period) -> list[DecoderLayer]:
+    """In the order in which they run."""
+    if isinstance(part, DecoderLayer):
+        return [part]
+    graphdef, params = nnx.split(part.linear)
+    count = len(jax.tree.leaves(params)[0])
+    return [*(nnx.merge(graphdef, jax.tree.map(lambda p, j=j: p[j], params)) for j in range(count)), part.full]
 
 
 def module_of(kind: type, config, params: dict):
@@ -193,7 +247,7 @@ def _graphdef(kind: type, config, serving: bool):
     return nnx.split(nnx.eval_shape(build))[0]
 
 
-def scan_layers(body, carry, layers: DecoderLayer, xs=None, remat: Remat = "none"):
+def scan_layers(body, carry, layers: DecoderLayer | Period, xs=None, remat: Remat = "none"):
     """`carry, y = body(carry, layer, x)` over all stacked layers, compiled once whatever their number.
 
     Under a gradient, `remat` says what is kept of each layer for the backward pass: everything, the
@@ -209,7 +263,9 @@ def scan_layers(body, carry, layers: DecoderLayer, xs=None, remat: Remat = "none
 
     def step(carry, inputs):
         params, x = inputs
-        return body(carry, nnx.merge(graphdef, params), x)
+        for layer in _layers_of(nnx.merge(graphdef, params)):
+            carry, y = body(carry, layer, x)
+        return carry, y
 
     if remat != "none":
         policies = jax.checkpoint_policies
@@ -219,7 +275,7 @@ def scan_layers(body, carry, layers: DecoderLayer, xs=None, remat: Remat = "none
     return lax.scan(step, carry, (params, xs))
 
 
-def scan_first_layers(body, carry, layers: DecoderLayer, count: int):
+def scan_first_layers(body, carry, layers: DecoderLayer | Period, count: int):
     """`carry = body(carry, layer, i)` over the first `count` layers, in place.
 
     Indexing inside the loop rather than slicing before it: a slice of the stacked parameters would
@@ -231,10 +287,20 @@ def scan_first_layers(body, carry, layers: DecoderLayer, count: int):
         return carry
     graphdef, params = nnx.split(layers)
 
-    def step(carry, i):
-        return body(carry, nnx.merge(graphdef, jax.tree.map(lambda p: p[i], params)), i), None
+    def part(i) -> list[DecoderLayer]:
+        return _layers_of(nnx.merge(graphdef, jax.tree.map(lambda p: p[i], params)))
 
-    return lax.scan(step, carry, jnp.arange(count))[0]
+    period = 1 if isinstance(layers, DecoderLayer) else jax.tree.leaves(params["linear"])[0].shape[1] + 1
+
+    def step(carry, i):
+        for j, layer in enumerate(part(i)):
+            carry = body(carry, layer, i * period + j)
+        return carry, None
+
+    carry = lax.scan(step, carry, jnp.arange(count // period))[0]
+    for j, layer in enumerate(part(count // period)[: count % period] if count % period else []):
+        carry = body(carry, layer, count - count % period + j)
+    return carry
 
 
 def float_dtype(params) -> jnp.dtype:

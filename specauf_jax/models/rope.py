@@ -13,7 +13,7 @@ from specauf_jax.architecture import ResolvedDrafter, Target
 
 
 def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every position's rotations, float32 `[..., 1, E/2]` (one head axis).
+    """Cosine and sine of every position's rotations, float32 `[..., 1, R/2]` (one head axis), R = `rotary_dim`.
 
     float32 throughout: in bfloat16 positions above 256 could not be told apart.
 
@@ -27,21 +27,23 @@ def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate `[..., H, E]` in half-split form (element e pairs with e + E/2)."""
+    """Rotate the first R elements of `[..., H, E]` in half-split form (element e pairs with e + R/2)."""
     cos, sin = angles
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    left, right = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
 def rope_frequencies(config: Target | ResolvedDrafter) -> tuple[np.ndarray, float]:
-    """Radians per position, float32 `[E/2]`, and the amplitude of the rotations.
+    """Radians per position, float32 `[R/2]`, and the amplitude of the rotations.
 
     Computed on the host, in the precision in which models were trained: one unit in the last place
     of a frequency is 0.002 radians at position 32,768.
     """
     scaling = config.rope_scaling
     length = scaling.original_max_position_embeddings or config.max_position_embeddings
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    exponent = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     # The power is rounded once, from float64: numpy's float32 power is off by a unit in many places.
     period = (np.float64(config.rope_theta) ** exponent).astype(np.float32)
     plain = np.float32(1) / period
@@ -68,7 +70,7 @@ def _llama3(plain, scaling, length: int) -> np.ndarray:
 
 def _yarn(period, config, length: int) -> np.ndarray:
     """Stretch frequencies with few turns over the pretraining length, leave those with many, and blend between."""
-    scaling, E = config.rope_scaling, config.head_dim
+    scaling, E = config.rope_scaling, config.rotary_dim
 
     def index_of(turns: float) -> float:
         return E * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

@@ -1,6 +1,7 @@
-"""The target: a causal language model (Qwen3, Qwen3-MoE, Qwen2.5, Llama 3), as pure functions of a parameter tree."""
+"""The target: a causal language model (Qwens, Llama 3), as pure functions of a parameter tree."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,16 @@ from flax import nnx
 from jax import lax
 
 from specauf_jax.architecture import Target
+from specauf_jax.errors import SpecaufError
 from specauf_jax.kernels.attention import cached_attention
 from specauf_jax.kernels.block_attention import causal_attention
 from specauf_jax.models.cpu import few_rows, is_serving
+from specauf_jax.models.delta import Tokens, settle
 from specauf_jax.models.layers import (
     KVCache,
     init_kv_cache,
     module_of,
+    rms_norm,
     scan_first_layers,
     scan_layers,
     stack_layers,
@@ -40,7 +44,7 @@ class CausalLM(nnx.Module):
             config.vocab_size, config.hidden_size, embedding_init=normal, promote_dtype=_as_they_are, rngs=rngs
         )
         self.layers = stack_layers(config, rngs)
-        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs)
+        self.norm = rms_norm(config, config.hidden_size, rngs)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, kernel_init=normal, rngs=rngs
@@ -100,11 +104,10 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
       document_ids: int32 `[B, S]`; attention is causal within a document.
     """
     model = module_of(CausalLM, config, params)
-    angles, start = rope_angles(positions, config), document_starts(document_ids)
+    run = _packed(positions, document_ids, config)
 
     def body(x, layer, _):
-        x, _ = layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))
-        return spread_rows(x), None
+        return run(x, layer), None
 
     return model.norm(scan_layers(body, spread_rows(model.embed_tokens(tokens)), model.layers)[0])
 
@@ -129,14 +132,27 @@ def target_states(params: dict, tokens, positions, document_ids, *, config: Targ
     return features, model.norm(x)
 
 
+def _packed(positions, document_ids, config: Target):
+    """(x `[B, S, D]`, layer) → x after it, of packed rows: nothing passes from a document to the next."""
+    angles, start = rope_angles(positions, config), document_starts(document_ids)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, start), None
+
+    def run(x, layer):
+        return spread_rows(layer(x, angles, attend, lambda net, h: (net(h, start), None))[0])
+
+    return run
+
+
 def _tapped(model, tokens, positions, document_ids, config: Target, layer_ids, count: int):
     """The residual stream after `count` layers, `[B, S, D]`, and the taps, `[B, S, L·D]`."""
-    angles, start = rope_angles(positions, config), document_starts(document_ids)
+    run = _packed(positions, document_ids, config)
     x = spread_rows(model.embed_tokens(tokens))
 
     def body(carry, layer, i):
         x, taps = carry
-        x = spread_rows(layer(x, angles, lambda q, k, v: (causal_attention(q, k, v, start), None))[0])
+        x = run(x, layer)
         return x, _tap(taps, x, i, layer_ids, count)
 
     x, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
@@ -152,22 +168,23 @@ class TargetStep:
     Row b holds T consecutive tokens at consecutive positions. The cache is addressed by position:
     the call may rely on what earlier calls left at smaller positions, and overwrites its own. That
     is all that taking back rejected drafts needs. `read_tree` and `keep` serve draft trees; a target
-    without them decodes chains. Hashable, so that it is static under jit.
+    without them decodes chains. `settle` is for a cache that positions do not address: see `HybridStep`. Hashable, so
+    that it is static under jit.
     """
 
     config: Target
     layer_ids: tuple[int, ...]
 
+    def __post_init__(self):
+        if self.config.hybrid is not None:
+            raise SpecaufError(f"a TargetStep of a {self.config.model_type}", "a HybridStep", "call target_step")
+
     @jax.named_scope("target")
     def __call__(self, params, tokens, positions, cache: KVCache):
+        def run(layer, x, angles, i, cache):
+            return layer(x, angles, lambda q, k, v: _read_chain(q, k, v, i, positions, cache))
 
-        def attend(q, k, v, i, cache):
-            written = with_entries(cache, KVCache(k=k[None], v=v[None]), positions[:, 0], i)
-            # Written, then read: what is read afterwards could not be written in place.
-            start, stop = jnp.zeros_like(positions), positions + 1
-            return cached_attention(q, written.k, written.v, i, start, stop), written
-
-        return self._run(params, tokens, positions, attend, cache)
+        return _run(self, params, tokens, positions, run, cache)
 
     @jax.named_scope("target")
     def read_tree(self, params, tokens, anchor, depths, sees, cache: KVCache):
@@ -186,42 +203,131 @@ class TargetStep:
         """
         start, stop = jnp.zeros_like(depths), jnp.broadcast_to(anchor, depths.shape)
 
-        def attend(q, k, v, i, read):
-            own = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
-            read = KVCache(k=read.k.at[i].set(own[0]), v=read.v.at[i].set(own[1]))
-            return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, sees)), read
+        def run(layer, x, angles, i, read):
+            def attend(q, k, v):
+                own = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+                kept = KVCache(k=read.k.at[i].set(own[0]), v=read.v.at[i].set(own[1]))
+                return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, sees)), kept
+
+            return layer(x, angles, attend)
 
         N, B, G, _, E = cache.k.shape
         read = jax.tree.map(lambda x: jnp.zeros((N, B, tokens.shape[1], G, E), x.dtype), cache)
-        return self._run(params, tokens, anchor + depths, attend, read)
+        return _run(self, params, tokens, anchor + depths, run, read)
 
     def keep(self, cache: KVCache, read: KVCache, path, positions) -> KVCache:
         """The cache with a tree's nodes `path`, int32 `[B, K]`, at consecutive `positions`, int32 `[B, K]`."""
         chosen = jax.tree.map(lambda x: jnp.take_along_axis(x, path[None, ..., None, None], axis=2), read)
         return with_entries(cache, chosen, positions[:, 0])
 
-    def _run(self, params, tokens, positions, attend, cache: KVCache):
-        """All layers, each of which attends as it is told: (q, k, v, layer, cache) → (mixed, cache)."""
-        config, count = self.config, self.config.num_hidden_layers
-        model = module_of(CausalLM, config, params)
-        angles = rope_angles(positions, config)
-        x = spread_rows(model.embed_tokens(tokens))
-
-        def body(carry, layer, i):
-            x, taps, cache = carry
-            x, cache = layer(x, angles, lambda q, k, v: attend(q, k, v, i, cache))
-            x = spread_rows(x)
-            return x, _tap(taps, x, i, self.layer_ids, count), cache
-
-        carry = (x, _empty_taps(x, self.layer_ids, count), cache)
-        x, taps, cache = scan_first_layers(body, carry, model.layers, count)
-        taps = taps[..., : len(self.layer_ids), :]
-        logits = target_head(params).logits(model.norm(x))
-        return logits, taps.reshape(*tokens.shape, -1), cache
-
     def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> KVCache:
         """Room for `length` positions of each row."""
         return init_kv_cache(self.config, batch, length, dtype)
+
+
+@pytree
+class HybridCache:
+    """Of full attention by position; of linear attention what stands for all tokens so far."""
+
+    kv: KVCache
+    state: jax.Array  # float32 [N, B, H, Dk, Dv], of N linear layers
+    tail: jax.Array  # [N, B, W-1, C], the last inputs of their convolutions
+    unsettled: Any = None  # of the last block: Tokens [N, B, T, ...] and the convolutions' inputs [N, B, W-1+T, C]
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridStep:
+    """`TargetStep` of a target with linear attention (Qwen3.5), whose state cannot be addressed by position.
+
+    A call reads its block after the settled tokens, which must be all before it, and settles none of it: `settle` says
+    how many of the block's tokens stand, so that rejected drafts leave no trace. Chains only.
+    """
+
+    config: Target
+    layer_ids: tuple[int, ...]
+
+    @jax.named_scope("target")
+    def __call__(self, params, tokens, positions, cache: HybridCache):
+        period = self.config.period
+
+        def run(layer, x, angles, i, carry):
+            kv, unsettled = carry
+
+            def attend(q, k, v):
+                mixed, written = _read_chain(q, k, v, i // period, positions, kv)
+                return mixed, (written, unsettled)
+
+            def recur(net, h):
+                at = i // period * (period - 1) + i % period
+                output, block = net.read(h, cache.state[at], cache.tail[at])
+                return output, (kv, jax.tree.map(lambda all_, x: all_.at[at].set(x), unsettled, block))
+
+            return layer(x, angles, attend, recur)
+
+        carry = cache.kv, self._empty_block(cache, tokens.shape[1])
+        logits, taps, (kv, unsettled) = _run(self, params, tokens, positions, run, carry)
+        return logits, taps, dataclasses.replace(cache, kv=kv, unsettled=unsettled)
+
+    def settle(self, cache: HybridCache, count) -> HybridCache:
+        """The cache after the first `count` tokens, int32 `[B]`, of the block that was read last."""
+
+        def one(layer):
+            state, tail, (tokens, inputs) = layer
+            return settle(state, tail, tokens, inputs, count)
+
+        state, tail = lax.map(one, (cache.state, cache.tail, cache.unsettled))
+        return dataclasses.replace(cache, state=state, tail=tail, unsettled=None)
+
+    def init_cache(self, batch: int, length: int, dtype=jnp.float32) -> HybridCache:
+        """Room for `length` positions of each row, of which none is settled."""
+        shape, full = self.config.hybrid, self.config.num_hidden_layers // self.config.period
+        assert shape is not None
+        linear = self.config.num_hidden_layers - full
+        return HybridCache(
+            kv=init_kv_cache(self.config, batch, length, dtype, full),
+            state=jnp.zeros((linear, batch, *shape.state), jnp.float32),
+            tail=jnp.zeros((linear, batch, shape.linear_conv_kernel_dim - 1, shape.channels), dtype),
+        )
+
+    def _empty_block(self, cache: HybridCache, T: int):
+        N, B, H, Dk, Dv = cache.state.shape
+
+        def zeros(*shape):
+            return jnp.zeros((N, B, T, H, *shape), jnp.float32)
+
+        inputs = jnp.zeros((N, B, cache.tail.shape[2] + T, cache.tail.shape[3]), cache.tail.dtype)
+        return Tokens(k=zeros(Dk), v=zeros(Dv), g=zeros(), beta=zeros()), inputs
+
+
+def target_step(config: Target, layer_ids: tuple[int, ...]) -> TargetStep | HybridStep:
+    """What decodes a target."""
+    return (HybridStep if config.hybrid else TargetStep)(config, layer_ids)
+
+
+def _read_chain(q, k, v, i, positions, cache: KVCache):
+    """Attention of consecutive tokens over the cache's layer i, and the cache with their own entries."""
+    written = with_entries(cache, KVCache(k=k[None], v=v[None]), positions[:, 0], i)
+    # Written, then read: what is read afterwards could not be written in place.
+    start, stop = jnp.zeros_like(positions), positions + 1
+    return cached_attention(q, written.k, written.v, i, start, stop), written
+
+
+def _run(step: TargetStep | HybridStep, params, tokens, positions, run, carry):
+    """All layers, each as it is told: `run` (layer, x, angles, its number, carry) → (x, carry)."""
+    config, ids, count = step.config, step.layer_ids, step.config.num_hidden_layers
+    model = module_of(CausalLM, config, params)
+    angles = rope_angles(positions, config)
+    x = spread_rows(model.embed_tokens(tokens))
+
+    def body(all_, layer, i):
+        x, taps, carry = all_
+        x, carry = run(layer, x, angles, i, carry)
+        x = spread_rows(x)
+        return x, _tap(taps, x, i, ids, count), carry
+
+    x, taps, carry = scan_first_layers(body, (x, _empty_taps(x, ids, count), carry), model.layers, count)
+    logits = target_head(params).logits(model.norm(x))
+    return logits, taps[..., : len(ids), :].reshape(*tokens.shape, -1), carry
 
 
 def _empty_taps(x, layer_ids, layers_run):

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import jax
@@ -87,7 +87,14 @@ def write_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def read_tree(
-    folder, shapes: dict, prefixed, dtype, *, shardings=None, progress: Progress | None = None, ignored: tuple = ()
+    folder,
+    shapes: dict,
+    prefixed,
+    dtype,
+    *,
+    shardings=None,
+    progress: Progress | None = None,
+    ignored: Collection[str] = (),
 ) -> dict:
     """Fill the tree `shapes` from the folder's tensors, after checking every name, shape and dtype.
 
@@ -271,7 +278,7 @@ def _opened(path: Path):
         raise SpecaufError(f"{path} cannot be read: {error}", "a whole safetensors file", "restore the file") from error
 
 
-def _check_tensors(folder, files: dict[str, Path], wanted: dict, ignored: tuple) -> None:
+def _check_tensors(folder, files: dict[str, Path], wanted: dict, ignored: Collection[str]) -> None:
     missing, extra = sorted(wanted.keys() - files.keys()), sorted(files.keys() - wanted.keys() - set(ignored))
     if missing or extra:
         found = "; ".join(
@@ -307,7 +314,12 @@ def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple
 def _stacks(path) -> list[str]:
     """Parts of a leaf's path behind which files have a number: a leading axis each."""
     keys = [part.key for part in path]
-    return ([keys[0]] if keys[0] == "layers" else []) + (["experts"] if "experts" in keys else [])
+    stacked = keys[0] == "layers"
+    return [
+        key
+        for i, key in enumerate(keys)
+        if (i == 0 and stacked) or (i == 1 and key == "linear" and stacked) or key == "experts"
+    ]
 
 
 def _is_transposed(path) -> bool:

@@ -1,9 +1,11 @@
 """Checkpoints that other systems read: Hugging Face targets, z-lab and speculators drafters, in and out."""
 
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +30,9 @@ from specauf_jax.sharding import parameter_sharding
 Layout = Literal["zlab", "specforge", "speculators"]
 SHARD_BYTES = 4 * 2**30
 _TAIL_BYTES = 2**20
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+_BODIES = "model.", "model.language_model."  # before the names of all tensors but the head: alone, and beside what sees
+_BESIDE_TEXT = ("model.visual.", "visual.", "mtp.")  # of Qwen3.5: what sees, and what drafts
 _ROWS = 8192  # of two tensors that are compared at one time
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -49,17 +53,19 @@ def load_target(
     """
     config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
-    shapes = target_shapes(config)
+    shapes, names = target_shapes(config), tensor_files(folder)
+    body = _BODIES[config.hybrid is not None and f"{_BODIES[1]}{_EMBEDDING}" in names]
     if config.tie_word_embeddings:
-        _check_tied_head(folder)
+        _check_tied_head(folder, f"{body}{_EMBEDDING}")
+    unread = {name for name in names if config.hybrid and name.startswith(_BESIDE_TEXT)}
     params = read_tree(
         folder,
         shapes,
-        _target_name,
+        functools.partial(_target_name, config=config, body=body),
         _NUMPY[np.dtype(dtype).name],
         shardings=None if mesh is None else parameter_sharding(shapes, mesh),
         progress=progress,
-        ignored=(_HEAD,) if config.tie_word_embeddings else (),
+        ignored=unread | ({_HEAD} if config.tie_word_embeddings else set()),
     )
     return params, config
 
@@ -71,7 +77,8 @@ def target_config(folder) -> Target:
 
 def target_tensors(config: Target) -> dict[str, tuple]:
     """Name → shape of every tensor in a checkpoint of this architecture."""
-    return {_target_name(name): shape for name, shape in file_shapes(target_shapes(config)).items()}
+    shapes = file_shapes(target_shapes(config))
+    return {_target_name(name, config): shape for name, shape in shapes.items()}
 
 
 def weights_digest(folder) -> str:
@@ -88,7 +95,7 @@ def weights_digest(folder) -> str:
 
 def save_target(params: dict, config: Target, folder, *, eos_token_id: int | None = None) -> None:
     """Write a target in Hugging Face layout (float32); an existing folder is replaced whole."""
-    tensors = {_target_name(name): x for name, x in flatten(params, np.float32).items()}
+    tensors = {_target_name(name, config): x for name, x in flatten(params, np.float32).items()}
     values = hf_config.write_target(config, eos_token_id) | {"dtype": "float32"}
     check_target_folder(folder)
     _write(folder, tensors, {"config.json": values})
@@ -184,9 +191,14 @@ def _check_kind(params: dict, config: ResolvedDrafter) -> None:
         )
 
 
-def _target_name(name: str) -> str:
-    """lm_head stands outside the body, which Hugging Face prefixes with "model."."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+def _target_name(name: str, config: Target, body: str = _BODIES[0]) -> str:
+    """lm_head stands outside the body; of periods of layers every layer has its own number."""
+    if name.startswith("lm_head"):
+        return name
+    if found := re.fullmatch(r"layers\.(\d+)\.(?:linear\.(\d+)|full)\.(.*)", name):
+        inside = config.period - 1 if found[2] is None else int(found[2])
+        name = f"layers.{int(found[1]) * config.period + inside}.{found[3]}"
+    return f"{body}{name}"
 
 
 def _read_config(folder, what: str) -> tuple[dict, str]:
@@ -194,13 +206,16 @@ def _read_config(folder, what: str) -> tuple[dict, str]:
     return read_json(path, "a model's configuration"), str(path)
 
 
-def _check_tied_head(folder: Path) -> None:
+def _check_tied_head(folder: Path, embedding_name: str) -> None:
     """A head beside an embedding that config.json ties to it must be the embedding; else one of the two is wrong."""
     files = tensor_files(folder)
-    if not {_HEAD, _EMBEDDING} <= files.keys():
+    if not {_HEAD, embedding_name} <= files.keys():
         return
-    with safe_open(files[_HEAD], framework="numpy") as one, safe_open(files[_EMBEDDING], framework="numpy") as other:
-        head, embedding = one.get_slice(_HEAD), other.get_slice(_EMBEDDING)
+    with (
+        safe_open(files[_HEAD], framework="numpy") as one,
+        safe_open(files[embedding_name], framework="numpy") as other,
+    ):
+        head, embedding = one.get_slice(_HEAD), other.get_slice(embedding_name)
         shape = head.get_shape()
         same = len(shape) == 2 and embedding.get_shape() == shape
         for start in range(0, shape[0] if same else 0, _ROWS):
@@ -208,7 +223,7 @@ def _check_tied_head(folder: Path) -> None:
             same = same and np.array_equal(head[rows], embedding[rows])
     if not same:
         raise SpecaufError(
-            f"{folder}: config.json says tie_word_embeddings, but {_HEAD} is not {_EMBEDDING}",
+            f"{folder}: config.json says tie_word_embeddings, but {_HEAD} is not {embedding_name}",
             "the same numbers in both, or tie_word_embeddings false",
             f"write false if the model was trained with this head, else remove {_HEAD}",
         )

@@ -21,7 +21,7 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import Prompt, encode_first_turn
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.heads import head_settings
-from specauf_jax.models.target import TargetStep
+from specauf_jax.models.target import target_step
 
 CLEAR, SMALL = 0.10, 0.02
 """Gains in tau from which on a difference counts as a fault, and as worth a look."""
@@ -221,7 +221,7 @@ def decode_variants(
       begin: called with each variant's name before it is decoded.
     """
     D, ids = target.hidden_size, tuple(sorted({i for variant in variants for i in variant.layer_ids}))
-    step, decoded = TargetStep(target, ids), []
+    step, decoded = target_step(target, ids), []
     for variant in variants:
         begin(variant.name)
         params = {name: drafter_params[name] for name in drafter_shapes(variant.drafter)}
