@@ -165,6 +165,9 @@ class Target:
         positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         positive(self, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
         _check_heads(self)
+        if self.rotary_dim % 2:
+            raise SpecaufError(f"RoPE turns {self.rotary_dim} numbers of a head", "an even number (it turns pairs)",
+                               "correct partial_rotary_factor")  # fmt: skip
 
     @property
     def qk_norm(self) -> bool:
@@ -518,12 +521,8 @@ def _check_heads(config) -> None:
             "a multiple",
             "change num_attention_heads or num_key_value_heads",
         )
-    if config.head_dim % 2 or config.rotary_dim % 2:
-        raise SpecaufError(
-            f"head_dim is {config.head_dim}",
-            "an even number, of what RoPE turns too (it turns pairs)",
-            "change head_dim",
-        )
+    if config.head_dim % 2:
+        raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
 
 
 _QWEN3 = Target(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
@@ -543,6 +542,18 @@ KNOWN_TARGETS = {
         num_hidden_layers=48,
         num_key_value_heads=4,
         experts=Experts(128, 8, 768, True),
+    ),
+    "Qwen3.5-9B": dataclasses.replace(
+        _QWEN3,
+        model_type="qwen3_5",
+        vocab_size=248_320,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=256,
+        rope_theta=1e7,
+        max_position_embeddings=262_144,
+        hybrid=Hybrid(4, 16, 32, 128, 128, 4, 0.25),
     ),
 }
 """Architectures of published targets, for what needs no weights (their config.json on Hugging Face)."""

@@ -37,10 +37,9 @@ def step_flops(
     N = drafter.num_labels
     heads = drafter.num_attention_heads * drafter.head_dim
     groups = drafter.num_key_value_heads * drafter.head_dim
-    causal = 2 * S * S * target.num_attention_heads * target.head_dim
     visible = S / 2 + K  # of an anchor's slots, on average
     parts = {
-        "target": layers_run * (2 * S * _layer_weights(target) + causal),
+        "target": _target_layers(target, layers_run, S, S / 2),
         # Keys and values: forward, and backward to weights and inputs; fc: its inputs are frozen.
         "context": 2 * 2 * S * L * D * D + 3 * M * 2 * S * 2 * D * groups,
         "blocks": 3 * M * 2 * A * K * _layer_weights(drafter),
@@ -62,8 +61,7 @@ def needed_flops(parts: dict[str, float], head_share: float) -> dict[str, float]
 def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[str, float]:
     """Floating-point operations of one step that trains the target itself: forward, and twice that backward."""
     S = sequence_length
-    causal = 2 * S * S * target.num_attention_heads * target.head_dim
-    layers = target.num_hidden_layers * (2 * S * _layer_weights(target) + causal)
+    layers = _target_layers(target, target.num_hidden_layers, S, S / 2)
     layers += sum(_experts(target, target.num_hidden_layers * S).values())
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
@@ -86,9 +84,9 @@ def round_flops(
     K, D, V, L = drafter.block_size, target.hidden_size, target.vocab_size, len(drafter.target_layer_ids)
     W = K if nodes is None else nodes + 1  # tokens that the target reads
     groups = drafter.num_key_value_heads * drafter.head_dim
-    seen = 4 * W * (context + (K / 2 if nodes is None else W)) * target.num_attention_heads * target.head_dim
+    seen = context + (K / 2 if nodes is None else W)
     parts = {
-        "target": target.num_hidden_layers * (2 * W * _layer_weights(target) + seen),
+        "target": _target_layers(target, target.num_hidden_layers, W, seen),
         "context": 2 * K * L * D * D + drafter.num_hidden_layers * 2 * K * 2 * D * groups,
         "blocks": drafter.num_hidden_layers * 2 * K * _layer_weights(drafter),
         "attention": drafter.num_hidden_layers * 4 * K * (context + K) * drafter.num_attention_heads * drafter.head_dim,
@@ -99,10 +97,24 @@ def round_flops(
     return {name: float(rows * count) for name, count in parts.items()}
 
 
+def _target_layers(target: Target, count: int, tokens: int, visible: float) -> float:
+    """Of the first `count` layers, but for experts, over tokens that see so many positions each."""
+    linear = count - count // target.period if target.hybrid else 0
+    attention = 4 * tokens * visible * target.num_attention_heads * target.head_dim
+    found = (count - linear) * (2 * tokens * _layer_weights(target) + attention)
+    if target.hybrid:
+        D, (H, Dk, Dv) = target.hidden_size, target.hybrid.state
+        weights = D * (target.hybrid.channels + 2 * H * Dv + 2 * H) + 3 * D * target.intermediate_size
+        weights += target.hybrid.linear_conv_kernel_dim * target.hybrid.channels
+        found += linear * tokens * (2 * weights + 6 * H * Dk * Dv)  # a state is read twice and written once
+    return found
+
+
 def _layer_weights(config: Target | ResolvedDrafter) -> int:
-    """Matrix entries that a token meets in one decoder layer, but for its experts'."""
+    """Matrix entries that a token meets in one decoder layer with attention, but for its experts'."""
     D, E = config.hidden_size, config.head_dim
-    attention = 2 * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
+    queries = 2 + (config.hybrid is not None)  # with the output, and gates
+    attention = queries * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
     mlp = 3 * D * config.intermediate_size if config.experts is None else D * config.experts.num_experts
     taps, group = config.convolution or (0, 1)
     return attention + mlp + 2 * D * 2 * taps * (D // group)

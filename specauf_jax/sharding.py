@@ -29,6 +29,9 @@ _PARAMETER_AXES = {
     "k_proj": ("fsdp", "tensor"),
     "v_proj": ("fsdp", "tensor"),
     "o_proj": ("tensor", "fsdp"),
+    "in_proj_qkv": ("fsdp", "tensor"),  # of linear attention, with the next two
+    "in_proj_z": ("fsdp", "tensor"),
+    "out_proj": ("tensor", "fsdp"),
     "gate_proj": ("fsdp", "tensor"),
     "up_proj": ("fsdp", "tensor"),
     "down_proj": ("tensor", "fsdp"),

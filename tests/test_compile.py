@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from specauf_jax import cli
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Experts
+from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Experts, Hybrid
 from specauf_jax.commands import compile as command
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import decode_round, start
@@ -30,6 +30,7 @@ from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collec
 from specauf_jax.evaluation.xla_time import read_cycles
 from specauf_jax.flops import needed_flops, pretrain_flops, round_flops, step_flops
 from specauf_jax.models import hf_config
+from specauf_jax.models.delta import Tokens, delta_rule
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
@@ -155,6 +156,36 @@ def test_weights_of_a_published_mixture():
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(target_shapes(target)))
     assert round(count / 1e9, 1) == 30.5
     assert round((count - 2 * target.vocab_size * target.hidden_size) / 1e9, 1) == 29.9
+
+
+def test_flops_of_linear_attention():
+    """Every product of a hybrid's features but for the delta rule, whose chunks do more than one state needs."""
+    hybrid = Hybrid(2, 2, 4, 6, 5, 3, 0.5)
+    target = tiny.target_config(model_type="qwen3_5", num_hidden_layers=4, hybrid=hybrid)
+    drafter, batch = tiny.drafter_config(target, target_layer_ids=(0, 2)), tiny.random_batch([[S]] * B, length=S)
+    found = step_flops(drafter, target, rows=B, sequence_length=S, num_anchors=A)
+
+    def features(params, batch):
+        return target_features(params, batch.tokens, batch.positions, batch.document_ids, config=target,
+                               layer_ids=drafter.target_layer_ids)  # fmt: skip
+
+    def rule(q, tokens, state):
+        return delta_rule(q, tokens, state, jnp.zeros((B, S), jnp.int32))
+
+    keys, values = jnp.zeros((B, S, 4, 6)), jnp.zeros((B, S, 4, 5))
+    tokens = Tokens(k=keys, v=values, g=values[..., 0], beta=values[..., 0])
+    chunks = products(jax.make_jaxpr(rule)(keys, tokens, jnp.zeros((B, 4, 6, 5))).jaxpr)
+    program = jax.make_jaxpr(features)(tiny.target_params(target), batch).jaxpr
+    unseen = B * (2 * S * S + 4 * S) * target.num_attention_heads * target.head_dim  # of the one layer with attention
+    linear = 2  # of the three that run; their convolutions are no products
+    needed = linear * B * S * (6 * 4 * 6 * 5 + 2 * 3 * hybrid.channels)
+    assert products(program) == found["target"] + unseen + linear * chunks - needed
+
+
+def test_weights_of_a_published_hybrid():
+    target = KNOWN_TARGETS["Qwen3.5-9B"]
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(target_shapes(target)))
+    assert round(count / 1e9, 1) == 9.0
 
 
 def test_flops_of_a_published_target():

@@ -322,6 +322,8 @@ BAD = {
     "layers that do not divide": ({"layer_types": None, "full_attention_interval": 3}, "4 layers"),
     "no gate": ({"attn_output_gate": False}, "attn_output_gate"),
     "two shares": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+    "an odd share": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}, "partial_rotary_factor": 0.4},
+                     "RoPE turns 3 numbers"),
     "heads that do not divide": ({"linear_num_value_heads": 3}, "3 linear value heads over 2"),
     "another scaling": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
                         "dynamic"),

@@ -95,24 +95,21 @@ class Attention(nnx.Module):
         self.k_norm: nnx.Module | None = rms_norm(config, E, rngs) if config.qk_norm else None
 
     def queries(self, x, angles):
-        """`[..., D]` → `[..., H, E]`."""
-        return apply_rope(self._normed(self.q_norm, self._queries_and_gates(x)[0]), angles)
+        """`[..., D]` → `[..., H, E]`, and the gates of what heads will mix, as many; None without."""
+        found = self.q_proj(x)
+        found = found.reshape(*found.shape[:-1], -1, self.head_dim * (1 + self.gated))
+        queries, gates = jnp.split(found, 2, axis=-1) if self.gated else (found, None)
+        return apply_rope(self._normed(self.q_norm, queries), angles), gates
 
     def keys_values(self, x, angles):
         """`[..., D]` → keys and values, `[..., G, E]` each."""
         return apply_rope(self._normed(self.k_norm, self._heads(self.k_proj(x))), angles), self._heads(self.v_proj(x))
 
-    def output(self, mixed, x):
-        """What heads have mixed of the values, `[..., H, E]`, gated by the layer's input x → `[..., D]`."""
-        if self.gated:
-            mixed *= jax.nn.sigmoid(self._queries_and_gates(x)[1])
+    def output(self, mixed, gates):
+        """`[..., H, E]` and their gates → `[..., D]`."""
+        if gates is not None:
+            mixed *= jax.nn.sigmoid(gates)
         return self.o_proj(mixed.reshape(*mixed.shape[:-2], -1))
-
-    def _queries_and_gates(self, x):
-        """`[..., H, E]`, and the gates, for which each head has E numbers more; one product under jit."""
-        found = self.q_proj(x)
-        found = found.reshape(*found.shape[:-1], -1, self.head_dim * (1 + self.gated))
-        return jnp.split(found, 2, axis=-1) if self.gated else (found, None)
 
     def _normed(self, norm, heads):
         return heads if norm is None else norm(heads)
@@ -199,8 +196,9 @@ class DecoderLayer(nnx.Module):
         if self.linear_attn is not None:
             output, beside = recur(self.linear_attn, normed)
         else:
-            mixed, beside = attend(self.self_attn.queries(normed, angles), *self.self_attn.keys_values(normed, angles))
-            output = self.self_attn.output(mixed, normed)
+            queries, gates = self.self_attn.queries(normed, angles)
+            mixed, beside = attend(queries, *self.self_attn.keys_values(normed, angles))
+            output = self.self_attn.output(mixed, gates)
         x = x + convolved(output)
         normed, convolved = _convolution(self.mlp_conv, self.post_attention_layernorm(x))
         return x + convolved(self.mlp(normed)), beside

@@ -1,5 +1,6 @@
 """Targets: transformers and this project read the same files, compute the same numbers and write the same words."""
 
+import copy
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from peers import relative_error
+from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
 from specauf_jax.architecture import Drafter, Experts, RopeScaling
 from specauf_jax.decoding.generate import generate
@@ -17,7 +19,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.rope import rope_frequencies
-from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
+from specauf_jax.models.target import target_features, target_head, target_hidden, target_step
 from specauf_jax.models.weights import load_target, save_target
 
 TOLERANCE = 1e-5  # of the largest value
@@ -108,7 +110,7 @@ def asked_of_us(params, tokens, positions, *, config):
 @functools.partial(jax.jit, static_argnames="config")
 def asked_of_our_step(params, tokens, *, config):
     """logits and residuals of rows from position 0, in two calls over one cache."""
-    step = TargetStep(config, tuple(range(config.num_hidden_layers)))
+    step = target_step(config, tuple(range(config.num_hidden_layers)))
     cache, results = step.init_cache(*tokens.shape), []
     for part in (slice(0, T - 5), slice(T - 5, T)):
         positions = jnp.broadcast_to(jnp.arange(T)[part], tokens[:, part].shape)
@@ -147,6 +149,52 @@ def test_a_target_read_and_written_again_is_the_same_to_transformers(name, tmp_p
         assert torch.equal(again.state_dict()[key], x), key
     one, other = (asked_of_transformers(m, *rows())[0] for m in (model, again))
     assert torch.equal(one, other)
+
+
+def linear(**changes):
+    return dict(**heads(4, 2, 32), hidden_size=64, intermediate_size=96, num_hidden_layers=8, linear_key_head_dim=16,
+                linear_value_head_dim=24, linear_num_key_heads=2, linear_num_value_heads=4, vocab_size=151,
+                pad_token_id=0, bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25,
+                                 "mrope_section": [2, 1, 1], "mrope_interleaved": True}, **changes)  # fmt: skip
+
+
+def hybrid_of_transformers(folder, sees, seed):
+    """A random Qwen3.5 as transformers writes it, norms' scales around 0 and states that fade at different speeds."""
+    if sees:
+        vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64,
+                  "num_position_embeddings": 16}  # fmt: skip
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=linear(), vision_config=vision))
+    else:
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**linear()))
+    peers.randomise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, x in model.named_parameters():
+            if name.endswith("A_log"):
+                x.copy_(torch.log(8 * torch.rand(x.shape, generator=generator) + 0.1))
+            elif name.endswith("norm.weight") and "linear_attn" not in name:
+                x.sub_(1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_linear_attention_is_that_of_transformers(sees, tmp_path):
+    """Logits of 150 tokens as near to those in float64 as transformers' own float32 is."""
+    model = hybrid_of_transformers(tmp_path / "target", sees, 0)
+    params, config = load_target(tmp_path / "target")
+    tokens = np.random.default_rng(0).integers(1, 151, (4, 150))
+    positions = np.stack([start + np.arange(150) for start in (0, 700, 8191, 32_600)])
+    asked = {"input_ids": torch.as_tensor(tokens), "position_ids": torch.as_tensor(positions)}
+    single = model(**asked).logits
+    double = copy.deepcopy(model).double()(**asked).logits
+    ours, _ = asked_of_us(params, tokens, positions, config=config)
+    assert relative_error(single, double) < 2e-4
+    assert relative_error(ours, double) < 2 * relative_error(single, double)
+    save_target(params, config, tmp_path / "again")
+    again = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    np.testing.assert_array_equal(again(**asked).logits.detach(), single.detach())
 
 
 SCALINGS = {
@@ -198,7 +246,9 @@ def test_frequencies_differ_by_no_more_than_torchs_rounding_of_a_power(tmp_path)
     assert relative_error(found, asked_of_transformers(model, tokens, positions)[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1), ("qwen3_moe", 3)])
+@pytest.mark.parametrize(
+    ("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1), ("qwen3_moe", 3), ("qwen3_5", 0)]
+)
 def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     """50 prompts of 1 to 40 tokens, 256 new tokens, one batch: alone, and with a drafter that guesses at random.
 
@@ -221,7 +271,7 @@ def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     assert (best - second).min().item() > TOLERANCE * best.max().item()
     assert np.mean([len(set(text)) for text in texts]) > 6
     common = {"max_new_tokens": 256, "batch_size": 50}
-    step = TargetStep(config, (0, 2))
+    step = target_step(config, (0, 2))
     alone = generate(None, params, prompts, config=Decoding(step), **common)
     assert [g.tokens for g in alone] == texts
     drafter = resolve_drafter(
@@ -230,3 +280,29 @@ def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     guesses = init_drafter(drafter, jax.random.key(0))
     together = generate(guesses, params, prompts, config=Decoding(step, drafter), **common)
     assert [g.tokens for g in together] == texts
+
+
+def test_greedy_texts_with_linear_attention_equal_those_of_transformers(tmp_path):
+    """20 prompts, 256 new tokens, up to each one's first choice that rounding might turn: nearly all of them."""
+    model = hybrid_of_transformers(tmp_path / "target", False, 0)
+    params, config = load_target(tmp_path / "target")
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(1, 151, length).tolist() for length in rng.integers(1, 41, 20)]
+    step, common = target_step(config, (0, 5)), {"max_new_tokens": 256, "batch_size": 20}
+    alone = [g.tokens for g in generate(None, params, prompts, config=Decoding(step), **common)]
+    drafter = resolve_drafter(
+        Drafter(block_size=4, num_hidden_layers=1, mask_token_id=0, target_layer_ids=(0, 5)), config
+    )
+    guesses = init_drafter(drafter, jax.random.key(0))
+    together = [g.tokens for g in generate(guesses, params, prompts, config=Decoding(step, drafter), **common)]
+    compared = 0
+    for prompt, *texts in zip(prompts, alone, together, strict=True):
+        found = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=256, output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+        best, second = torch.cat(found.logits).topk(2).values.unbind(-1)
+        unclear = torch.nonzero(best - second < 1e-4 * best.max())
+        count = int(unclear[0]) if len(unclear) else 256
+        expected = found.sequences[0, len(prompt) :].tolist()
+        assert all(text[:count] == expected[:count] for text in texts)
+        compared += count
+    assert compared > 0.7 * 20 * 256

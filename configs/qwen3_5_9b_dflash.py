@@ -1,0 +1,26 @@
+"""A DFlash drafter of five layers, blocks of 16, for Qwen3.5-9B: rows of 3,072 tokens, 64 a step.
+
+    specauf train --config configs/qwen3_5_9b_dflash.py --target TARGET --data DATA --out RUN
+
+The drafter's heads are those that tpu-inference can run, not the target's, which are of 256 numbers. The mask token is
+the last embedding, which texts do not have.
+"""
+
+from specauf_jax.architecture import Drafter
+from specauf_jax.commands.train_settings import Train
+from specauf_jax.config import TrainOptimisation
+
+config = Train(
+    target="Qwen3.5-9B",
+    data="data/on_policy",
+    out="runs/qwen3_5_9b_dflash",
+    drafter=Drafter(
+        block_size=16,
+        num_hidden_layers=5,
+        mask_token_id=248_319,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
+    train=TrainOptimisation(steps=20_000, batch_size=64, accumulation=4, dtype="bfloat16", remat="layers"),
+)
