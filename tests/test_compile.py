@@ -29,7 +29,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collectives
 from specauf_jax.evaluation.xla_time import read_cycles
 from specauf_jax.flops import needed_flops, pretrain_flops, round_flops, step_flops
-from specauf_jax.models import hf_config
+from specauf_jax.models import hf_target
 from specauf_jax.models.delta import Tokens, delta_rule
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
@@ -474,7 +474,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     target, recipe, out = tmp_path / "target", tmp_path / "recipe.py", tmp_path / "out.json"
     target.mkdir()
-    (target / "config.json").write_text(json.dumps(hf_config.write_target(TARGET)))
+    (target / "config.json").write_text(json.dumps(hf_target.write_target(TARGET)))
     recipe.write_text(RECIPE.format(target=str(target)))
     sizes = ("--batch-size", "65536", "--sequence-length", "2048", "--decode-batch-size", "8", "--decode-length", "64")
     # libtpu ends at a flag that it does not know, such as those of the other tests.

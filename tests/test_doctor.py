@@ -28,7 +28,8 @@ from specauf_jax.models.heads.dflash import DFlash
 from specauf_jax.models.heads.dflash2 import DFlash2
 from specauf_jax.models.heads.domino import Domino
 from specauf_jax.models.heads.dspark import DSpark
-from specauf_jax.models.hf_config import write_drafter, write_target
+from specauf_jax.models.hf_drafter import write_drafter
+from specauf_jax.models.hf_target import write_target
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, init_target
 from specauf_jax.models.tensors import file_names

@@ -15,7 +15,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.experts import mix_experts, route
-from specauf_jax.models.hf_config import read_target, write_target
+from specauf_jax.models.hf_target import read_target, write_target
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
 from specauf_jax.models.weights import load_target, save_target
 from specauf_jax.sharding import make_mesh

@@ -18,7 +18,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.delta import CHUNK, Tokens, delta_rule, settle
-from specauf_jax.models.hf_config import read_target, write_target
+from specauf_jax.models.hf_target import read_target, write_target
 from specauf_jax.models.target import HybridStep, TargetStep, target_features, target_head, target_hidden, target_step
 from specauf_jax.models.weights import load_target, save_target, target_tensors
 from specauf_jax.sharding import make_mesh
@@ -322,8 +322,7 @@ BAD = {
     "layers that do not divide": ({"layer_types": None, "full_attention_interval": 3}, "4 layers"),
     "no gate": ({"attn_output_gate": False}, "attn_output_gate"),
     "two shares": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
-    "an odd share": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.4}, "partial_rotary_factor": 0.4},
-                     "RoPE turns 3 numbers"),
+    "an odd share": ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": 0.4}, "RoPE turns 3 numbers"),
     "heads that do not divide": ({"linear_num_value_heads": 3}, "3 linear value heads over 2"),
     "another scaling": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
                         "dynamic"),

@@ -56,7 +56,7 @@ def write(config, folder: Path) -> None:
     import ml_dtypes
     import numpy as np
 
-    from specauf_jax.models import hf_config
+    from specauf_jax.models import hf_target
     from specauf_jax.models.target import target_shapes
     from specauf_jax.models.tensors import file_names, write_tensors
 
@@ -80,7 +80,7 @@ def write(config, folder: Path) -> None:
     if shard:
         finish()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(hf_config.write_target(config)))
+    (folder / "config.json").write_text(json.dumps(hf_target.write_target(config)))
 
 
 def anonymous() -> int:

@@ -11,7 +11,7 @@ from specauf_jax.commands.convert_settings import Convert
 from specauf_jax.data.gguf_tokenizer import write_tokenizer
 from specauf_jax.files import check_writable, fresh_folder, read_json
 from specauf_jax.models.gguf import open_gguf, read_architecture, read_tensor
-from specauf_jax.models.hf_config import write_target
+from specauf_jax.models.hf_target import write_target
 from specauf_jax.models.weights import target_tensors, write_shards
 
 

@@ -9,7 +9,7 @@ from specauf_jax.config import TrainOptimisation
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import as_path, check_apart, existing_folder, read_json
 from specauf_jax.models.drafter import init_drafter
-from specauf_jax.models.hf_config import read_drafter
+from specauf_jax.models.hf_drafter import read_drafter
 from specauf_jax.models.weights import check_drafter_folder, load_drafter, save_drafter
 from specauf_jax.recipes import from_dict
 from specauf_jax.sharding import placed

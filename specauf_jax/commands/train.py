@@ -22,7 +22,7 @@ from specauf_jax.evaluation.measure import tau_micro
 from specauf_jax.evaluation.prompts import encode_first_turn, read_prompts
 from specauf_jax.files import AnyPath, as_path
 from specauf_jax.flops import needed_flops, step_flops
-from specauf_jax.models.hf_config import write_drafter
+from specauf_jax.models.hf_drafter import write_drafter
 from specauf_jax.models.target import target_step
 from specauf_jax.models.weights import load_drafter, save_drafter, target_config
 from specauf_jax.sharding import (

@@ -70,9 +70,9 @@ class Decoding:
             raise SpecaufError(f"{what} with {other}", "a drafter, and all of its slots", "leave one of the two out")
         if not all(hasattr(self.target_step, name) for name in methods):
             raise SpecaufError(
-                f"{what} with a target step that reads chains alone",
+                f"{what} with a target step that reads chains alone, as linear attention (Qwen3.5) does",
                 f"one with {' and '.join(methods)}, as specauf_jax.TargetStep has",
-                "leave tree_nodes out, or write the two",
+                "leave --tree-nodes out, or write the two",
             )
 
     @property

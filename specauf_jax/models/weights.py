@@ -21,7 +21,7 @@ from specauf_jax.config import Dtype
 from specauf_jax.distributed import is_primary
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import AnyPath, as_path, check_writable, existing_folder, local_copy, read_json, replace_folder
-from specauf_jax.models import hf_config
+from specauf_jax.models import hf_drafter, hf_target
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.target import target_shapes
 from specauf_jax.models.tensors import Progress, file_shapes, flatten, read_tree, tensor_files, write_tensors
@@ -72,7 +72,7 @@ def load_target(
 
 def target_config(folder) -> Target:
     """Architecture of the checkpoint in `folder`, from its config.json alone."""
-    return hf_config.read_target(*_read_config(folder, "a target, of `specauf pretrain` or from Hugging Face"))
+    return hf_target.read_target(*_read_config(folder, "a target, of `specauf pretrain` or from Hugging Face"))
 
 
 def target_tensors(config: Target) -> dict[str, tuple]:
@@ -96,7 +96,7 @@ def weights_digest(folder) -> str:
 def save_target(params: dict, config: Target, folder, *, eos_token_id: int | None = None) -> None:
     """Write a target in Hugging Face layout (float32); an existing folder is replaced whole."""
     tensors = {_target_name(name, config): x for name, x in flatten(params, np.float32).items()}
-    values = hf_config.write_target(config, eos_token_id) | {"dtype": "float32"}
+    values = hf_target.write_target(config, eos_token_id) | {"dtype": "float32"}
     check_target_folder(folder)
     _write(folder, tensors, {"config.json": values})
 
@@ -125,7 +125,7 @@ def load_drafter(
 
 def drafter_config(folder) -> ResolvedDrafter:
     """Architecture of the drafter in `folder`, from its config.json alone."""
-    return hf_config.read_drafter(*_read_config(folder, "a drafter, of `specauf train` or `specauf export`"))
+    return hf_drafter.read_drafter(*_read_config(folder, "a drafter, of `specauf train` or `specauf export`"))
 
 
 def save_drafter(
@@ -170,9 +170,9 @@ def save_drafter(
                 "use --layout zlab" if windows else "pass --target",
             )
         architecture = _read_config(verifier, "the drafter's target")[0]["architectures"][0]
-        values = hf_config.write_speculators(config, str(verifier), architecture)
+        values = hf_drafter.write_speculators(config, str(verifier), architecture)
     else:
-        values = hf_config.write_drafter(config, head.architectures[-1 if layout == "specforge" else 0])
+        values = hf_drafter.write_drafter(config, head.architectures[-1 if layout == "specforge" else 0])
     files = {"config.json": values | {"dtype": dtype}}
     if provenance is not None:
         files["specauf.json"] = provenance
@@ -299,12 +299,12 @@ def write_shards(
 
 def check_target_folder(folder) -> None:
     """Refuse a folder whose place a target cannot take."""
-    _check_replaceable(as_path(folder), tuple(hf_config.TARGET_ARCHITECTURES))
+    _check_replaceable(as_path(folder), tuple(hf_target.TARGET_ARCHITECTURES))
 
 
 def check_drafter_folder(folder) -> None:
     """Refuse a folder whose place a drafter cannot take."""
-    _check_replaceable(as_path(folder), (*hf_config.DRAFTER_ARCHITECTURES, *hf_config.SPECULATORS))
+    _check_replaceable(as_path(folder), (*hf_drafter.DRAFTER_ARCHITECTURES, *hf_drafter.SPECULATORS))
 
 
 def _check_replaceable(folder: AnyPath, architectures: tuple[str, ...]) -> None:

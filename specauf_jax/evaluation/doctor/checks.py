@@ -19,14 +19,9 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.files import existing_folder, local_copy, read_json
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.heads import head_settings, head_types, make_head
-from specauf_jax.models.hf_config import (
-    DRAFTER_ARCHITECTURES,
-    DRAFTER_KEYS,
-    TARGET_KEYS,
-    dflash_settings,
-    read_drafter,
-)
+from specauf_jax.models.hf_drafter import DRAFTER_ARCHITECTURES, DRAFTER_KEYS, dflash_settings, read_drafter
 from specauf_jax.models.hf_keys import unknown_keys
+from specauf_jax.models.hf_target import target_keys, text_config
 from specauf_jax.models.resolve import default_target_layer_ids, resolve_drafter
 from specauf_jax.models.tensors import file_names, tensor_files
 from specauf_jax.models.weights import target_config
@@ -255,7 +250,7 @@ def read_folder(drafter, target) -> Folder:
         path=path,
         target_path=target,
         config=config,
-        target_config=read_json(target / "config.json", "a model's configuration"),
+        target_config=text_config(read_json(target / "config.json", "a model's configuration")),
         target=architecture,
         tokenizer=load_tokenizer(target) if (target / "tokenizer.json").is_file() else None,
         provenance=read_json(provenance, "a drafter's origin") if provenance.is_file() else {},
@@ -470,7 +465,9 @@ def _head(folder: Folder) -> Rows:
 
 
 def _keys(folder: Folder) -> Rows:
-    for name, values, read in (("", folder.config, DRAFTER_KEYS), ("the target's ", folder.target_config, TARGET_KEYS)):
+    target = folder.target_config
+    keys = target_keys(*target["architectures"])
+    for name, values, read in (("", folder.config, DRAFTER_KEYS), ("the target's ", target, keys)):
         for key in unknown_keys(values, read):
             found, expected = f"{name}{key} is {values[key]!r}", "keys that change nothing, or are read"
             yield "warning", found, expected, "find out what it means to the engine that is to serve it"
