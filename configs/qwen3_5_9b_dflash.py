@@ -7,8 +7,8 @@ Expected time: not yet measured. 7,951 TFLOP a step: 6.31 s on 16 v5e or 1.35 s 
 so that 20,000 steps would take 35 or 8 hours.
 Expected tau: not yet measured.
 
-The drafter's heads are those that tpu-inference can run, not the target's, which are of 256 numbers. The mask token is
-the last embedding, which texts do not have.
+The drafter's heads are of 128 numbers, the target's of 256. The mask token is the last embedding, which texts do not
+have. By `specauf doctor` neither TPU engine taps such a target yet.
 """
 
 from specauf_jax.architecture import Drafter

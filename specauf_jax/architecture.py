@@ -158,7 +158,8 @@ class Target:
         for kind, name in (("qwen3_moe", "experts"), ("qwen3_5", "hybrid")):
             if (self.model_type == kind) != (getattr(self, name) is not None):
                 raise SpecaufError(f"model_type {self.model_type} and {name} {getattr(self, name)}",
-                                   f"{name} of a {kind}, and of no other", f"change model_type or {name}")  # fmt: skip
+                                   f"{name} of a {kind}, and of no other",
+                                   f"choose another model_type, or say {name} in a recipe")  # fmt: skip
         if self.num_hidden_layers % self.period:
             raise SpecaufError(f"{self.num_hidden_layers} layers with full attention in every {self.period}th",
                                "a multiple", "use another model")  # fmt: skip

@@ -421,6 +421,27 @@ def recurrent_model():
     return params, drafter
 
 
+def test_a_chunk_that_would_end_behind_the_row_begins_sooner(models):
+    """Of 40 tokens 20 are there: a chunk of 32 reads 8 to 39 anew, and the caches hold what one pass leaves."""
+    config, rng = decoding(), np.random.default_rng(3)
+    tokens = jnp.asarray(rng.integers(0, V - 1, (2, 40)), jnp.int32)
+    length, how = jnp.full(2, 40), (jnp.float32(0), jnp.int32(0), jnp.float32(1))
+
+    def empty():
+        caches = {
+            "target_cache": config.target_step.init_cache(2, 40),
+            "drafter_cache": init_kv_cache(DRAFTER, 2, 40, jnp.float32),
+        }
+        return init_state(tokens, length, length + 1, jax.random.split(jax.random.key(0), 2), how, **caches)
+
+    whole = prefill(*models, empty(), config=config, chunk_size=40)
+    part = prefill(*models, dataclasses.replace(empty(), length=jnp.full(2, 21)), config=config, chunk_size=20)
+    part = prefill(*models, dataclasses.replace(part, length=length), config=config, chunk_size=32, begin=20)
+    for name in ("target_cache", "drafter_cache"):
+        found, expected = (jax.tree.map(lambda x: x[..., :39, :], getattr(state, name)) for state in (part, whole))
+        assert tiny.largest_difference(found, expected) < 1e-5
+
+
 def test_a_recurrent_target_decodes_exactly():
     params, drafter = recurrent_model()
     drafter_params = sharpened(init_drafter(drafter, jax.random.key(2)))

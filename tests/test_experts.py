@@ -115,6 +115,32 @@ def test_experts_are_spread_over_tensor():
         assert line["experts"] and max(line["experts"]) == X // tensor, line
 
 
+DECODING = """
+import json, jax, test_experts as t, tiny
+from specauf_jax.config import Mesh
+from specauf_jax.decoding.generate import generate
+from specauf_jax.decoding.state import Decoding
+from specauf_jax.models.target import target_step
+from specauf_jax.sharding import make_mesh, parameter_sharding
+
+config = t.target_config()
+params, drafter = t.target_params(config), tiny.drafter_config(config, target_layer_ids=(0, 2))
+draft, step = tiny.drafter_params(drafter, seed=5), target_step(config, (0, 2))
+prompts = [[1, 2, 3], [4, 1], [2, 2, 5, 1, 3], [3, 3]]
+alone = generate(None, params, prompts, config=Decoding(step), max_new_tokens=16, batch_size=4)
+mesh = make_mesh(Mesh(fsdp=2, tensor=4))
+place = lambda tree: jax.device_put(tree, parameter_sharding(tree, mesh))
+for nodes in (None, 6):
+    decoding = Decoding(step, drafter, tree_nodes=nodes)
+    found = generate(place(draft), place(params), prompts, config=decoding, max_new_tokens=16, batch_size=4, mesh=mesh)
+    print(json.dumps([g.tokens for g in found] == [g.tokens for g in alone]))
+"""
+
+
+def test_decoding_on_a_mesh_is_exact():
+    assert tiny.on_eight_devices(DECODING).split() == ["true", "true"]
+
+
 def test_files_hold_every_expert(tmp_path):
     config = target_config()
     params = target_params(config)
@@ -174,11 +200,17 @@ def test_what_is_computed_otherwise_is_refused(name):
 
 
 def test_no_size_is_guessed():
-    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
         values = write_target(target_config())
         del values[name]
         with pytest.raises(SpecaufError, match=f"has no {name}"):
             read_target(values, "config.json")
+
+
+def test_either_name_of_their_number_serves():
+    values = write_target(target_config())
+    assert read_target(values | {"num_local_experts": None}, "config.json") == target_config()
+    assert read_target(values | {"num_experts": None, "num_local_experts": X}, "config.json") == target_config()
 
 
 def test_experts_belong_to_one_kind():

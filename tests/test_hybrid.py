@@ -12,16 +12,20 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from specauf_jax.architecture import Hybrid
-from specauf_jax.config import Mesh, Sampling
+from specauf_jax.config import Mesh, Objective, Optimisation, Sampling
+from specauf_jax.data.tokenizer import stop_token_ids
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.evaluation.doctor.checks import read_folder
 from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.delta import CHUNK, Tokens, delta_rule, settle
-from specauf_jax.models.hf_target import read_target, write_target
+from specauf_jax.models.hf_target import read_target, text_config, write_target
 from specauf_jax.models.target import HybridStep, TargetStep, target_features, target_head, target_hidden, target_step
-from specauf_jax.models.weights import load_target, save_target, target_tensors
+from specauf_jax.models.weights import load_target, save_drafter, save_target, target_tensors
 from specauf_jax.sharding import make_mesh
+from specauf_jax.training.loss import LossConfig, loss_fn
+from specauf_jax.training.step import make_optimizer
 
 V = 17
 
@@ -321,6 +325,10 @@ BAD = {
     "two intervals": ({"full_attention_interval": 4}, "full_attention_interval is 4"),
     "layers that do not divide": ({"layer_types": None, "full_attention_interval": 3}, "4 layers"),
     "no gate": ({"attn_output_gate": False}, "attn_output_gate"),
+    "a list of shares": ({"partial_rotary_factor": [0.5]}, "partial_rotary_factor is"),
+    "an odd share in rope_parameters": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": {}}},
+                                        "partial_rotary_factor is"),
+    "no share": ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": None}, "partial_rotary_factor is"),
     "two shares": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor"),
     "an odd share": ({"rope_parameters": {"rope_theta": 1e4}, "partial_rotary_factor": 0.4}, "RoPE turns 3 numbers"),
     "heads that do not divide": ({"linear_num_value_heads": 3}, "3 linear value heads over 2"),
@@ -350,9 +358,61 @@ def test_no_size_is_guessed():
 
 def test_a_drafter_trains_on_its_features():
     drafter, draft = drafted()
-    batch = tiny.random_batch([(24,)])
-    features = target_features(
-        PARAMS, batch.tokens, batch.positions, batch.document_ids, config=CONFIG, layer_ids=(0, 2)
-    )
-    assert features.shape == (1, 24, 2 * 16) and bool(jnp.isfinite(features).all())
-    assert jax.tree.structure(draft) and drafter.head_dim == CONFIG.head_dim
+    batch = tiny.random_batch([(24,), (10, 14)])
+    rows = (batch.tokens, batch.positions, batch.document_ids)
+    batch = batch.replace(features=target_features(PARAMS, *rows, config=CONFIG, layer_ids=(0, 2)))
+    config = LossConfig(drafter=drafter, objective=Objective("auf"), num_anchors=8)
+    gradient = jax.jit(jax.value_and_grad(functools.partial(loss_fn, config=config), has_aux=True))
+    losses = []
+    for _ in range(8):
+        (loss, _), slopes = gradient(draft, target_head(PARAMS), batch, jax.random.key(0))
+        draft = jax.tree.map(lambda p, g: p - 0.1 * g, draft, slopes)
+        losses.append(float(loss))
+    assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
+
+
+def test_rates_are_not_decayed():
+    """Nor convolutions; Muon leaves both to AdamW."""
+    for optimizer in ("adamw", "muon"):
+        rule = make_optimizer(Optimisation(steps=4, learning_rate=0.1, weight_decay=0.5, optimizer=optimizer))
+        updates, _ = rule.update(jax.tree.map(jnp.zeros_like, PARAMS), rule.init(PARAMS), PARAMS)
+        net = updates["layers"]["linear"]["linear_attn"]
+        still = [net["A_log"], net["dt_bias"], net["conv1d"]["kernel"], net["norm"]["scale"]]
+        assert all(float(jnp.abs(x).max()) == 0 for x in still)
+        assert float(jnp.abs(net["out_proj"]["kernel"]).max()) > 0
+
+
+def test_stop_tokens_of_a_text_config(tmp_path):
+    class NoStops:
+        eos_token_id = None
+
+        def get_vocab(self):
+            return {}
+
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [5], "text_config": {"eos_token_id": 3}}))
+    assert stop_token_ids(NoStops(), tmp_path) == (3, 5)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": "x"}}))
+    with pytest.raises(SpecaufError, match="eos_token_id is 'x'"):
+        stop_token_ids(NoStops(), tmp_path)
+
+
+@pytest.mark.parametrize("beside", [None, [1], {"hidden_size": 1}], ids=str)
+def test_a_text_config_counts_only_where_others_see(beside):
+    values = write_target(CONFIG)
+    assert text_config(values | {"text_config": beside}) == values | {"text_config": beside}
+    whole = {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": values}
+    assert text_config(whole) == values | {"architectures": whole["architectures"]}
+    with pytest.raises(SpecaufError, match="text_config is of model_type 'llama'"):
+        read_target(whole | {"model_type": "qwen3_5", "text_config": values | {"model_type": "llama"}}, "config.json")
+
+
+def test_the_doctor_takes_its_rope(tmp_path):
+    """Of a drafter's file that says none, from a target whose file says more than a drafter has."""
+    drafter, draft = drafted()
+    save_target(PARAMS, CONFIG, tmp_path / "target")
+    save_drafter(draft, drafter, tmp_path / "drafter")
+    path = tmp_path / "drafter/config.json"
+    values = {name: x for name, x in json.loads(path.read_text()).items() if not name.startswith("rope")}
+    path.write_text(json.dumps(values))
+    folder = read_folder(tmp_path / "drafter", tmp_path / "target")
+    assert folder.drafter == drafter

@@ -216,9 +216,11 @@ def stop_token_ids(tokenizer: Tokenizer, model) -> tuple[int, ...]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     for path in (as_path(model) / name for name in STOP_FILES):
-        named = read_json(path, "a model's configuration").get("eos_token_id") if path.is_file() else None
-        found = named if isinstance(named, list) else [named] if named is not None else []
-        if not all(type(id_) is int and abs(id_) < 2**31 for id_ in found):
-            raise SpecaufError(f"{path}: eos_token_id is {named!r}", "a token's id, or a list of ids", "correct it")
-        ids.update(found)
+        values = read_json(path, "a model's configuration") if path.is_file() else {}
+        for place in (values, values.get("text_config")):  # of a model that sees, too
+            named = place.get("eos_token_id") if isinstance(place, dict) else None
+            found = named if isinstance(named, list) else [named] if named is not None else []
+            if not all(type(id_) is int and abs(id_) < 2**31 for id_ in found):
+                raise SpecaufError(f"{path}: eos_token_id is {named!r}", "a token's id, or a list of ids", "correct it")
+            ids.update(found)
     return tuple(sorted(ids))

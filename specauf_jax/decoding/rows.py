@@ -73,7 +73,7 @@ class Rows:
     """B rows with room for the longest of the first requests; idle until `admit` gives them requests.
 
     What all of the first prompts begin with, as chat templates do, is read once. A row's tokens depend neither on its
-    neighbours nor on when it was admitted.
+    neighbours nor on when it was admitted (but for rounding, where a state runs over the chunks of a prompt).
     """
 
     def __init__(

@@ -204,27 +204,29 @@ def prefill(
 ) -> DecodeState:
     """Read every prompt but its last token, the first anchor, into the caches, a chunk of all rows at a time.
 
-    Shorter rows are read beyond their end; what that leaves in the caches is out of sight and overwritten later. No
-    chunk begins before the end of the one before: the first one counts for as many tokens as whole chunks leave.
+    Shorter rows are read beyond their end; what that leaves in the caches is out of sight and overwritten later. Where
+    the last chunk would end behind `state.tokens`, the first one counts for as many tokens as whole chunks leave, so
+    that no chunk begins before the end of the one before.
 
     Args:
       chunk_size: tokens of a row that are read at one time; None for what suits the device.
-      begin: int [], tokens of every row that the caches hold already; a whole chunk must have room behind them.
+      begin: int [], tokens of every row that the caches hold already. A target step with `settle` needs room for a
+        whole chunk behind them.
       Others as for `draft_and_verify`.
     """
     B, T = state.tokens.shape
     size = min(chunk_size or prompt_chunk(), T)
-    first = (T - begin - 1) % size + 1
+    left = state.length.max() - 1 - begin
+    first = jnp.where(-(-left // size) * size > T - begin, (T - begin - 1) % size + 1, size)
 
     def chunk(i, state: DecodeState) -> DecodeState:
-        at = jnp.where(i > 0, begin + first + (i - 1) * size, begin)
+        at = jnp.minimum(jnp.where(i > 0, begin + first + (i - 1) * size, begin), T - size)
         tokens = lax.dynamic_slice_in_dim(state.tokens, at, size, axis=1)
         positions = jnp.broadcast_to(at + jnp.arange(size, dtype=jnp.int32), (B, size))
         _, taps, cache = config.target_step(target_params, tokens, positions, state.target_cache)
         cache = settled(config, cache, jnp.clip(state.length - 1 - at, 0, jnp.where(i > 0, size, first)))
         return extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
 
-    left = state.length.max() - 1 - begin
     return lax.fori_loop(0, jnp.where(left > 0, 1 + -(-jnp.maximum(left - first, 0) // size), 0), chunk, state)
 
 

@@ -104,7 +104,8 @@ def read_target(values: dict, where: str) -> Target:
 
 def text_config(values: dict) -> dict:
     """A sound config.json without what it says of other parts than the language model."""
-    return values["text_config"] | {"architectures": values["architectures"]} if "text_config" in values else values
+    [architecture] = values["architectures"]
+    return values["text_config"] | {"architectures": [architecture]} if architecture.endswith(_SEES) else values
 
 
 def _text_of(values: dict, where: str) -> dict:
@@ -115,6 +116,9 @@ def _text_of(values: dict, where: str) -> dict:
         raise SpecaufError(f"{where}: tie_word_embeddings is {tied[0]!r}, in text_config {tied[1]!r}", "one value",
                            "correct the file")  # fmt: skip
     refuse(values, where, "quantization_config")
+    if text.get("model_type") not in (None, f"{values.get('model_type')}_text"):
+        raise SpecaufError(f"{where}: text_config is of model_type {text['model_type']!r}",
+                           f"'{values.get('model_type')}_text'", "use another model")  # fmt: skip
     return text | ({"tie_word_embeddings": tied[0]} if tied else {})
 
 
@@ -139,11 +143,12 @@ def _read_hybrid(values: dict, where: str) -> Hybrid:
         period = number(values, where, "full_attention_interval")
     if values.get("attn_output_gate", True) is not True:
         raise SpecaufError(f"{where}: attn_output_gate is {values['attn_output_gate']!r}", "true", "use another model")
-    shares = {place["partial_rotary_factor"] for place in (object_of(values, where, "rope_parameters"), values)
-              if place.get("partial_rotary_factor") is not None}  # fmt: skip
-    if len(shares) != 1:
-        raise SpecaufError(f"{where}: partial_rotary_factor is {shares or 'missing'}", "one value", "correct the file")
-    share = number({"partial_rotary_factor": shares.pop()}, where, "partial_rotary_factor", kind=float)
+    places = [place for place in (object_of(values, where, "rope_parameters"), values)
+              if place.get("partial_rotary_factor") is not None]  # fmt: skip
+    shares = {number(place, where, "partial_rotary_factor", kind=float) for place in places or [values]}
+    if len(shares) > 1:
+        raise SpecaufError(f"{where}: partial_rotary_factor is {shares}", "one value", "correct the file")
+    share = shares.pop()
     sizes = {name: number(values, where, name) for name in _LINEAR_KEYS}
     return build(Hybrid, where, full_attention_interval=period, partial_rotary_factor=share, **sizes)
 
@@ -164,11 +169,13 @@ def _read_experts(values: dict, where: str) -> Experts:
             raise SpecaufError(
                 f"{where}: {key} is {values[key]!r}", f"{neutral!r}: experts in every layer", "use another model"
             )
-    names = [name for name in ("num_experts", "num_local_experts") if name in values] or ["num_experts"]
+    names = [name for name in ("num_experts", "num_local_experts") if values.get(name) is not None] or ["num_experts"]
     counts = {number(values, where, name) for name in names}
     if len(counts) > 1:
         raise SpecaufError(f"{where}: num_experts and num_local_experts differ", "one number", "correct the file")
     sizes = {name: number(values, where, name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    if "norm_topk_prob" not in values:
+        raise SpecaufError(f"{where} has no norm_topk_prob", "true or false, as it was trained", "add norm_topk_prob")
     norm = flag(values, where, "norm_topk_prob")
     return build(Experts, where, num_experts=counts.pop(), **sizes, norm_topk_prob=norm)
 

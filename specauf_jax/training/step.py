@@ -48,6 +48,10 @@ class TrainState:
     opt_state: optax.OptState
 
 
+_NOT_DECAYED = {"scale", "base_kernel", "A_log", "dt_bias", "conv1d"}  # parts of a parameter's path
+_NO_MATRICES = {"lm_head", "conv1d"}  # likewise: what Muon leaves to AdamW
+
+
 def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
     """Clipped AdamW with linear warm-up and cosine decay to 0, or Muon for matrices and AdamW for the rest; norms are
     not decayed."""
@@ -57,9 +61,7 @@ def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
         return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: kind([k.key for k in path]), params)
 
     rate, shared = learning_rate_schedule(train), {"weight_decay": train.weight_decay, "mu_dtype": train.mu_dtype}
-    rule = optax.adamw(
-        rate, b1=0.9, b2=0.95, mask=of_each(lambda path: path[-1] not in ("scale", "base_kernel")), **shared
-    )
+    rule = optax.adamw(rate, b1=0.9, b2=0.95, mask=of_each(lambda path: not {*path} & _NOT_DECAYED), **shared)
     if train.optimizer == "muon":
         muon = optax.contrib.muon(
             rate,
@@ -67,7 +69,7 @@ def make_optimizer(train: Optimisation) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=of_each(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1)),
             **shared,
         )
-        matrices = of_each(lambda path: "muon" if path[-1] == "kernel" and "lm_head" not in path else "adamw")
+        matrices = of_each(lambda path: "muon" if path[-1] == "kernel" and not {*path} & _NO_MATRICES else "adamw")
         rule = optax.partition({"muon": muon, "adamw": rule}, matrices)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), rule)
 

@@ -22,6 +22,7 @@ from specauf_jax.models.heads import head_settings, head_types, make_head
 from specauf_jax.models.hf_drafter import DRAFTER_ARCHITECTURES, DRAFTER_KEYS, dflash_settings, read_drafter
 from specauf_jax.models.hf_keys import unknown_keys
 from specauf_jax.models.hf_target import target_keys, text_config
+from specauf_jax.models.hf_values import shared_json
 from specauf_jax.models.resolve import default_target_layer_ids, resolve_drafter
 from specauf_jax.models.tensors import file_names, tensor_files
 from specauf_jax.models.weights import target_config
@@ -195,7 +196,8 @@ class Folder:
         if self.settings.get("mask_token_id") is None and self.mask_token is not None:
             assume(dflash, f"the tokenizer's mask token {self.mask_token}", mask_token_id=self.mask_token)
         if not self.thetas or not agree(self.thetas.values()):
-            theirs = {key: self.target_config.get(key) for key in ("rope_theta", "rope_scaling", "rope_parameters")}
+            said = shared_json(target, "")
+            theirs = {key: said[key] for key in ("rope_theta", "rope_scaling", "rope_parameters")}
             assume(config, f"the target's RoPE, theta {target.rope_theta:g}", **theirs)
         if self.slides and not (config.get("use_sliding_window") and config.get("sliding_window")):
             assume(config, "full attention in all layers", layer_types=None, use_sliding_window=False)
