@@ -246,9 +246,7 @@ def test_frequencies_differ_by_no_more_than_torchs_rounding_of_a_power(tmp_path)
     assert relative_error(found, asked_of_transformers(model, tokens, positions)[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1), ("qwen3_moe", 3), ("qwen3_5", 0)]
-)
+@pytest.mark.parametrize(("model_type", "seed"), [("qwen3", 0), ("qwen2", 4), ("llama", 1), ("qwen3_moe", 3)])
 def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     """50 prompts of 1 to 40 tokens, 256 new tokens, one batch: alone, and with a drafter that guesses at random.
 
