@@ -135,7 +135,7 @@ class Target:
     """Of a drafter's layers alone."""
 
     model_type: ModelType = "qwen3"
-    """qwen3 and qwen3_moe norm queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
+    """The qwen3 kinds norm queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
     vocab_size: int = 2048
     hidden_size: int = 128
     intermediate_size: int = 384

@@ -314,12 +314,9 @@ def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple
 def _stacks(path) -> list[str]:
     """Parts of a leaf's path behind which files have a number: a leading axis each."""
     keys = [part.key for part in path]
-    stacked = keys[0] == "layers"
-    return [
-        key
-        for i, key in enumerate(keys)
-        if (i == 0 and stacked) or (i == 1 and key == "linear" and stacked) or key == "experts"
-    ]
+    if keys[0] != "layers":
+        return []
+    return [key for i, key in enumerate(keys) if i == 0 or (i == 1 and key == "linear") or key == "experts"]
 
 
 def _is_transposed(path) -> bool:
