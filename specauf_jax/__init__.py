@@ -12,7 +12,7 @@ _HOME = {
     "Objective": "config",
     "Sampling": "config",
     "Target": "architecture",
-    "RopeScaling": "architecture",
+    "RopeScaling": "parts",
     "ResolvedDrafter": "architecture",
     "resolve_drafter": "models.resolve",
     "accept_until_fail_mask": "objectives",

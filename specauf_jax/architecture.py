@@ -6,7 +6,6 @@ Field names are Hugging Face's; letters (B S A K D H G E L F V) as in the README
 from __future__ import annotations
 
 import abc
-import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
@@ -15,6 +14,7 @@ import tyro
 
 from specauf_jax.checks import choice, positive, unused
 from specauf_jax.errors import SpecaufError
+from specauf_jax.parts import BLOCKS, Block, Experts, Hybrid, RopeScaling
 
 if TYPE_CHECKING:  # help must come before JAX is loaded
     import jax
@@ -23,119 +23,24 @@ if TYPE_CHECKING:  # help must come before JAX is loaded
     from specauf_jax.config import Objective
     from specauf_jax.objectives import ConfidenceScores, Scores
 
-ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe", "qwen3_5"]
-RopeType = Literal["default", "linear", "llama3", "yarn"]
+ModelType = Literal["qwen3", "qwen2", "llama", "qwen3_moe", "qwen3_5", "qwen3_5_moe", "qwen3_next", "gemma3", "gpt_oss"]
 LayerType = Literal["full_attention", "sliding_attention"]
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How RoPE's frequencies are stretched for texts longer than those of pretraining."""
-
-    rope_type: RopeType = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    """Positions of pretraining, for llama3 and yarn; None takes max_position_embeddings."""
-    low_freq_factor: float = 1.0
-    """llama3: waves longer than the pretraining length over this are stretched whole."""
-    high_freq_factor: float = 4.0
-    """llama3: waves shorter than the pretraining length over this are left alone."""
-    beta_fast: float = 32.0
-    """yarn: frequencies with more turns than this over the pretraining length are left alone."""
-    beta_slow: float = 1.0
-    """yarn: frequencies with fewer turns than this are stretched whole."""
-    truncate: bool = True
-    """yarn: round the range between the two to whole frequencies."""
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    """yarn: multiplies cosines and sines; None takes 0.1 · ln(factor) + 1 (or mscale's quotient)."""
-
-    def __post_init__(self):
-        choice(self, "rope_type", typing.get_args(RopeType))
-        positive(self, "factor", "original_max_position_embeddings", "low_freq_factor", "beta_fast", "beta_slow")
-        positive(self, "mscale", "mscale_all_dim", "attention_factor")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise SpecaufError(
-                f"high_freq_factor {self.high_freq_factor} and low_freq_factor {self.low_freq_factor}",
-                "the first above the second",
-                "change one of the two",
-            )
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of experts in the place of every layer's MLP."""
-
-    num_experts: int
-    """X."""
-    num_experts_per_tok: int
-    """k: those that a token meets."""
-    moe_intermediate_size: int
-    """F of each of them."""
-    norm_topk_prob: bool
-    """Whether the weights of a token's experts are brought to a sum of 1."""
-
-    def __post_init__(self):
-        positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
-        if self.num_experts_per_tok > self.num_experts:
-            raise SpecaufError(
-                f"num_experts_per_tok {self.num_experts_per_tok} of num_experts {self.num_experts}",
-                "at most all of them",
-                "correct one of the two",
-            )
-
-
-@dataclass(frozen=True)
-class Hybrid:
-    """Layers with linear attention, gated delta nets, but for every `full_attention_interval`-th (Qwen3.5).
-
-    Such models also gate attention, turn a part of its heads by RoPE, and hold norms' scales less 1.
-    """
-
-    full_attention_interval: int
-    linear_num_key_heads: int
-    linear_num_value_heads: int
-    """H of the linear layers."""
-    linear_key_head_dim: int
-    linear_value_head_dim: int
-    linear_conv_kernel_dim: int
-    """W: inputs that a convolution sees."""
-    partial_rotary_factor: float
-
-    def __post_init__(self):
-        positive(self, *(field.name for field in dataclasses.fields(self)))
-        if self.full_attention_interval < 2 or self.linear_conv_kernel_dim < 2 or self.partial_rotary_factor > 1:
-            raise SpecaufError(f"{self}", "an interval and a kernel of at least 2, and a share of at most 1",
-                               "correct the value")  # fmt: skip
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise SpecaufError(
-                f"{self.linear_num_value_heads} linear value heads over {self.linear_num_key_heads} key heads",
-                "a multiple",
-                "change one of the two",
-            )
-
-    @property
-    def channels(self) -> int:
-        """C: of queries, keys and values of a linear layer, which a convolution mixes."""
-        keys = self.linear_num_key_heads * self.linear_key_head_dim
-        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
-
-    @property
-    def state(self) -> tuple[int, int, int]:
-        """H, Dk, Dv."""
-        return self.linear_num_value_heads, self.linear_key_head_dim, self.linear_value_head_dim
+_OF_KINDS = {
+    "experts": ("qwen3_moe", "qwen3_5_moe", "qwen3_next", "gpt_oss"),
+    "hybrid": ("qwen3_5", "qwen3_5_moe", "qwen3_next"),
+}
+"""What targets of these kinds have, and no others."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Architecture of a causal language model: Qwen3, Qwen2.5, Llama 3, Qwen3-MoE or Qwen3.5."""
+    """Architecture of a causal language model; `specauf_jax.models.families` has a file of each kind."""
 
     convolution: ClassVar[None] = None
     """Of a drafter's layers alone."""
 
     model_type: ModelType = "qwen3"
-    """The qwen3 kinds norm queries and keys per head, qwen2 adds biases to q, k and v, llama does neither."""
+    """What its layers are made of: `specauf_jax.parts.BLOCKS`."""
     vocab_size: int = 2048
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -149,46 +54,58 @@ class Target:
     max_position_embeddings: int = 32_768
     tie_word_embeddings: bool = True
     experts: Annotated[Experts | None, tyro.conf.Suppress] = None
-    """Of qwen3_moe; others have one MLP a layer, of intermediate_size."""
+    """Where layers have a mixture of them; others have one MLP a layer, of intermediate_size."""
     hybrid: Annotated[Hybrid | None, tyro.conf.Suppress] = None
-    """Of qwen3_5."""
+    """Where most layers have linear attention."""
+    layer_types: Annotated[tuple[LayerType, ...] | None, tyro.conf.Suppress] = None
+    """Attention of each layer (gemma3, gpt_oss); None makes all of them full_attention."""
+    sliding_window: Annotated[int | None, tyro.conf.Suppress] = None
+    """Of sliding_attention layers: a token sees itself and the sliding_window - 1 positions before it."""
+    rope_local_base_freq: Annotated[float | None, tyro.conf.Suppress] = None
+    """RoPE's base of sliding_attention layers, which is not scaled; None for that of all (gemma3)."""
+    query_pre_attn_scalar: Annotated[float | None, tyro.conf.Suppress] = None
+    """Scores are divided by its root; None takes head_dim (gemma3)."""
 
     def __post_init__(self):
         choice(self, "model_type", typing.get_args(ModelType))
-        for kind, name in (("qwen3_moe", "experts"), ("qwen3_5", "hybrid")):
-            if (self.model_type == kind) != (getattr(self, name) is not None):
+        for name, kinds in _OF_KINDS.items():
+            if (self.model_type in kinds) != (getattr(self, name) is not None):
                 raise SpecaufError(f"model_type {self.model_type} and {name} {getattr(self, name)}",
-                                   f"{name} of a {kind}, and of no other",
+                                   f"{name} of {' or '.join(kinds)}, and of no other",
                                    f"choose another model_type, or say {name} in a recipe")  # fmt: skip
         if self.num_hidden_layers % self.period:
             raise SpecaufError(f"{self.num_hidden_layers} layers with full attention in every {self.period}th",
                                "a multiple", "use another model")  # fmt: skip
         positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         positive(self, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings")
+        positive(self, "sliding_window", "rope_local_base_freq", "query_pre_attn_scalar")
         _check_heads(self)
+        _check_layer_types(self, "")
         if self.rotary_dim % 2:
             raise SpecaufError(f"RoPE turns {self.rotary_dim} numbers of a head", "an even number (it turns pairs)",
                                "correct partial_rotary_factor")  # fmt: skip
 
     @property
-    def qk_norm(self) -> bool:
-        """RMSNorm of every head's queries and keys."""
-        return self.model_type in ("qwen3", "qwen3_moe", "qwen3_5")
+    def block(self) -> Block:
+        """What its layers are made of."""
+        return BLOCKS[self.model_type]
 
     @property
     def period(self) -> int:
-        """Layers after which their kinds come again."""
+        """Layers after which their kinds of parameters come again."""
         return self.hybrid.full_attention_interval if self.hybrid else 1
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer the tokens that a token sees, itself included; None for all."""
+        if self.layer_types is None:
+            return (None,) * self.num_hidden_layers
+        return _windows(self.layer_types, self.sliding_window)
 
     @property
     def rotary_dim(self) -> int:
         """Numbers of a head that RoPE turns, the first ones."""
         return int(self.head_dim * self.hybrid.partial_rotary_factor) if self.hybrid else self.head_dim
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Biases of q_proj, k_proj and v_proj."""
-        return self.model_type == "qwen2"
 
     @property
     def context_length(self) -> int:
@@ -438,11 +355,11 @@ class ResolvedDrafter:
     num_target_layers: int | None = None
     """None where a file does not tell it."""
 
-    qk_norm: ClassVar[bool] = True
-    qkv_bias: ClassVar[bool] = False
+    block: ClassVar[Block] = BLOCKS["qwen3"]
     experts: ClassVar[None] = None
     hybrid: ClassVar[None] = None
     period: ClassVar[int] = 1
+    query_pre_attn_scalar: ClassVar[None] = None
 
     def __post_init__(self):
         check_drafter(self)
@@ -459,7 +376,7 @@ class ResolvedDrafter:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each layer the tokens a slot sees, itself included; None for all."""
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        return _windows(self.layer_types, self.sliding_window)
 
     @property
     def first_slot(self) -> int:
@@ -489,29 +406,38 @@ def check_drafter(drafter: Drafter | ResolvedDrafter) -> None:
         )
     if None not in (drafter.num_attention_heads, drafter.num_key_value_heads, drafter.head_dim):
         _check_heads(drafter)
-    types = drafter.layer_types or ()
-    for kind in types:
-        if kind not in typing.get_args(LayerType):
-            raise SpecaufError(
-                f"drafter.layer_types has {kind!r}", f"{' or '.join(typing.get_args(LayerType))}", "correct it"
-            )
-    if types and len(types) != drafter.num_hidden_layers:
-        raise SpecaufError(
-            f"{len(types)} drafter.layer_types for {drafter.num_hidden_layers} layers", "one for each", "correct it"
-        )
-    if "sliding_attention" not in types:
+    _check_layer_types(drafter, "drafter.")
+    if "sliding_attention" not in (drafter.layer_types or ()):
         return
-    if drafter.sliding_window is None:
-        raise SpecaufError(
-            "drafter.layer_types has sliding_attention, but there is no sliding_window",
-            "the window in tokens",
-            "set --drafter.sliding-window",
-        )
+    assert drafter.sliding_window is not None
     if drafter.sliding_window < drafter.block_size:
         raise SpecaufError(  # no two systems agree on which slots of its own block such a window hides
             f"drafter.sliding_window is {drafter.sliding_window}, shorter than a block",
             f"at least block_size, {drafter.block_size}",
             "lengthen the window",
+        )
+
+
+def _windows(types: tuple[LayerType, ...], window: int | None) -> tuple[int | None, ...]:
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _check_layer_types(config, where: str) -> None:
+    types = config.layer_types or ()
+    for kind in types:
+        if kind not in typing.get_args(LayerType):
+            raise SpecaufError(
+                f"{where}layer_types has {kind!r}", f"{' or '.join(typing.get_args(LayerType))}", "correct it"
+            )
+    if types and len(types) != config.num_hidden_layers:
+        raise SpecaufError(
+            f"{len(types)} {where}layer_types for {config.num_hidden_layers} layers", "one for each", "correct it"
+        )
+    if "sliding_attention" in types and config.sliding_window is None:
+        raise SpecaufError(
+            f"{where}layer_types has sliding_attention, but there is no sliding_window",
+            "the window in tokens",
+            "set --drafter.sliding-window" if where else "add sliding_window",
         )
 
 
@@ -524,37 +450,3 @@ def _check_heads(config) -> None:
         )
     if config.head_dim % 2:
         raise SpecaufError(f"head_dim is {config.head_dim}", "an even number (RoPE turns pairs)", "change head_dim")
-
-
-_QWEN3 = Target(vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36,
-                num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=1e6,
-                max_position_embeddings=40_960, tie_word_embeddings=False)  # fmt: skip
-KNOWN_TARGETS = {
-    "Qwen3-4B": dataclasses.replace(_QWEN3, hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
-    "Qwen3-8B": _QWEN3,
-    "Qwen3-32B": dataclasses.replace(
-        _QWEN3, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64
-    ),
-    "Qwen3-30B-A3B": dataclasses.replace(
-        _QWEN3,
-        model_type="qwen3_moe",
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=48,
-        num_key_value_heads=4,
-        experts=Experts(128, 8, 768, True),
-    ),
-    "Qwen3.5-9B": dataclasses.replace(
-        _QWEN3,
-        model_type="qwen3_5",
-        vocab_size=248_320,
-        num_hidden_layers=32,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=256,
-        rope_theta=1e7,
-        max_position_embeddings=262_144,
-        hybrid=Hybrid(4, 16, 32, 128, 128, 4, 0.25),
-    ),
-}
-"""Architectures of published targets, for what needs no weights (their config.json on Hugging Face)."""

@@ -20,7 +20,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from specauf_jax import cli
-from specauf_jax.architecture import KNOWN_TARGETS, Drafter, Experts, Hybrid
+from specauf_jax.architecture import Drafter
 from specauf_jax.commands import compile as command
 from specauf_jax.config import Objective
 from specauf_jax.decoding.generate import decode_round, start
@@ -29,11 +29,13 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure, read_buffers, read_collectives
 from specauf_jax.evaluation.xla_time import read_cycles
 from specauf_jax.flops import needed_flops, pretrain_flops, round_flops, step_flops
+from specauf_jax.known_targets import KNOWN_TARGETS
 from specauf_jax.models import hf_target
 from specauf_jax.models.delta import Tokens, delta_rule
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_shapes
+from specauf_jax.parts import Experts, Hybrid
 from specauf_jax.sharding import parameter_sharding, rows_at
 from specauf_jax.training.loss import LossConfig, loss_sums
 

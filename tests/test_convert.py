@@ -12,7 +12,6 @@ from gguf_files import ALPHABET, CONTROL, END, NORMAL, START, TOKENS, TURN_END, 
 from safetensors.numpy import load_file
 
 from specauf_jax import cli, files
-from specauf_jax.architecture import RopeScaling
 from specauf_jax.data import gguf_tokenizer
 from specauf_jax.data.chat import encode_prompt
 from specauf_jax.data.tokenizer import CHATML, load_tokenizer
@@ -24,6 +23,7 @@ from specauf_jax.models.gguf import open_gguf, read_architecture
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import TargetStep
 from specauf_jax.models.weights import load_target, target_config
+from specauf_jax.parts import RopeScaling
 
 KINDS = {"llama": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "llama, tied": {"tie_word_embeddings": True},
          "qwen2, linear": {"rope_scaling": RopeScaling("linear", 4.0)},

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 
-from specauf_jax.architecture import Experts
 from specauf_jax.config import Mesh
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
@@ -18,6 +17,7 @@ from specauf_jax.models.experts import mix_experts, route
 from specauf_jax.models.hf_target import read_target, write_target
 from specauf_jax.models.target import TargetStep, target_features, target_head, target_hidden
 from specauf_jax.models.weights import load_target, save_target
+from specauf_jax.parts import Experts
 from specauf_jax.sharding import make_mesh
 
 B, T, D, F, X = 2, 7, 6, 5, 8
@@ -32,6 +32,10 @@ def target_params(config):
     params = tiny.target_params(config)
     params["layers"]["mlp"]["gate"]["kernel"] *= 2.0
     return params
+
+
+def kernels(gate, up, down):
+    return {name: {"kernel": x} for name, x in (("gate_proj", gate), ("up_proj", up), ("down_proj", down))}
 
 
 def by_loops(x, logits, config, gate, up, down):
@@ -59,7 +63,9 @@ def test_experts_are_those_of_a_loop(norm, chosen, favoured):
     matrices = [rng.standard_normal(shape) for shape in ((X, D, F), (X, D, F), (X, F, D))]
     config = Experts(X, chosen, F, norm)
     single = [jnp.asarray(a, jnp.float32) for a in (x, *matrices)]
-    found = mix_experts(single[0], *route(jnp.asarray(logits, jnp.float32), config), *single[1:])
+    found = mix_experts(
+        single[0], *route(jnp.asarray(logits, jnp.float32), config), kernels(*single[1:]), config=config
+    )
     assert tiny.largest_difference(found, by_loops(x, logits, config, *matrices)) < 1e-5
 
 

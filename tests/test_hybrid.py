@@ -11,7 +11,6 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from specauf_jax.architecture import Hybrid
 from specauf_jax.config import Mesh, Objective, Optimisation, Sampling
 from specauf_jax.data.tokenizer import stop_token_ids
 from specauf_jax.decoding.generate import generate
@@ -23,6 +22,7 @@ from specauf_jax.models.delta import CHUNK, Tokens, delta_rule, settle
 from specauf_jax.models.hf_target import read_target, text_config, write_target
 from specauf_jax.models.target import HybridStep, TargetStep, target_features, target_head, target_hidden, target_step
 from specauf_jax.models.weights import load_target, save_drafter, save_target, target_tensors
+from specauf_jax.parts import Hybrid
 from specauf_jax.sharding import make_mesh
 from specauf_jax.training.loss import LossConfig, loss_fn
 from specauf_jax.training.step import make_optimizer

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from specauf_jax.architecture import RopeScaling
 from specauf_jax.models.rope import apply_rope, rope_angles, rope_frequencies
+from specauf_jax.parts import RopeScaling
 
 LLAMA = RopeScaling(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

@@ -28,7 +28,9 @@ LAYERS = (
     ),
     *(
         "objectives",
+        "parts",
         "architecture",
+        "known_targets",
         "flops",
         "kernels",
         "models",

@@ -13,7 +13,6 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from specauf_jax.architecture import RopeScaling
 from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.models.heads import make_head
 from specauf_jax.models.heads.dflash import DFlash
@@ -26,6 +25,7 @@ from specauf_jax.models.weights import (
     save_target,
     target_config,
 )
+from specauf_jax.parts import RopeScaling
 
 TARGET = tiny.target_config()
 DRAFTER = tiny.drafter_config()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.checks import unused
 from specauf_jax.commands.benchmark_train_settings import BenchmarkTrain
 from specauf_jax.commands.loading import drafter_to_train, load_target_with_bar
@@ -27,6 +27,7 @@ from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.evaluation.timing import spread
 from specauf_jax.files import as_path, output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, needed_flops, step_flops
+from specauf_jax.known_targets import KNOWN_TARGETS
 from specauf_jax.models.layers import cast
 from specauf_jax.models.target import Head, init_target, target_head
 from specauf_jax.models.weights import load_drafter, target_config

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from specauf_jax.architecture import KNOWN_TARGETS, ResolvedDrafter, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.commands.compile_settings import Compile
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.decoding.generate import decode_round
@@ -27,6 +27,7 @@ from specauf_jax.evaluation.xla_time import read_cycles
 from specauf_jax.files import output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
 from specauf_jax.kernels.attention import TILE
+from specauf_jax.known_targets import KNOWN_TARGETS
 from specauf_jax.models.drafter import drafter_shapes
 from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.target import target_shapes, target_step

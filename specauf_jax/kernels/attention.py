@@ -19,7 +19,7 @@ TILE, TILE_ON_CPU, TILE_ON_GPU = 512, 64, 4096  # positions of the cache whose s
 
 
 @jax.named_scope("attention")
-def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.Array:
+def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None, sinks=None) -> jax.Array:
     """Softmax attention with grouped key/value heads. Has no gradient.
 
     Args:
@@ -29,6 +29,7 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
       start, stop: int `[B, T]`; a query that sees nothing gets 0.
       own: keys and values `[B, T, G, E]` that are not in the cache, and bool `[B, T, T]`, which of them each query
         sees; None for none.
+      sinks: `[H]`, a score beside those of what is seen, whose share of the softmax goes nowhere; None for none.
 
     Returns:
       `[B, T, H, E]` in q's dtype.
@@ -37,16 +38,17 @@ def cached_attention(q, cache_k, cache_v, layer, start, stop, own=None) -> jax.A
     rows, heads = rows_spec(mesh, B), heads_spec(mesh, B, G, 2)
     cache = PartitionSpec(None, *heads_spec(mesh, B, G, 1))
     own_specs = None if own is None else (heads, heads, rows)
-    specs = (heads, cache, cache, PartitionSpec(), rows, rows, own_specs)
+    of_heads = None if sinks is None else PartitionSpec(heads[2])
+    specs = (heads, cache, cache, PartitionSpec(), rows, rows, own_specs, of_heads)
 
     def run(*arrays):
         cpu, gpu, tpu = (functools.partial(_attend, most=most) for most in (TILE_ON_CPU, TILE_ON_GPU, TILE))
         return lax.platform_dependent(*arrays, cpu=cpu, cuda=gpu, default=tpu)
 
-    return per_device(run, mesh, specs, heads)(q, cache_k, cache_v, jnp.asarray(layer), start, stop, own)
+    return per_device(run, mesh, specs, heads)(q, cache_k, cache_v, jnp.asarray(layer), start, stop, own, sinks)
 
 
-def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
+def _attend(q, cache_k, cache_v, layer, start, stop, own, sinks, *, most: int):
     """`cached_attention` of what one device holds, in tiles of at most so many positions."""
     (B, T, H, E), (G, S) = q.shape, cache_k.shape[2:4]
     size = min(most, S)
@@ -69,7 +71,11 @@ def _attend(q, cache_k, cache_v, layer, start, stop, own, *, most: int):
         return absorb(state, queries, keys, values, seen(visible))
 
     first, last = jnp.where(stop > start, start, S).min() // size, -(-jnp.minimum(stop, S).max() // size)
-    _, total, mixed = tile(0, state) if size == S else lax.fori_loop(first, last, tile, state)
+    peak, total, mixed = tile(0, state) if size == S else lax.fori_loop(first, last, tile, state)
+    if sinks is not None:  # [H] → [G, T·H/G], in the order of the queries
+        scores = jnp.tile(sinks.astype(jnp.float32).reshape(G, -1), (1, T))
+        new = jnp.maximum(peak, scores)
+        total, mixed = jnp.exp(peak - new) * total + jnp.exp(scores - new), jnp.exp(peak - new)[..., None] * mixed
     mixed = (mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]).astype(q.dtype)
     return mixed.reshape(B, G, T, H // G, E).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 

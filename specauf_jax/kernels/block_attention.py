@@ -42,20 +42,28 @@ def block_attention(q, k, v, context_k, context_v, start, stop, keep, window=Non
     return with_gradient(_forward, _backward)(q, k, v, context_k, context_v, ranges)
 
 
-def causal_attention(q, k, v, start) -> jax.Array:
-    """Attention of packed rows: every token is a block of one slot, and sees its document up to itself.
+def causal_attention(q, k, v, start, sinks=None) -> jax.Array:
+    """Attention of packed rows: every token is a block of one slot, and sees a range that ends with itself.
 
     Args:
       q: `[B, S, H, E]`.
       k, v: `[B, S, G, E]`, H a multiple of G.
-      start: int32 `[B, S]`, first index of each token's document.
+      start: int32 `[B, S]`, first index that each token sees: of its document, or of its window.
+      sinks: `[H]`, a score beside those of what is seen, whose share of the softmax goes nowhere; None for none. With
+        sinks there is no gradient.
 
     Returns:
       `[B, S, H, E]` in q's dtype.
     """
     index = jnp.broadcast_to(jnp.arange(start.shape[1], dtype=start.dtype), start.shape)
     own = q[:, :, None], k[:, :, None], v[:, :, None]
-    return block_attention(*own, k, v, start, index, jnp.ones_like(index, bool))[:, :, 0]
+    everything = jnp.ones_like(index, bool)
+    if sinks is None:
+        return block_attention(*own, k, v, start, index, everything)[:, :, 0]
+    with jax.named_scope("attention"):
+        mixed, lse = _forward(*own, k, v, visible_ranges(start, index, everything, 1))
+        share = jax.nn.sigmoid(lse - sinks.astype(jnp.float32))
+        return (mixed * share[..., None]).astype(q.dtype)[:, :, 0]
 
 
 def visible_ranges(start, stop, keep, slots: int, window=None) -> jax.Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from specauf_jax.architecture import Hybrid
+from specauf_jax.parts import Hybrid
 from specauf_jax.pytrees import pytree
 
 CHUNK = 64  # tokens
@@ -39,10 +39,14 @@ class GatedDeltaNet(nnx.Module):
         def linear(inputs: int, outputs: int):
             return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=normal, rngs=rngs)
 
-        self.in_proj_qkv = linear(D, self.shape.channels)
-        self.in_proj_z = linear(D, values)
-        self.in_proj_b = linear(D, H)
-        self.in_proj_a = linear(D, H)
+        if self.shape.interleaved:
+            self.in_proj_qkvz = linear(D, self.shape.channels + values)
+            self.in_proj_ba = linear(D, 2 * H)
+        else:
+            self.in_proj_qkv = linear(D, self.shape.channels)
+            self.in_proj_z = linear(D, values)
+            self.in_proj_b = linear(D, H)
+            self.in_proj_a = linear(D, H)
         width = (self.shape.linear_conv_kernel_dim, 1, self.shape.channels)
         self.conv1d = nnx.Dict(kernel=nnx.Param(normal(rngs.params(), width)))
         self.A_log = nnx.Param(jnp.log(jax.random.uniform(rngs.params(), (H,), minval=1e-3, maxval=16.0)))
@@ -53,11 +57,11 @@ class GatedDeltaNet(nnx.Module):
     def __call__(self, x, start):
         """`[B, S, D]` of packed rows → `[B, S, D]`; `start` int32 `[B, S]`, the first token of each one's document."""
         (B, S, _), W = x.shape, self.shape.linear_conv_kernel_dim
-        mixed = self.in_proj_qkv(x)
+        mixed, *parts, gate = self._projected(x)
         before = jnp.zeros((B, W - 1, mixed.shape[-1]), mixed.dtype)
-        q, tokens = self._tokens(x, self._convolved(mixed, before, jnp.arange(S) - start))
+        q, tokens = self._tokens(*parts, self._convolved(mixed, before, jnp.arange(S) - start))
         out, _ = delta_rule(q, tokens, self.empty_state(B), start)
-        return self._output(out, x)
+        return self._output(out, gate)
 
     def read(self, x, state, tail):
         """A block `[B, T, D]` after what `state` and `tail` hold, which stay as they are.
@@ -65,13 +69,25 @@ class GatedDeltaNet(nnx.Module):
         Returns:
           `[B, T, D]`, and what `settle` needs: the block's Tokens, and the convolution's inputs `[B, W-1+T, C]`.
         """
-        mixed = self.in_proj_qkv(x)
-        q, tokens = self._tokens(x, self._convolved(mixed, tail, jnp.full(x.shape[:2], len(tail[0]))))
+        mixed, *parts, gate = self._projected(x)
+        q, tokens = self._tokens(*parts, self._convolved(mixed, tail, jnp.full(x.shape[:2], len(tail[0]))))
         out, _ = delta_rule(q, tokens, state, jnp.zeros(x.shape[:2], jnp.int32))
-        return self._output(out, x), (tokens, jnp.concatenate([tail, mixed.astype(tail.dtype)], axis=1))
+        return self._output(out, gate), (tokens, jnp.concatenate([tail, mixed.astype(tail.dtype)], axis=1))
 
     def empty_state(self, B: int) -> jax.Array:
         return jnp.zeros((B, *self.shape.state), jnp.float32)
+
+    def _projected(self, x):
+        """What the convolution mixes `[B, T, C]`, a and b `[B, T, H]`, and gates of the output `[B, T, H · Dv]`."""
+        if not self.shape.interleaved:
+            return self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x), self.in_proj_z(x)
+        keys, (H, Dk, Dv) = self.shape.linear_num_key_heads, self.shape.state
+        of_key = H // keys  # value heads of a key head
+        found = self.in_proj_qkvz(x).reshape(*x.shape[:-1], keys, -1)
+        *parts, gate = jnp.split(found, (Dk, 2 * Dk, 2 * Dk + of_key * Dv), axis=-1)
+        b, a = jnp.split(self.in_proj_ba(x).reshape(*x.shape[:-1], keys, -1), 2, axis=-1)
+        flat = [part.reshape(*x.shape[:-1], -1) for part in (*parts, a, b, gate)]
+        return jnp.concatenate(flat[:3], axis=-1), *flat[3:]
 
     def _convolved(self, mixed, before, seen):
         """silu of the causal convolution over the last W inputs, of which a token sees `seen` before itself."""
@@ -81,7 +97,7 @@ class GatedDeltaNet(nnx.Module):
         taps = (jnp.where((seen >= W - 1 - j)[..., None], inputs[:, j : j + T] * kernel[j], 0.0) for j in range(W))
         return jax.nn.silu(sum(taps)).astype(mixed.dtype)
 
-    def _tokens(self, x, mixed) -> tuple[jax.Array, Tokens]:
+    def _tokens(self, a, b, mixed) -> tuple[jax.Array, Tokens]:
         """Queries `[B, T, H, Dk]`, and the rest."""
         shape = self.shape
         keys, Dk, Dv = shape.linear_num_key_heads * shape.linear_key_head_dim, *shape.state[1:]
@@ -89,15 +105,15 @@ class GatedDeltaNet(nnx.Module):
         q, k, v = (part.reshape(*part.shape[:-1], -1, size) for part, size in parts)
         q, k = (jnp.repeat(_of_length_one(x), v.shape[-2] // q.shape[-2], axis=-2) for x in (q, k))
         rate = jnp.exp(self.A_log[...].astype(jnp.float32))
-        g = -rate * jax.nn.softplus(self.in_proj_a(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        beta = jax.nn.sigmoid(self.in_proj_b(x)).astype(jnp.float32)
+        g = -rate * jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+        beta = jax.nn.sigmoid(b).astype(jnp.float32)
         return q * Dk**-0.5, Tokens(k=k, v=v.astype(jnp.float32), g=g, beta=beta)
 
-    def _output(self, out, x):
-        """`[B, T, H, Dv]`, gated by the layer's input x → `[B, T, D]`."""
-        gate = jax.nn.silu(self.in_proj_z(x).reshape(out.shape).astype(jnp.float32))
-        gated = (self.norm(out.astype(x.dtype)) * gate).astype(x.dtype)
-        return self.out_proj(gated.reshape(*x.shape[:-1], -1))
+    def _output(self, out, gate):
+        """`[B, T, H, Dv]`, gated by `[B, T, H · Dv]` → `[B, T, D]`."""
+        normed = self.norm(out.astype(gate.dtype))
+        gated = normed * jax.nn.silu(gate.reshape(out.shape).astype(jnp.float32))
+        return self.out_proj(gated.astype(gate.dtype).reshape(gate.shape))
 
 
 def delta_rule(q, tokens: Tokens, state, start) -> tuple[jax.Array, jax.Array]:

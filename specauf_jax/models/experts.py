@@ -1,4 +1,4 @@
-"""A mixture of experts in the place of a layer's MLP (Qwen3-MoE): every token meets the few that its router chooses.
+"""A mixture of experts in the place of a layer's MLP: every token meets the few that its router chooses.
 
 No token is dropped. The choices of all tokens lie in the order of their experts, and `jax.lax.ragged_dot` (on TPU a
 kernel of its own) multiplies each stretch by its expert's matrices. On a mesh, experts are spread over `tensor`: each
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from specauf_jax.architecture import Experts
+from specauf_jax.parts import Experts
 from specauf_jax.sharding import experts_spec, mesh_of, per_device, rows_spec
 
 
@@ -20,34 +20,45 @@ class SparseMLP(nnx.Module):
     """Parameters under Hugging Face's names; the experts' matrices are stacked."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal(0.02)
-        self.experts = ExpertMatrices(config.hidden_size, config.experts, rngs=rngs)
-        self.gate = nnx.Linear(
-            config.hidden_size, config.experts.num_experts, use_bias=False, kernel_init=normal, rngs=rngs
-        )
         self.config: Experts = config.experts
+        limited, normal = self.config.swiglu_limit is not None, nnx.initializers.normal(0.02)
+        router = nnx.Linear(
+            config.hidden_size, self.config.num_experts, use_bias=limited, kernel_init=normal, rngs=rngs
+        )
+        self.router: nnx.Linear | None = router if limited else None
+        self.gate: nnx.Linear | None = None if limited else router
+        self.experts = expert_matrices(config.hidden_size, self.config, rngs)
 
     @jax.named_scope("experts")
     def __call__(self, x):
         """`[B, T, D]` → `[B, T, D]`."""
-        weights, chosen = route(self.gate(x), self.config)
-        kernels = [m["kernel"][...] for m in (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)]
+        weights, chosen = route((self.gate or self.router)(x), self.config)
+        matrices = jax.tree.map(lambda param: param[...], nnx.to_pure_dict(nnx.state(self.experts, nnx.Param)))
         mesh = mesh_of(x)
         rows, spread = rows_spec(mesh, len(x)), experts_spec(mesh, self.config.num_experts)
-        mixed = functools.partial(mix_experts, axis="tensor" if spread[0] else None)
-        return per_device(mixed, mesh, (rows, rows, rows, spread, spread, spread), rows)(x, weights, chosen, *kernels)
+        mixed = functools.partial(mix_experts, config=self.config, axis="tensor" if spread[0] else None)
+        return per_device(mixed, mesh, (rows, rows, rows, spread), rows)(x, weights, chosen, matrices)
 
 
-class ExpertMatrices(nnx.Module):
-    """gate_proj and up_proj `[X, D, F]`, down_proj `[X, F, D]`."""
+def expert_matrices(D: int, config: Experts, rngs: nnx.Rngs) -> nnx.Dict:
+    """gate_proj and up_proj `[X, D, F]`, or one of both `[X, D, 2F]`; down_proj `[X, F, D]`; gpt-oss's biases.
 
-    def __init__(self, D: int, config: Experts, *, rngs: nnx.Rngs):
-        X, F = config.num_experts, config.moe_intermediate_size
+    gpt-oss has the numbers of both side by side, others one part behind the other.
+    """
+    X, F = config.num_experts, config.moe_intermediate_size
+    sizes = {"gate_up_proj": (D, 2 * F)} if config.fused else {"gate_proj": (D, F), "up_proj": (D, F)}
+    sizes["down_proj"] = (F, D)
+    limited = config.swiglu_limit is not None
+    # In files one tensor of an expert each, or all experts' in one, [out, in]; gpt-oss has [in, out] and no name more.
+    leaf = "kernel" if not config.fused else "matrices"
 
-        def matrices(shape):
-            return nnx.Dict(kernel=nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), shape)))
+    def matrices(shape):
+        param = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (X, *shape)))
+        return param if limited else nnx.Dict({leaf: param})
 
-        self.gate_proj, self.up_proj, self.down_proj = matrices((X, D, F)), matrices((X, D, F)), matrices((X, F, D))
+    found = {name: matrices(shape) for name, shape in sizes.items()}
+    biases = {f"{name}_bias": nnx.Param(jnp.zeros((X, shape[1]))) for name, shape in sizes.items() if limited}
+    return nnx.Dict(found | biases)
 
 
 def route(logits: jax.Array, config: Experts) -> tuple[jax.Array, jax.Array]:
@@ -66,29 +77,48 @@ def route(logits: jax.Array, config: Experts) -> tuple[jax.Array, jax.Array]:
     return weights.astype(logits.dtype), chosen
 
 
-def mix_experts(x, weights, chosen, gate, up, down, axis: str | None = None) -> jax.Array:
+def mix_experts(x, weights, chosen, matrices: dict, *, config: Experts, axis: str | None = None) -> jax.Array:
     """Σ_j weight_j · down_j(silu(gate_j(x)) · up_j(x)) over each token's chosen experts.
 
     Args:
       x: `[B, T, D]`.
       weights: `[B, T, k]`.
       chosen: int32 `[B, T, k]`, of all experts.
-      gate, up, down: `[X, D, F]` twice and `[X, F, D]`; where `axis` is given, this device's part of all experts.
+      matrices: as of `expert_matrices`; where `axis` is given, this device's part of all experts.
+      config: what they compute.
       axis: of the mesh, that experts are spread over.
 
     Returns:
       `[B, T, D]`.
     """
-    X, k, own = len(gate), chosen.shape[-1], chosen.reshape(-1)
+    k, own = chosen.shape[-1], chosen.reshape(-1)
+    X = len(jax.tree.leaves(matrices)[0])
     if axis is not None:
         own = own - lax.axis_index(axis) * X
         own = jnp.where((own >= 0) & (own < X), own, X)  # others' come last, and no expert here sees them
     order = jnp.argsort(own)
     sizes = jnp.bincount(own, length=X).astype(jnp.int32)
     rows = x.reshape(-1, x.shape[-1])[order // k]
-    inner = jax.nn.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
-    said = lax.ragged_dot(inner, down, sizes)[jnp.argsort(order)]
+
+    def product(name: str, rows):
+        result = lax.ragged_dot(rows, jax.tree.leaves(matrices[name])[0], sizes)
+        bias = matrices.get(f"{name}_bias")
+        return result if bias is None else result + bias[jnp.minimum(own[order], X - 1)]
+
+    names = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+    parts = [product(name, rows) for name in names]
+    said = product("down_proj", _gated(parts, config))[jnp.argsort(order)]
     if axis is not None:
         said = jnp.where((own < X)[:, None], said, 0)
     mixed = (weights[..., None] * said.reshape(*chosen.shape, -1)).sum(axis=-2)
     return mixed if axis is None else lax.psum(mixed, axis)
+
+
+def _gated(parts: list[jax.Array], config: Experts) -> jax.Array:
+    """What an expert multiplies with down_proj, of `[M, F]` twice or of one `[M, 2F]`."""
+    if config.swiglu_limit is None:
+        gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
+        return jax.nn.silu(gate) * up
+    most = config.swiglu_limit
+    gate, up = jnp.minimum(parts[0][..., ::2], most), jnp.clip(parts[0][..., 1::2], -most, most)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)

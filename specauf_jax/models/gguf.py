@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from specauf_jax.architecture import RopeScaling, Target
+from specauf_jax.architecture import Target
 from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.files import as_path, local_copy
 from specauf_jax.models.hf_target import TARGET_ARCHITECTURES, read_target
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.weights import target_tensors
+from specauf_jax.parts import RopeScaling
 
 _SIZES = {
     "hidden_size": "embedding_length",

@@ -6,7 +6,7 @@ differently (another activation, biases, a quantised file) is refused.
 
 import dataclasses
 
-from specauf_jax.architecture import Experts, Hybrid, Target
+from specauf_jax.architecture import Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.hf_keys import check_keys
 from specauf_jax.models.hf_values import (
@@ -23,6 +23,7 @@ from specauf_jax.models.hf_values import (
     shared_fields,
     shared_json,
 )
+from specauf_jax.parts import Experts, Hybrid
 
 TARGET_ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama",
                         "Qwen3MoeForCausalLM": "qwen3_moe", "Qwen3_5ForCausalLM": "qwen3_5",

@@ -4,8 +4,9 @@ import dataclasses
 import math
 import typing
 
-from specauf_jax.architecture import ResolvedDrafter, RopeScaling, RopeType, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.errors import SpecaufError
+from specauf_jax.parts import RopeScaling, RopeType
 
 _MOST = 2**31 - 1
 MOST_LAYERS = 4096
@@ -97,7 +98,7 @@ def shared_json(config: Target | ResolvedDrafter, model_type: str) -> dict:
     return {name: getattr(config, name) for name in (*SIZES, "rms_norm_eps")} | {
         "model_type": model_type,
         "hidden_act": "silu",
-        "attention_bias": config.qkv_bias,
+        "attention_bias": config.block.qkv_bias,
         "attention_dropout": 0.0,
         "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
         "use_sliding_window": window is not None,

@@ -1,4 +1,4 @@
-"""The building blocks of the Qwens and Llama in Flax NNX, shared by target and drafter.
+"""The building blocks of all targets and drafters in Flax NNX.
 
 Modules are thin: they hold parameters and say how a token's vector is transformed. What a query
 may see is the caller's business, passed in as a function. Compute precision is that of the
@@ -74,32 +74,33 @@ class CentredNorm(nnx.Module):
 
 def rms_norm(config, D: int, rngs: nnx.Rngs) -> nnx.Module:
     """A norm of a target's or drafter's kind."""
-    kind = CentredNorm if config.hybrid else nnx.RMSNorm
+    kind = CentredNorm if config.block.centred else nnx.RMSNorm
     return kind(D, epsilon=config.rms_norm_eps, rngs=rngs)
 
 
 class Attention(nnx.Module):
-    """Projections of grouped-query attention.
-
-    Qwen3 norms queries and keys per head, Qwen2.5 has biases, Qwen3.5 gates what heads have mixed.
-    """
+    """Projections of grouped-query attention, with what `specauf_jax.parts.Block` says of it."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
-        D, E, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.head_dim, self.gated = E, config.hybrid is not None
-        self.q_proj = _linear(D, config.num_attention_heads * E * (1 + self.gated), rngs, bias)
-        self.k_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
-        self.v_proj = _linear(D, config.num_key_value_heads * E, rngs, bias)
-        self.o_proj = _linear(config.num_attention_heads * E, D, rngs)
-        self.q_norm: nnx.Module | None = rms_norm(config, E, rngs) if config.qk_norm else None
-        self.k_norm: nnx.Module | None = rms_norm(config, E, rngs) if config.qk_norm else None
+        D, E, block, H = config.hidden_size, config.head_dim, config.block, config.num_attention_heads
+        self.head_dim, self.gated, self.scalar = E, block.gated, config.query_pre_attn_scalar
+        self.q_proj = _linear(D, H * E * (1 + self.gated), rngs, block.qkv_bias)
+        self.k_proj = _linear(D, config.num_key_value_heads * E, rngs, block.qkv_bias)
+        self.v_proj = _linear(D, config.num_key_value_heads * E, rngs, block.qkv_bias)
+        self.o_proj = _linear(H * E, D, rngs, block.output_bias)
+        self.q_norm: nnx.Module | None = rms_norm(config, E, rngs) if block.qk_norm else None
+        self.k_norm: nnx.Module | None = rms_norm(config, E, rngs) if block.qk_norm else None
+        self.sinks: nnx.Param | None = nnx.Param(jnp.zeros(H)) if block.sinks else None
 
     def queries(self, x, angles):
         """`[..., D]` → `[..., H, E]`, and the gates of what heads will mix, as many; None without."""
         found = self.q_proj(x)
         found = found.reshape(*found.shape[:-1], -1, self.head_dim * (1 + self.gated))
         queries, gates = jnp.split(found, 2, axis=-1) if self.gated else (found, None)
-        return apply_rope(self._normed(self.q_norm, queries), angles), gates
+        queries = apply_rope(self._normed(self.q_norm, queries), angles)
+        if self.scalar is not None:
+            queries *= (self.head_dim / self.scalar) ** 0.5  # attention divides scores by the root of head_dim
+        return queries, gates
 
     def keys_values(self, x, angles):
         """`[..., D]` → keys and values, `[..., G, E]` each."""
@@ -118,17 +119,35 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) · up(x)), of width F."""
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.intermediate_size
+    def __init__(self, config, F: int, *, rngs: nnx.Rngs):
+        D = config.hidden_size
         self.gate_proj = _linear(D, F, rngs)
         self.up_proj = _linear(D, F, rngs)
         self.down_proj = _linear(F, D, rngs)
+        self.activation = config.block.activation
 
     def __call__(self, x):
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(gated(gate, up) if self.activation == "silu" else jax.nn.gelu(gate) * up)
+
+
+class ExpertsMLP(SparseMLP):
+    """A mixture of experts, and where the model has one the expert that every token meets."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        shared = config.experts.shared_expert_intermediate_size
+        self.shared_expert: GatedMLP | None = shared and GatedMLP(config, shared, rngs=rngs)
+        self.shared_expert_gate: nnx.Linear | None = shared and _linear(config.hidden_size, 1, rngs)
+
+    def __call__(self, x):
+        mixed = super().__call__(x)
+        if self.shared_expert is None:
+            return mixed
+        return mixed + jax.nn.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
 
 class SlotConvolution(nnx.Module):
@@ -169,15 +188,21 @@ def _convolution(conv: SlotConvolution | None, h):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm Transformer layer, of linear attention if `linear`."""
+    """Pre-norm Transformer layer, of linear attention if `linear`.
+
+    With `outer_norms` four norms: before and after attention, before and after the MLP, under the names of Gemma 3.
+    """
 
     def __init__(self, config, *, linear: bool = False, rngs: nnx.Rngs):
-        D = config.hidden_size
+        D, outer = config.hidden_size, config.block.outer_norms
         self.input_layernorm = rms_norm(config, D, rngs)
         self.self_attn: Attention | None = None if linear else Attention(config, rngs=rngs)
         self.linear_attn: GatedDeltaNet | None = GatedDeltaNet(config, rngs=rngs) if linear else None
         self.post_attention_layernorm = rms_norm(config, D, rngs)
-        self.mlp = SwiGLU(config, rngs=rngs) if config.experts is None else SparseMLP(config, rngs=rngs)
+        self.pre_feedforward_layernorm: nnx.Module | None = rms_norm(config, D, rngs) if outer else None
+        self.post_feedforward_layernorm: nnx.Module | None = rms_norm(config, D, rngs) if outer else None
+        dense = config.experts is None
+        self.mlp = GatedMLP(config, config.intermediate_size, rngs=rngs) if dense else ExpertsMLP(config, rngs=rngs)
         shape = config.convolution
         self.attention_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
         self.mlp_conv: SlotConvolution | None = shape and SlotConvolution(D, *shape, rngs=rngs)
@@ -186,7 +211,7 @@ class DecoderLayer(nnx.Module):
         """Args:
           x: `[..., D]`.
           angles: of x's positions.
-          attend: (q, k, v of x) → (mixed `[..., H, E]`, anything).
+          attend: (q, k, v of x, and the heads' sinks where there are some) → (mixed `[..., H, E]`, anything).
           recur: of linear attention, (GatedDeltaNet, its input) → (its output `[..., D]`, anything).
 
         Returns:
@@ -197,15 +222,19 @@ class DecoderLayer(nnx.Module):
             output, beside = recur(self.linear_attn, normed)
         else:
             queries, gates = self.self_attn.queries(normed, angles)
-            mixed, beside = attend(queries, *self.self_attn.keys_values(normed, angles))
+            sinks = () if self.self_attn.sinks is None else (self.self_attn.sinks[...],)
+            mixed, beside = attend(queries, *self.self_attn.keys_values(normed, angles), *sinks)
             output = self.self_attn.output(mixed, gates)
+        if self.pre_feedforward_layernorm is not None:
+            x = x + self.post_attention_layernorm(output)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), beside
         x = x + convolved(output)
         normed, convolved = _convolution(self.mlp_conv, self.post_attention_layernorm(x))
         return x + convolved(self.mlp(normed)), beside
 
 
 class Period(nnx.Module):
-    """Layers of linear attention, stacked, and one of full attention after them (Qwen3.5)."""
+    """Layers of linear attention, stacked, and one of full attention after them (Qwen3.5, Qwen3-Next)."""
 
     def __init__(self, config, *, rngs: nnx.Rngs):
         count = config.hybrid.full_attention_interval - 1

@@ -1,4 +1,4 @@
-"""The target: a causal language model (Qwens, Llama 3), as pure functions of a parameter tree."""
+"""The target: a causal language model, as pure functions of a parameter tree."""
 
 import dataclasses
 from typing import Any
@@ -26,8 +26,11 @@ from specauf_jax.models.layers import (
     with_entries,
 )
 from specauf_jax.models.rope import rope_angles
+from specauf_jax.parts import RopeScaling
 from specauf_jax.pytrees import pytree
 from specauf_jax.sharding import spread_rows
+
+MOST_POSITIONS = 2**30  # in place of the window of a layer without one
 
 
 def _as_they_are(arrays, **_):
@@ -106,10 +109,11 @@ def target_hidden(params: dict, tokens, positions, document_ids, *, config: Targ
     model = module_of(CausalLM, config, params)
     run = _packed(positions, document_ids, config)
 
-    def body(x, layer, _):
-        return run(x, layer), None
+    def body(x, layer, i):
+        return run(x, layer, i), None
 
-    return model.norm(scan_layers(body, spread_rows(model.embed_tokens(tokens)), model.layers)[0])
+    numbers = jnp.arange(config.num_hidden_layers // config.period)
+    return model.norm(scan_layers(body, _embedded(model, tokens, config), model.layers, numbers)[0])
 
 
 @jax.named_scope("target")
@@ -132,15 +136,44 @@ def target_states(params: dict, tokens, positions, document_ids, *, config: Targ
     return features, model.norm(x)
 
 
+def _embedded(model: CausalLM, tokens, config: Target) -> jax.Array:
+    """`[B, T, D]`; Gemma's embeddings count for their root of D, rounded as they are."""
+    x = model.embed_tokens(tokens)
+    if config.model_type == "gemma3":
+        x *= jnp.asarray(config.hidden_size**0.5, x.dtype)
+    return spread_rows(x)
+
+
+def _angles_of_layers(positions, config: Target):
+    """Number of a layer → its RoPE angles: layers with a window may have a base of their own."""
+    angles = rope_angles(positions, config)
+    if config.rope_local_base_freq is None:
+        return lambda i: angles
+    local = rope_angles(
+        positions, dataclasses.replace(config, rope_theta=config.rope_local_base_freq, rope_scaling=RopeScaling())
+    )
+    slides = jnp.asarray([window is not None for window in config.windows])
+    return lambda i: jax.tree.map(lambda own, others: jnp.where(slides[i], own, others), local, angles)
+
+
+def _within_window(start, index, i, config: Target) -> jax.Array:
+    """First of what each token sees in layer i: int32 like `start`, which is that of a layer without a window."""
+    if not any(config.windows):
+        return start
+    windows = jnp.asarray([window or MOST_POSITIONS for window in config.windows], jnp.int32)
+    return jnp.maximum(start, index - (windows[i] - 1))
+
+
 def _packed(positions, document_ids, config: Target):
-    """(x `[B, S, D]`, layer) → x after it, of packed rows: nothing passes from a document to the next."""
-    angles, start = rope_angles(positions, config), document_starts(document_ids)
+    """(x `[B, S, D]`, layer, its number) → x after it, of packed rows: nothing passes from a document to the next."""
+    angles, start = _angles_of_layers(positions, config), document_starts(document_ids)
+    index = jnp.arange(start.shape[1], dtype=jnp.int32)
 
-    def attend(q, k, v):
-        return causal_attention(q, k, v, start), None
+    def run(x, layer, i):
+        def attend(q, k, v, sinks=None):
+            return causal_attention(q, k, v, _within_window(start, index, i, config), sinks), None
 
-    def run(x, layer):
-        return spread_rows(layer(x, angles, attend, lambda net, h: (net(h, start), None))[0])
+        return spread_rows(layer(x, angles(i), attend, lambda net, h: (net(h, start), None))[0])
 
     return run
 
@@ -148,11 +181,11 @@ def _packed(positions, document_ids, config: Target):
 def _tapped(model, tokens, positions, document_ids, config: Target, layer_ids, count: int):
     """The residual stream after `count` layers, `[B, S, D]`, and the taps, `[B, S, L·D]`."""
     run = _packed(positions, document_ids, config)
-    x = spread_rows(model.embed_tokens(tokens))
+    x = _embedded(model, tokens, config)
 
     def body(carry, layer, i):
         x, taps = carry
-        x = run(x, layer)
+        x = run(x, layer, i)
         return x, _tap(taps, x, i, layer_ids, count)
 
     x, taps = scan_first_layers(body, (x, _empty_taps(x, layer_ids, count)), model.layers, count)
@@ -182,7 +215,11 @@ class TargetStep:
     @jax.named_scope("target")
     def __call__(self, params, tokens, positions, cache: KVCache):
         def run(layer, x, angles, i, cache):
-            return layer(x, angles, lambda q, k, v: _read_chain(q, k, v, i, positions, cache))
+            def attend(q, k, v, sinks=None):
+                start = _within_window(jnp.zeros_like(positions), positions, i, self.config)
+                return _read_chain(q, k, v, sinks, i, start, positions, cache)
+
+            return layer(x, angles, attend)
 
         return _run(self, params, tokens, positions, run, cache)
 
@@ -201,13 +238,15 @@ class TargetStep:
         Returns:
           logits `[B, T, V]`, taps `[B, T, L·D]`, and what `keep` takes over: KVCache of `[N, B, T, G, E]`.
         """
-        start, stop = jnp.zeros_like(depths), jnp.broadcast_to(anchor, depths.shape)
+        stop = jnp.broadcast_to(anchor, depths.shape)
 
         def run(layer, x, angles, i, read):
-            def attend(q, k, v):
+            def attend(q, k, v, sinks=None):
                 own = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
                 kept = KVCache(k=read.k.at[i].set(own[0]), v=read.v.at[i].set(own[1]))
-                return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, sees)), kept
+                start = _within_window(jnp.zeros_like(depths), anchor + depths, i, self.config)
+                inside = sees & (depths[:, None] >= _within_window(-anchor, depths, i, self.config)[..., None])
+                return cached_attention(q, cache.k, cache.v, i, start, stop, (*own, inside), sinks), kept
 
             return layer(x, angles, attend)
 
@@ -254,7 +293,7 @@ class HybridStep:
             kv, unsettled = carry
 
             def attend(q, k, v):
-                mixed, written = _read_chain(q, k, v, i // period, positions, kv)
+                mixed, written = _read_chain(q, k, v, None, i // period, jnp.zeros_like(positions), positions, kv)
                 return mixed, (written, unsettled)
 
             def recur(net, h):
@@ -304,24 +343,23 @@ def target_step(config: Target, layer_ids: tuple[int, ...]) -> TargetStep | Hybr
     return (HybridStep if config.hybrid else TargetStep)(config, layer_ids)
 
 
-def _read_chain(q, k, v, i, positions, cache: KVCache):
-    """Attention of consecutive tokens over the cache's layer i, and the cache with their own entries."""
+def _read_chain(q, k, v, sinks, i, start, positions, cache: KVCache):
+    """Attention of consecutive tokens over the cache's layer i from `start` on, and the cache with their entries."""
     written = with_entries(cache, KVCache(k=k[None], v=v[None]), positions[:, 0], i)
     # Written, then read: what is read afterwards could not be written in place.
-    start, stop = jnp.zeros_like(positions), positions + 1
-    return cached_attention(q, written.k, written.v, i, start, stop), written
+    return cached_attention(q, written.k, written.v, i, start, positions + 1, sinks=sinks), written
 
 
 def _run(step: TargetStep | HybridStep, params, tokens, positions, run, carry):
     """All layers, each as it is told: `run` (layer, x, angles, its number, carry) → (x, carry)."""
     config, ids, count = step.config, step.layer_ids, step.config.num_hidden_layers
     model = module_of(CausalLM, config, params)
-    angles = rope_angles(positions, config)
-    x = spread_rows(model.embed_tokens(tokens))
+    angles = _angles_of_layers(positions, config)
+    x = _embedded(model, tokens, config)
 
     def body(all_, layer, i):
         x, taps, carry = all_
-        x, carry = run(layer, x, angles, i, carry)
+        x, carry = run(layer, x, angles(i), i, carry)
         x = spread_rows(x)
         return x, _tap(taps, x, i, ids, count), carry
 

@@ -25,7 +25,6 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specauf_jax.architecture import RopeScaling
 from specauf_jax.commands.convert import convert
 from specauf_jax.commands.convert_settings import Convert
 from specauf_jax.data.chat import encode_prompt
@@ -36,6 +35,7 @@ from specauf_jax.models.cpu import serving_params
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import TargetStep, target_head, target_hidden
 from specauf_jax.models.weights import load_target
+from specauf_jax.parts import RopeScaling
 
 TOLERANCE = 1e-5  # of the largest value
 VOCABULARY = len(gguf_files.TOKENS)

@@ -15,12 +15,12 @@ from engines import TpuInference, read_zlab, zlab_generate, zlab_hidden
 from peers import relative_error
 from test_drafters import NEW, asked, hidden_and_logits, trained
 
-from specauf_jax.architecture import RopeScaling
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.evaluation.doctor.engines import unserved_heads
 from specauf_jax.models.target import TargetStep, target_features, target_head
 from specauf_jax.models.weights import load_target, save_drafter, save_target
+from specauf_jax.parts import RopeScaling
 from specauf_jax.training.blocks import Batch
 
 TOLERANCE = 1e-5  # of max(1, largest value)

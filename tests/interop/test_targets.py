@@ -13,7 +13,7 @@ import torch
 from peers import relative_error
 from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
-from specauf_jax.architecture import Drafter, Experts, RopeScaling
+from specauf_jax.architecture import Drafter
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.models.drafter import init_drafter
@@ -21,6 +21,7 @@ from specauf_jax.models.resolve import resolve_drafter
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.target import target_features, target_head, target_hidden, target_step
 from specauf_jax.models.weights import load_target, save_target
+from specauf_jax.parts import Experts, RopeScaling
 
 TOLERANCE = 1e-5  # of the largest value
 T = 32

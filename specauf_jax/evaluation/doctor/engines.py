@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
-from specauf_jax.architecture import ResolvedDrafter, RopeScaling, Target
+from specauf_jax.architecture import ResolvedDrafter, Target
 from specauf_jax.evaluation.doctor.checks import Folder, agree
 from specauf_jax.evaluation.doctor.variants import Kind
 from specauf_jax.models.heads import head_settings
 from specauf_jax.models.hf_drafter import DRAFTER_ARCHITECTURES
+from specauf_jax.parts import RopeScaling
 
 Verdict = Literal["yes", "converted", "differently", "no"]
 """From the best to the worst; differently: it loads, but decodes by other conventions than the folder's."""
