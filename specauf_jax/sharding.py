@@ -31,6 +31,7 @@ _PARAMETER_AXES = {
     "o_proj": ("tensor", "fsdp"),
     "in_proj_qkv": ("fsdp", "tensor"),  # of linear attention, with the next two
     "in_proj_z": ("fsdp", "tensor"),
+    "in_proj_qkvz": ("fsdp", "tensor"),
     "out_proj": ("tensor", "fsdp"),
     "gate_proj": ("fsdp", "tensor"),
     "up_proj": ("fsdp", "tensor"),
@@ -108,7 +109,7 @@ def parameter_sharding(tree, mesh: jax.sharding.Mesh):
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         others = _OTHER_MATRICES if names[-1] == "kernel" else ()
         axes = next((_PARAMETER_AXES[name] for name in reversed(names) if name in _PARAMETER_AXES), others)
-        axes = _EXPERTS if "experts" in names else axes
+        axes = _EXPERTS[: 2 if names[-1].endswith("_bias") else 3] if "experts" in names else axes
         axes = axes if leaf.ndim else ()
         first = leaf.ndim - len(axes)  # behind the axis of stacked layers, which a scan takes apart
         held = [[] for _ in leaf.shape]

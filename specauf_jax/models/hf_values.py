@@ -92,15 +92,14 @@ def _rope_scaling(place: dict, values: dict, where: str) -> RopeScaling:
 
 def shared_json(config: Target | ResolvedDrafter, model_type: str) -> dict:
     """What a config.json says of any model; the inverse of `shared_fields`, with what goes without saying."""
-    windows = config.windows if isinstance(config, ResolvedDrafter) else (None,) * config.num_hidden_layers
-    window = next((w for w in windows if w), None)
+    window = next((w for w in config.windows if w), None)
     scaling = _rope_json(config.rope_scaling)
     return {name: getattr(config, name) for name in (*SIZES, "rms_norm_eps")} | {
         "model_type": model_type,
         "hidden_act": "silu",
         "attention_bias": config.block.qkv_bias,
         "attention_dropout": 0.0,
-        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in config.windows],
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "max_window_layers": config.num_hidden_layers,

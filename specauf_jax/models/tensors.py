@@ -2,8 +2,8 @@
 
 One rule of names serves every model: our tree's path is the tensor's name, `kernel` (transposed),
 `scale` and `embedding` are called `weight` in files, and the leading axis of stacked layers becomes
-the number after `layers.`, that of stacked experts the one after `experts.`. The heads' own exceptions stand in their
-files.
+the number after `layers.`, that of stacked experts' kernels the one after `experts.`; `matrices` (transposed) of all
+experts are one tensor, whose name ends before. The heads' own exceptions stand in their files.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ Progress = Callable[[int, int], None]
 def file_names(path, shape) -> list[str]:
     """Names of the tensors behind one leaf of our tree: one, or one per stacked layer, and expert of it."""
     *parts, last = [p.key for p in path]
-    parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
+    if last != "matrices":
+        parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
     stacks = _stacks(path)
     if not stacks:
         name = ".".join(parts)
@@ -55,7 +56,7 @@ def file_shapes(shapes: dict) -> dict[str, tuple]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         shape = leaf.shape[len(_stacks(path)) :]
         for name in file_names(path, leaf.shape):
-            found[name] = shape[::-1] if _is_transposed(path) else shape
+            found[name] = (*shape[:-2], *shape[:-3:-1]) if _is_transposed(path) else shape
     return found
 
 
@@ -71,7 +72,7 @@ def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
         if stacks > 1:
             slices = itertools.chain.from_iterable(slices)
         for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
-            tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
+            tensors[name] = np.ascontiguousarray(x.swapaxes(-1, -2) if _is_transposed(path) else x).astype(dtype)
     return tensors
 
 
@@ -191,7 +192,8 @@ class _Stored:
             cuts[axis] = min(stop - start, -(-size // PIECE_BYTES))
             size = -(-(stop - start) // cuts[axis]) * size // max(stop - start, 1)
         # Along the axis that is the file's first: its rows lie together.
-        rows = len(bounds) - 1 if self.transposed else len(self.stacks)
+        first = len(self.stacks)
+        rows = len(bounds) - 1 if self.transposed and len(bounds) == first + 2 else first
         if rows < len(bounds) and size > PIECE_BYTES:
             cuts[rows] = min(bounds[rows][1] - bounds[rows][0], -(-size // PIECE_BYTES))
         return itertools.product(*(_cut(*bound, count) for bound, count in zip(bounds, cuts, strict=True)))
@@ -200,7 +202,7 @@ class _Stored:
         """The box as a host array, in our orientation and dtype."""
         stacks, inner = box[: len(self.stacks)], box[len(self.stacks) :]
         host = np.empty([stop - start for start, stop in box], self.dtype)
-        order = inner[::-1] if self.transposed else inner
+        order = (*inner[:-2], *inner[:-3:-1]) if self.transposed else inner
         # Opened anew for every piece: closing unmaps the pages that were read.
         with contextlib.ExitStack() as stack:
             opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="numpy")))
@@ -208,7 +210,7 @@ class _Stored:
                 numbers = [start + i for (start, _), i in zip(stacks, place, strict=True)]
                 name = self.names[np.ravel_multi_index(numbers, self.stacks) if stacks else 0]
                 x = opened(self.files[name]).get_slice(name)[tuple(slice(*bound) for bound in order)]
-                host[place] = x.T if self.transposed else x
+                host[place] = x.swapaxes(-1, -2) if self.transposed else x
         return host
 
 
@@ -316,8 +318,9 @@ def _stacks(path) -> list[str]:
     keys = [part.key for part in path]
     if keys[0] != "layers":
         return []
-    return [key for i, key in enumerate(keys) if i == 0 or (i == 1 and key == "linear") or key == "experts"]
+    apart = keys[-1] == "kernel"  # experts are, in files
+    return [key for i, key in enumerate(keys) if i == 0 or (i == 1 and key == "linear") or (apart and key == "experts")]
 
 
 def _is_transposed(path) -> bool:
-    return path[-1].key == "kernel"
+    return path[-1].key in ("kernel", "matrices")

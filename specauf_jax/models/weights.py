@@ -23,6 +23,7 @@ from specauf_jax.errors import SpecaufError
 from specauf_jax.files import AnyPath, as_path, check_writable, existing_folder, local_copy, read_json, replace_folder
 from specauf_jax.models import hf_drafter, hf_target
 from specauf_jax.models.drafter import drafter_shapes
+from specauf_jax.models.families import FAMILIES
 from specauf_jax.models.target import target_shapes
 from specauf_jax.models.tensors import Progress, file_shapes, flatten, read_tree, tensor_files, write_tensors
 from specauf_jax.sharding import parameter_sharding
@@ -31,8 +32,6 @@ Layout = Literal["zlab", "specforge", "speculators"]
 SHARD_BYTES = 4 * 2**30
 _TAIL_BYTES = 2**20
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-_BODY, _BESIDE_OTHERS = "model.", "model.language_model."  # before all tensors' names but the head's, where others see
-_BESIDE_TEXT = ("model.visual.", "visual.", "mtp.")  # of Qwen3.5: what sees, and what drafts
 _ROWS = 8192  # of two tensors that are compared at one time
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -40,7 +39,7 @@ _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 def load_target(
     folder, dtype: Dtype = "float32", mesh: jax.sharding.Mesh | None = None, progress: Progress | None = None
 ) -> tuple[dict, Target]:
-    """Parameters and architecture of a Hugging Face checkpoint of Qwen3, Qwen3-MoE, Qwen3.5, Qwen2.5 or Llama 3.
+    """Parameters and architecture of a Hugging Face checkpoint of one of `specauf_jax.models.families`.
 
     Args:
       folder: with config.json and model.safetensors, or model.safetensors.index.json and shards.
@@ -54,11 +53,11 @@ def load_target(
     config, folder = target_config(folder), local_copy(folder)
     _check_tokenizer(folder, config)
     shapes, names = target_shapes(config), tensor_files(folder)
-    beside_others = config.hybrid is not None and f"{_BESIDE_OTHERS}{_EMBEDDING}" in names
-    body = _BESIDE_OTHERS if beside_others else _BODY
+    family = FAMILIES[config.model_type]
+    body = next((body for body in family.bodies if f"{body}{_EMBEDDING}" in names), family.bodies[0])
     if config.tie_word_embeddings:
         _check_tied_head(folder, f"{body}{_EMBEDDING}")
-    unread = {name for name in names if config.hybrid and name.startswith(_BESIDE_TEXT)}
+    unread = {name for name in names if name.startswith(family.unread)}
     params = read_tree(
         folder,
         shapes,
@@ -192,7 +191,7 @@ def _check_kind(params: dict, config: ResolvedDrafter) -> None:
         )
 
 
-def _target_name(name: str, config: Target, body: str = _BODY) -> str:
+def _target_name(name: str, config: Target, body: str = "model.") -> str:
     """lm_head stands outside the body; of periods of layers every layer has its own number."""
     if name.startswith("lm_head"):
         return name
