@@ -63,7 +63,7 @@ class Target:
     """Of sliding_attention layers: a token sees itself and the sliding_window - 1 positions before it."""
     rope_local_base_freq: Annotated[float | None, tyro.conf.Suppress] = None
     """RoPE's base of sliding_attention layers, which is not scaled; None for that of all (gemma3)."""
-    query_pre_attn_scalar: Annotated[float | None, tyro.conf.Suppress] = None
+    query_pre_attn_scalar: Annotated[int | None, tyro.conf.Suppress] = None
     """Scores are divided by its root; None takes head_dim (gemma3)."""
 
     def __post_init__(self):

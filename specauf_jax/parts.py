@@ -94,10 +94,8 @@ class Experts:
     """Whether the weights of a token's experts are brought to a sum of 1."""
     shared_expert_intermediate_size: int | None = None
     """F of one more that every token meets, through a gate; None for none."""
-    fused: bool = False
-    """Whether one tensor of a layer's file holds gate_proj and up_proj of all experts, and one their down_proj."""
     swiglu_limit: float | None = None
-    """Of gpt-oss: its experts and router have biases, and their gates and values are cut at this size."""
+    """Of gpt-oss, whose experts and router have biases: the size at which gates and values are cut."""
 
     def __post_init__(self):
         positive(self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")

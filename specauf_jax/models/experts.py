@@ -41,20 +41,18 @@ class SparseMLP(nnx.Module):
 
 
 def expert_matrices(D: int, config: Experts, rngs: nnx.Rngs) -> nnx.Dict:
-    """gate_proj and up_proj `[X, D, F]`, or one of both `[X, D, 2F]`; down_proj `[X, F, D]`; gpt-oss's biases.
+    """gate_proj and up_proj `[X, D, F]`, down_proj `[X, F, D]`.
 
-    gpt-oss has the numbers of both side by side, others one part behind the other.
+    Of gpt-oss gate_up_proj `[X, D, 2F]` in place of the first two, whose numbers take turns, and biases.
     """
     X, F = config.num_experts, config.moe_intermediate_size
-    sizes = {"gate_up_proj": (D, 2 * F)} if config.fused else {"gate_proj": (D, F), "up_proj": (D, F)}
-    sizes["down_proj"] = (F, D)
     limited = config.swiglu_limit is not None
-    # In files one tensor of an expert each, or all experts' in one, [out, in]; gpt-oss has [in, out] and no name more.
-    leaf = "kernel" if not config.fused else "matrices"
+    sizes = {"gate_up_proj": (D, 2 * F)} if limited else {"gate_proj": (D, F), "up_proj": (D, F)}
+    sizes["down_proj"] = (F, D)
 
     def matrices(shape):
         param = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (X, *shape)))
-        return param if limited else nnx.Dict({leaf: param})
+        return param if limited else nnx.Dict(kernel=param)
 
     found = {name: matrices(shape) for name, shape in sizes.items()}
     biases = {f"{name}_bias": nnx.Param(jnp.zeros((X, shape[1]))) for name, shape in sizes.items() if limited}
@@ -105,20 +103,18 @@ def mix_experts(x, weights, chosen, matrices: dict, *, config: Experts, axis: st
         bias = matrices.get(f"{name}_bias")
         return result if bias is None else result + bias[jnp.minimum(own[order], X - 1)]
 
-    names = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
-    parts = [product(name, rows) for name in names]
-    said = product("down_proj", _gated(parts, config))[jnp.argsort(order)]
+    if config.swiglu_limit is None:
+        inner = jax.nn.silu(product("gate_proj", rows)) * product("up_proj", rows)
+    else:
+        inner = _limited(product("gate_up_proj", rows), config.swiglu_limit)
+    said = product("down_proj", inner)[jnp.argsort(order)]
     if axis is not None:
         said = jnp.where((own < X)[:, None], said, 0)
     mixed = (weights[..., None] * said.reshape(*chosen.shape, -1)).sum(axis=-2)
     return mixed if axis is None else lax.psum(mixed, axis)
 
 
-def _gated(parts: list[jax.Array], config: Experts) -> jax.Array:
-    """What an expert multiplies with down_proj, of `[M, F]` twice or of one `[M, 2F]`."""
-    if config.swiglu_limit is None:
-        gate, up = parts if len(parts) == 2 else jnp.split(parts[0], 2, axis=-1)
-        return jax.nn.silu(gate) * up
-    most = config.swiglu_limit
-    gate, up = jnp.minimum(parts[0][..., ::2], most), jnp.clip(parts[0][..., 1::2], -most, most)
+def _limited(both, most: float):
+    """What an expert of gpt-oss multiplies with down_proj, `[M, F]`, of gates and values in turn, `[M, 2F]`."""
+    gate, up = jnp.minimum(both[..., ::2], most), jnp.clip(both[..., 1::2], -most, most)
     return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)

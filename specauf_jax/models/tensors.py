@@ -2,8 +2,8 @@
 
 One rule of names serves every model: our tree's path is the tensor's name, `kernel` (transposed),
 `scale` and `embedding` are called `weight` in files, and the leading axis of stacked layers becomes
-the number after `layers.`, that of stacked experts' kernels the one after `experts.`; `matrices` (transposed) of all
-experts are one tensor, whose name ends before. The heads' own exceptions stand in their files.
+the number after `layers.`, that of stacked experts the one after `experts.`. The heads' own exceptions stand in their
+files.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from specauf_jax.distributed import to_host
 from specauf_jax.errors import SpecaufError
 from specauf_jax.files import read_json
 from specauf_jax.models.heads import head_types
+from specauf_jax.models.stored import OfExpert, Stored, stored
 
 PIECE_BYTES = 64 * 2**20  # read, turned and put on devices at one time
 _RENAMED = {ours: theirs for head in head_types().values() for ours, theirs in head.tensors.items()}
-_DTYPES = ("F32", "F16", "BF16")
 
 Progress = Callable[[int, int], None]
 """Called with how many numbers were read so far, and how many there are for this process."""
@@ -37,8 +37,7 @@ Progress = Callable[[int, int], None]
 def file_names(path, shape) -> list[str]:
     """Names of the tensors behind one leaf of our tree: one, or one per stacked layer, and expert of it."""
     *parts, last = [p.key for p in path]
-    if last != "matrices":
-        parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
+    parts.append("weight" if last in ("kernel", "scale", "embedding") else last)
     stacks = _stacks(path)
     if not stacks:
         name = ".".join(parts)
@@ -56,7 +55,7 @@ def file_shapes(shapes: dict) -> dict[str, tuple]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         shape = leaf.shape[len(_stacks(path)) :]
         for name in file_names(path, leaf.shape):
-            found[name] = (*shape[:-2], *shape[:-3:-1]) if _is_transposed(path) else shape
+            found[name] = shape[::-1] if _is_transposed(path) else shape
     return found
 
 
@@ -72,7 +71,7 @@ def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
         if stacks > 1:
             slices = itertools.chain.from_iterable(slices)
         for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
-            tensors[name] = np.ascontiguousarray(x.swapaxes(-1, -2) if _is_transposed(path) else x).astype(dtype)
+            tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
     return tensors
 
 
@@ -116,7 +115,8 @@ def read_tree(
     """
     wanted = {prefixed(name): shape for name, shape in file_shapes(shapes).items()}
     files = tensor_files(folder)
-    _check_tensors(folder, files, wanted, ignored)
+    places = {name: stored(name, shape, files) for name, shape in wanted.items()}
+    _check_tensors(folder, files, places, ignored)
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), shapes)
     sizes = jax.tree.map(lambda leaf, sharding: sum(map(_size, _parts(leaf, sharding))), shapes, shardings)
@@ -132,11 +132,11 @@ def read_tree(
     def fill(path, leaf, sharding):
         names = [prefixed(name) for name in file_names(path, leaf.shape)]
         stacks = leaf.shape[: len(_stacks(path))]
-        stored = _Stored(names, files, stacks, _is_transposed(path), np.dtype(dtype))
+        held = _Leaf([places[name] for name in names], files, stacks, _is_transposed(path), np.dtype(dtype))
         arrays = [
             array
             for bounds, devices in _parts(leaf, sharding).items()
-            for array in stored.place(bounds, devices, advance)
+            for array in held.place(bounds, devices, advance)
         ]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
@@ -157,12 +157,12 @@ def _size(bounds) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class _Leaf:
     """One leaf of our tree, as it lies in the files."""
 
-    names: list[str]
+    places: list[Stored]
     files: dict[str, Path]
-    stacks: tuple[int, ...]  # sizes of the leading axes, along which every tensor is one of the names
+    stacks: tuple[int, ...]  # sizes of the leading axes, along which every tensor is one of the places
     transposed: bool
     dtype: np.dtype
 
@@ -192,8 +192,7 @@ class _Stored:
             cuts[axis] = min(stop - start, -(-size // PIECE_BYTES))
             size = -(-(stop - start) // cuts[axis]) * size // max(stop - start, 1)
         # Along the axis that is the file's first: its rows lie together.
-        first = len(self.stacks)
-        rows = len(bounds) - 1 if self.transposed and len(bounds) == first + 2 else first
+        rows = len(bounds) - 1 if self.transposed else len(self.stacks)
         if rows < len(bounds) and size > PIECE_BYTES:
             cuts[rows] = min(bounds[rows][1] - bounds[rows][0], -(-size // PIECE_BYTES))
         return itertools.product(*(_cut(*bound, count) for bound, count in zip(bounds, cuts, strict=True)))
@@ -202,15 +201,19 @@ class _Stored:
         """The box as a host array, in our orientation and dtype."""
         stacks, inner = box[: len(self.stacks)], box[len(self.stacks) :]
         host = np.empty([stop - start for start, stop in box], self.dtype)
-        order = (*inner[:-2], *inner[:-3:-1]) if self.transposed else inner
+        order = inner[::-1] if self.transposed else inner
         # Opened anew for every piece: closing unmaps the pages that were read.
         with contextlib.ExitStack() as stack:
             opened = functools.cache(lambda file: stack.enter_context(safe_open(file, framework="numpy")))
+
+            def slices(name: str, box) -> np.ndarray:
+                return opened(self.files[name]).get_slice(name)[box]
+
             for place in np.ndindex(*host.shape[: len(stacks)]):
                 numbers = [start + i for (start, _), i in zip(stacks, place, strict=True)]
-                name = self.names[np.ravel_multi_index(numbers, self.stacks) if stacks else 0]
-                x = opened(self.files[name]).get_slice(name)[tuple(slice(*bound) for bound in order)]
-                host[place] = x.swapaxes(-1, -2) if self.transposed else x
+                source = self.places[np.ravel_multi_index(numbers, self.stacks) if stacks else 0]
+                x = source.read(slices, tuple(slice(*bound) for bound in order))
+                host[place] = x.T if self.transposed else x
         return host
 
 
@@ -280,7 +283,11 @@ def _opened(path: Path):
         raise SpecaufError(f"{path} cannot be read: {error}", "a whole safetensors file", "restore the file") from error
 
 
-def _check_tensors(folder, files: dict[str, Path], wanted: dict, ignored: Collection[str]) -> None:
+def _check_tensors(folder, files: dict[str, Path], places: dict[str, Stored], ignored: Collection[str]) -> None:
+    experts = 1 + max((place.number for place in places.values() if isinstance(place, OfExpert)), default=0)
+    wanted: dict[str, tuple] = {}
+    for place in places.values():
+        wanted |= place.needs(experts)
     missing, extra = sorted(wanted.keys() - files.keys()), sorted(files.keys() - wanted.keys() - set(ignored))
     if missing or extra:
         found = "; ".join(
@@ -297,19 +304,19 @@ def _check_tensors(folder, files: dict[str, Path], wanted: dict, ignored: Collec
         with _opened(path) as file:
             for name in sorted(wanted.keys() & set(file.keys())):
                 part = file.get_slice(name)
-                _check_tensor(path, name, tuple(part.get_shape()), part.get_dtype(), wanted[name])
+                _check_tensor(path, name, tuple(part.get_shape()), part.get_dtype(), *wanted[name])
 
 
-def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple) -> None:
+def _check_tensor(path: Path, name: str, shape: tuple, dtype: str, wanted: tuple, dtypes: tuple[str, ...]) -> None:
     if shape != wanted:
         raise SpecaufError(
             f"{path}: {name} has shape {shape}",
             f"{wanted} by config.json",
             "use the config.json that belongs to these weights",
         )
-    if dtype not in _DTYPES:
+    if dtype not in dtypes:
         raise SpecaufError(
-            f"{path}: {name} is stored as {dtype}", f"one of {', '.join(_DTYPES)}", "use an unquantised checkpoint"
+            f"{path}: {name} is stored as {dtype}", f"one of {', '.join(dtypes)}", "use an unquantised checkpoint"
         )
 
 
@@ -318,9 +325,9 @@ def _stacks(path) -> list[str]:
     keys = [part.key for part in path]
     if keys[0] != "layers":
         return []
-    apart = keys[-1] == "kernel"  # experts are, in files
+    apart = keys[-1] == "kernel"  # experts are, in files, but gpt-oss's
     return [key for i, key in enumerate(keys) if i == 0 or (i == 1 and key == "linear") or (apart and key == "experts")]
 
 
 def _is_transposed(path) -> bool:
-    return path[-1].key in ("kernel", "matrices")
+    return path[-1].key == "kernel"

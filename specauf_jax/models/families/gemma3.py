@@ -40,7 +40,7 @@ def _read(values: dict, where: str) -> tuple[dict, dict]:
         "layer_types": types,
         "sliding_window": number(values, where, "sliding_window"),
         "rope_local_base_freq": local,
-        "query_pre_attn_scalar": number(values, where, "query_pre_attn_scalar", kind=float),
+        "query_pre_attn_scalar": number(values, where, "query_pre_attn_scalar"),
     }
     return values, fields
 

@@ -27,7 +27,6 @@ def _read(values: dict, where: str) -> tuple[dict, dict]:
         where,
         moe_intermediate_size=number(values, where, "intermediate_size"),
         norm_topk_prob=True,
-        fused=True,
         swiglu_limit=number({"swiglu_limit": _LIMIT} | values, where, "swiglu_limit", kind=float),
     )
     window = number(values, where, "sliding_window") if "sliding_attention" in types else None

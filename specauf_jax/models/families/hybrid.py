@@ -28,7 +28,7 @@ def _read_moe(values: dict, where: str) -> tuple[dict, dict]:
     """Its files have no dense MLP: what stands for its width is that of all that a token meets."""
     shared = number(values, where, _SHARED)
     norm = {"norm_topk_prob": True}
-    experts = moe.read_experts(values, where, shared_expert_intermediate_size=shared, fused=True, **norm)
+    experts = moe.read_experts(values, where, shared_expert_intermediate_size=shared, **norm)
     width = experts.num_experts_per_tok * experts.moe_intermediate_size + shared
     values, fields = _read({"intermediate_size": width} | values, where)
     return values, fields | {"experts": experts}
