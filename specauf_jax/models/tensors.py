@@ -69,7 +69,7 @@ def flatten(params: dict, dtype) -> dict[str, np.ndarray]:
         stacks = len(_stacks(path))
         slices: Iterable = map(to_host, (leaf[i] for i in range(len(leaf))) if stacks else [leaf])
         if stacks > 1:
-            slices = itertools.chain.from_iterable(slices)
+            slices = itertools.chain.from_iterable(x.reshape(-1, *x.shape[stacks - 1 :]) for x in slices)
         for name, x in zip(file_names(path, leaf.shape), slices, strict=True):
             tensors[name] = np.ascontiguousarray(x.T if _is_transposed(path) else x).astype(dtype)
     return tensors
