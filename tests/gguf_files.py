@@ -8,7 +8,7 @@ from tokenizers import pre_tokenizers
 
 from specauf_jax.architecture import Target
 from specauf_jax.data.tokenizer import CHATML
-from specauf_jax.models.gguf import _NAMES
+from specauf_jax.models.gguf import _NAMES, _OUTER_NORMS
 from specauf_jax.models.weights import target_tensors
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
@@ -20,9 +20,13 @@ _OURS = {theirs: ours for ours, theirs in _NAMES.items()}
 
 
 def architecture(model_type="llama", **changes) -> Target:
-    """Two layers of width 32; the embedding has more rows than there are tokens."""
+    """Two layers of width 32, or seven of Gemma 3; the embedding has more rows than there are tokens."""
     sizes = {"vocab_size": 288, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8,
              "max_position_embeddings": 512, "rope_theta": 1e6, "tie_word_embeddings": False}  # fmt: skip
+    if model_type == "gemma3":
+        types = tuple("full_attention" if i == 5 else "sliding_attention" for i in range(7))
+        sizes |= {"num_hidden_layers": 7, "tie_word_embeddings": True, "layer_types": types, "sliding_window": 24,
+                  "rope_local_base_freq": 1e4, "query_pre_attn_scalar": changes.get("head_dim", 8)}  # fmt: skip
     return Target(model_type=model_type, **(sizes | changes))
 
 
@@ -41,6 +45,8 @@ def keys(config: Target) -> dict:
         "rope.freq_base": config.rope_theta,
         "rope.dimension_count": config.head_dim,
     }
+    if config.sliding_window is not None:
+        sizes["attention.sliding_window"] = config.sliding_window
     return {f"{config.model_type}.{key}": value for key, value in sizes.items()} | {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
@@ -83,7 +89,9 @@ def write(path, config: Target, found=None, kind="F32", changes=None, more=None,
         found[name] = gguf.dequantize(gguf.quantize(x, type_), type_)
         if config.model_type == "llama" and re.search(r"[qk]_proj", name):
             x = x.reshape(-1, 2, config.head_dim // 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
-        rows[gguf_name(name)] = gguf.quantize(x, type_), type_
+        if config.block.centred and name.endswith("norm.weight"):
+            x = x + 1
+        rows[gguf_name(name, config)] = gguf.quantize(x, type_), type_
     for name, x in (more or {}).items():
         rows[name] = x if x is None or isinstance(x, tuple) else (x, None)
     stored = {name: pair for name, pair in rows.items() if pair is not None}
@@ -96,13 +104,14 @@ def write(path, config: Target, found=None, kind="F32", changes=None, more=None,
     return found
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, config: Target) -> str:
     """Of Hugging Face's."""
+    names = _OURS | ({theirs: ours for ours, theirs in _OUTER_NORMS.items()} if config.block.outer_norms else {})
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(\w+)", name)
     if layer:
-        return f"blk.{layer[1]}.{_OURS[layer[2]]}.{layer[3]}"
+        return f"blk.{layer[1]}.{names[layer[2]]}.{layer[3]}"
     module, _, last = name.rpartition(".")
-    return f"{_OURS[module]}.{last}"
+    return f"{names[module]}.{last}"
 
 
 def _add_key(writer: gguf.GGUFWriter, key: str, value) -> None:

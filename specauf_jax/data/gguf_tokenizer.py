@@ -15,8 +15,9 @@ from specauf_jax.errors import SpecaufError, SpecaufWarning
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED = range(1, 6)
 """Of tokenizer.ggml.token_type."""
-ENDS = (*STOP_TOKENS, "<|eom_id|>", "<|end_of_text|>", "<|end|>", "</s>")
-"""Special tokens that end an answer in every file that has them, whatever its keys name (as in llama.cpp)."""
+ENDS = (*STOP_TOKENS, "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end an answer in every file that has them, whatever its keys name (as in llama.cpp)."""
+_END_IF_SPECIAL = "</s>"  # of Gemma it is a tag of HTML
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
 """Our names of special tokens → their keys, before _token_id."""
 
@@ -76,7 +77,10 @@ def write_tokenizer(keys: dict[str, Any], where: str, embeddings: int, folder: P
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if ids[name] is not None}
     _write(folder / "tokenizer_config.json", settings | _template(keys))
-    stops = [ids["eos"], ids["eot"], ids["eom"], *(id_ for id_, token in added.items() if token.content in ENDS)]
+    stops = [ids["eos"], ids["eot"], ids["eom"], *(
+        id_ for id_, token in added.items()
+        if token.content in ENDS or (token.content == _END_IF_SPECIAL and token.special)
+    )]  # fmt: skip
     if _template(keys):
         stops.append(turn_end(load_tokenizer(folder)))
     found = {id_: tokens[id_] for id_ in stops if id_ is not None}

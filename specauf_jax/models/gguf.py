@@ -11,7 +11,8 @@ import numpy as np
 from specauf_jax.architecture import Target
 from specauf_jax.errors import SpecaufError, SpecaufWarning
 from specauf_jax.files import as_path, local_copy
-from specauf_jax.models.hf_target import TARGET_ARCHITECTURES, read_target
+from specauf_jax.models.families import FAMILIES
+from specauf_jax.models.hf_target import read_target
 from specauf_jax.models.rope import rope_frequencies
 from specauf_jax.models.weights import target_tensors
 from specauf_jax.parts import RopeScaling
@@ -33,7 +34,8 @@ _SCALING = {
 }
 """GGUF's keys after rope.scaling. → config.json's."""
 _OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
-             "rope.freq_base", "vocab_size", "rope.scaling.type", "rope.scaling.finetuned")  # fmt: skip
+             "rope.freq_base", "rope.freq_base_swa", "attention.sliding_window", "vocab_size", "rope.scaling.type",
+             "rope.scaling.finetuned")  # fmt: skip
 _NEUTRAL = {"attention.causal": True, "attention.scale": 0, "expert_count": 0, "rope.scaling.attn_factor": 1}
 """Keys under which a model computes something else, and the values that leave it as it is."""
 _LLAMA3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -58,6 +60,14 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 """GGUF's modules, in a layer after blk.N. → Hugging Face's, in a layer after model.layers.N."""
+_OUTER_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Likewise of Gemma 3, where they differ."""
+_KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+"""Architectures, by GGUF's names and ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,26 +114,27 @@ def open_gguf(path) -> GGUFFile:
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
             raise SpecaufError(f"{name} cannot be read: {error}", "a whole GGUF file of this machine's byte order, "
                                "or all parts under their first names", "copy it again") from error  # fmt: skip
-        tensors |= {_hf_name(tensor.name): tensor for tensor in reader.tensors}
+        names_here = _NAMES | (_OUTER_NORMS if keys.get("general.architecture") == "gemma3" else {})
+        tensors |= {_hf_name(tensor.name, names_here): tensor for tensor in reader.tensors}
     return GGUFFile(names[0], keys, tensors)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, modules: dict[str, str]) -> str:
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(\w+)", name)
-    if not found or found[2] not in _NAMES:
+    if not found or found[2] not in modules:
         return name
-    return f"model.layers.{found[1]}." * (found[1] is not None) + f"{_NAMES[found[2]]}.{found[3]}"
+    return f"model.layers.{found[1]}." * (found[1] is not None) + f"{modules[found[2]]}.{found[3]}"
 
 
 def read_architecture(file: GGUFFile) -> Target:
-    """The architecture of a Llama, Qwen2 or Qwen3, whose tensors are looked at too.
+    """The architecture of a Llama, Qwen2, Qwen3 or Gemma 3, whose tensors are looked at too.
 
     Raises:
       SpecaufError: naming the architecture, key or tensor that is missing, wrong or not supported.
     """
-    kind, known = file.keys.get("general.architecture"), {kind: name for name, kind in TARGET_ARCHITECTURES.items()}
-    if kind not in known:
-        raise SpecaufError(f"{file.where}: architecture {kind!r}", f"one of {', '.join(known)}", "use another model")
+    kind = file.keys.get("general.architecture")
+    if kind not in _KINDS:
+        raise SpecaufError(f"{file.where}: architecture {kind!r}", f"one of {', '.join(_KINDS)}", "use another model")
     own = {key.removeprefix(f"{kind}."): _short(x) for key, x in file.keys.items() if key.startswith(f"{kind}.")}
     missing = [key for key in _SIZES.values() if key not in own]
     if missing or _EMBEDDING not in file.tensors:
@@ -136,14 +147,15 @@ def read_architecture(file: GGUFFile) -> Target:
     config = read_target(
         {ours: own[theirs] for ours, theirs in _SIZES.items()}
         | {
-            "architectures": [known[kind]],
+            "architectures": list(FAMILIES[kind].architectures)[:1],
             "head_dim": own.get("attention.key_length"),
             "num_key_value_heads": own.get("attention.head_count_kv", own["attention.head_count"]),
             "vocab_size": int(file.tensors[_EMBEDDING].shape[-1]),
             "tie_word_embeddings": _HEAD not in file.tensors,
             "rope_theta": own.get("rope.freq_base", 10_000.0),
             "rope_scaling": None if scaling["rope_type"] == "none" else scaling,
-        },
+        }
+        | (_of_gemma(own) if kind == "gemma3" else {}),
         file.where,
     )
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -156,6 +168,17 @@ def read_architecture(file: GGUFFile) -> Target:
     config = _with_divisors(file, config)
     _check_tensors(file, target_tensors(config))
     return config
+
+
+def _of_gemma(own: dict) -> dict:
+    """What no key tells is as llama.cpp has it: five windows in a row, their RoPE's base, the scores of 62 layers."""
+    wide = own["block_count"] == 62  # Gemma 3 27B, whose scores are not divided by the root of the heads' size
+    scalar = own["embedding_length"] // own["attention.head_count"] if wide else own.get("attention.key_length", 256)
+    return {
+        "sliding_window": own.get("attention.sliding_window"),
+        "rope_local_base_freq": own.get("rope.freq_base_swa", 10_000.0),
+        "query_pre_attn_scalar": scalar,
+    }
 
 
 def _short(value):
@@ -199,6 +222,7 @@ def read_tensor(file: GGUFFile, name: str, config: Target) -> np.ndarray:
     """A tensor dequantised, float32 in Hugging Face's order, `[out, in]`.
 
     llama.cpp keeps the pairs of a Llama's queries and keys that RoPE turns side by side; Hugging Face, in two halves.
+    It keeps the scales of Gemma's norms, of which Hugging Face takes 1.
 
     Raises:
       SpecaufError: it has numbers that are not finite.
@@ -206,6 +230,8 @@ def read_tensor(file: GGUFFile, name: str, config: Target) -> np.ndarray:
     x = _dequantised(file, name)
     if not np.isfinite(x).all():
         raise _misfit(file, f"numbers in {file.tensors[name].name} that are not finite", "a whole file")
+    if config.block.centred and name.endswith("norm.weight"):
+        x = x - 1
     if config.model_type == "llama" and re.search(r"\.[qk]_proj\.", name):
         x = x.reshape(-1, config.head_dim // 2, 2, x.shape[-1]).swapaxes(1, 2).reshape(x.shape)
     return x
