@@ -90,8 +90,10 @@ class LlamaCpp:
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_the_numbers_are_those_of_transformers(kind, quantisation, tmp_path):
-    # transformers reads neither attention.key_length of qwen3, nor a vocabulary larger than the tokens without a key.
-    sizes = {"qwen3": {"head_dim": 128}}.get(kind, {"hidden_size": 64, "head_dim": 16})
+    # transformers reads neither attention.key_length of qwen3, nor a vocabulary larger than the tokens without a key;
+    # Gemma's scores it divides by 16, whatever the heads' size.
+    sizes = {"qwen3": {"head_dim": 128}, "gemma3": {"hidden_size": 64, "head_dim": 256}}
+    sizes = sizes.get(kind, {"hidden_size": 64, "head_dim": 16})
     path = tmp_path / "model.gguf"
     config = gguf_files.architecture(kind, tie_word_embeddings=quantisation == "Q8_0", **sizes)
     gguf_files.write(path, config, kind=quantisation, changes={f"{kind}.vocab_size": config.vocab_size})
