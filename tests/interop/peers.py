@@ -10,9 +10,19 @@ from specforge.modeling.draft import dflash
 from specforge.modeling.draft.domino import DominoDraftModel
 from specforge.modeling.draft.dspark import DSparkDraftModel
 from speculators import SpeculatorModel, SpeculatorModelConfig
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
-CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
+CONFIGS = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig,
+           "gemma3": Gemma3TextConfig, "gpt_oss": GptOssConfig}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZES = {
     "vocab_size": 151,
@@ -29,7 +39,11 @@ SIZES = {
 
 def write_target(folder, model_type="qwen3", dtype="float32", shards=1, seed=0, rope=None, **changes):
     """A random target as transformers writes it; returns transformers' own reading of the files, in float32."""
-    config = CONFIGS[model_type](**(SIZES | changes), rope_parameters={"rope_type": "default", **(rope or {})})
+    rope = {"rope_type": "default", **(rope or {})}
+    if model_type == "gemma3":
+        local = {"rope_type": "default", "rope_theta": 1e4}
+        rope = {"full_attention": rope, "sliding_attention": local}
+    config = CONFIGS[model_type](**(SIZES | changes), rope_parameters=rope)
     model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32), seed).to(DTYPES[dtype])
     model.save_pretrained(folder, max_shard_size=math.ceil(model.get_memory_footprint() / shards))
     assert (folder / "model.safetensors.index.json").exists() == (shards > 1)

@@ -11,7 +11,17 @@ import pytest
 import tiny
 import torch
 from peers import relative_error
-from transformers import Qwen3_5Config, Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from specauf_jax.architecture import Drafter
 from specauf_jax.decoding.generate import generate
@@ -70,6 +80,17 @@ FILES = {
                           max_position_embeddings=4 * LONG),
     "qwen3 moe, weights brought to 1, shards": dict(model_type="qwen3_moe", **heads(8, 2, 64), rope={"rope_theta": 1e6},
                                                     tie_word_embeddings=False, shards=3, **experts(8, 3, True)),
+    "gemma 3, tied": dict(model_type="gemma3", **heads(4, 1, 64), rope={"rope_theta": 1e6}, tie_word_embeddings=True,
+                          num_hidden_layers=7, sliding_window=9, query_pre_attn_scalar=48),
+    "gemma 3, linear, tied, bfloat16": dict(model_type="gemma3", **heads(4, 2, 64), sliding_window=20,
+                                            rope={"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                                            tie_word_embeddings=True, num_hidden_layers=6, dtype="bfloat16"),
+    "gpt-oss, yarn": dict(model_type="gpt_oss", **heads(8, 2, 64), tie_word_embeddings=False, sliding_window=9,
+                          rope={"rope_theta": 5e5, **yarn(32.0, 4096, truncate=False)}, num_local_experts=6,
+                          num_experts_per_tok=2, num_hidden_layers=4, intermediate_size=48),
+    "gpt-oss, shards": dict(model_type="gpt_oss", **heads(4, 4, 32), tie_word_embeddings=False, sliding_window=40,
+                            rope={"rope_theta": 1.5e5}, num_local_experts=4, num_experts_per_tok=1,
+                            intermediate_size=32, shards=3),
     "qwen3 moe, bfloat16, tied": dict(model_type="qwen3_moe", **heads(4, 1, 64), rope={"rope_theta": 1e7},
                                       tie_word_embeddings=True, dtype="bfloat16", **experts(6, 1, False)),
 }  # fmt: skip
@@ -104,7 +125,8 @@ def asked_of_us(params, tokens, positions, *, config):
     residuals = target_features(params, tokens, positions, ones, config=config, layer_ids=layers)
     normed = target_hidden(params, tokens, positions, ones, config=config)
     head = target_head(params)
-    states = [head.embedding[tokens], *jnp.split(residuals, len(layers), axis=-1), normed]
+    scale = config.hidden_size**0.5 if config.model_type == "gemma3" else 1.0
+    states = [scale * head.embedding[tokens], *jnp.split(residuals, len(layers), axis=-1), normed]
     return normed @ head.lm_head, states
 
 
@@ -160,9 +182,17 @@ def linear(**changes):
                                  "mrope_section": [2, 1, 1], "mrope_interleaved": True}, **changes)  # fmt: skip
 
 
-def hybrid_of_transformers(folder, sees, seed):
+SPARSE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24,
+          "shared_expert_intermediate_size": 40}  # fmt: skip
+
+
+def hybrid_of_transformers(folder, kind, seed):
     """A random Qwen3.5 as transformers writes it, norms' scales around 0 and states that fade at different speeds."""
-    if sees:
+    if kind == "moe":
+        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**linear(**SPARSE)))
+    elif kind == "next":
+        model = Qwen3NextForCausalLM(Qwen3NextConfig(**linear(**SPARSE)))
+    elif kind == "sees":
         vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64,
                   "num_position_embeddings": 16}  # fmt: skip
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=linear(), vision_config=vision))
@@ -177,13 +207,18 @@ def hybrid_of_transformers(folder, sees, seed):
             elif name.endswith("norm.weight") and "linear_attn" not in name:
                 x.sub_(1)
     model.save_pretrained(folder)
+    if kind in ("moe", "next"):
+        model.set_experts_implementation("eager")  # the only one in float64
     return model.eval()
 
 
-@pytest.mark.parametrize("sees", [False, True])
-def test_linear_attention_is_that_of_transformers(sees, tmp_path):
-    """Logits of 150 tokens as near to those in float64 as transformers' own float32 is."""
-    model = hybrid_of_transformers(tmp_path / "target", sees, 0)
+@pytest.mark.parametrize(("kind", "seed"), [("text", 0), ("sees", 0), ("moe", 2), ("next", 0)])
+def test_linear_attention_is_that_of_transformers(kind, seed, tmp_path):
+    """Logits of 150 tokens as near to those in float64 as transformers' own float32 is.
+
+    Seeds with which no token has two experts so near to each other that rounding chooses between them.
+    """
+    model = hybrid_of_transformers(tmp_path / "target", kind, seed)
     params, config = load_target(tmp_path / "target")
     tokens = np.random.default_rng(0).integers(1, 151, (4, 150))
     positions = np.stack([start + np.arange(150) for start in (0, 700, 8191, 32_600)])
@@ -194,7 +229,9 @@ def test_linear_attention_is_that_of_transformers(sees, tmp_path):
     assert relative_error(single, double) < 2e-4
     assert relative_error(ours, double) < 2 * relative_error(single, double)
     save_target(params, config, tmp_path / "again")
-    again = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    if kind in ("moe", "next"):
+        again.set_experts_implementation("eager")
     np.testing.assert_array_equal(again(**asked).logits.detach(), single.detach())
 
 
@@ -281,9 +318,21 @@ def test_greedy_texts_equal_those_of_transformers(model_type, seed, tmp_path):
     assert [g.tokens for g in together] == texts
 
 
-def test_greedy_texts_with_linear_attention_equal_those_of_transformers(tmp_path):
+WINDOWS = {"hidden_size": 64, **heads(4, 2, 16), "sliding_window": 24, "num_hidden_layers": 8,
+           "tie_word_embeddings": False, "rope": {"rope_theta": 5e5}}  # fmt: skip
+SMALL = {
+    "gemma3": {**WINDOWS, "intermediate_size": 96, "query_pre_attn_scalar": 12},
+    "gpt_oss": {**WINDOWS, "intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["text", *SMALL])
+def test_clear_choices_equal_those_of_transformers(kind, tmp_path):
     """20 prompts, 256 new tokens, up to each one's first choice that rounding might turn: nearly all of them."""
-    model = hybrid_of_transformers(tmp_path / "target", False, 0)
+    if kind in SMALL:
+        model = peers.write_target(tmp_path / "target", kind, **SMALL[kind])
+    else:
+        model = hybrid_of_transformers(tmp_path / "target", kind, 0)
     params, config = load_target(tmp_path / "target")
     rng = np.random.default_rng(1)
     prompts = [rng.integers(1, 151, length).tolist() for length in rng.integers(1, 41, 20)]
