@@ -100,11 +100,12 @@ def round_flops(
 def _target_layers(target: Target, count: int, tokens: int, visible: float) -> float:
     """Of the first `count` layers, but for experts, over tokens that see so many positions each."""
     linear = count - count // target.period if target.hybrid else 0
-    attention = 4 * tokens * visible * target.num_attention_heads * target.head_dim
-    found = (count - linear) * (2 * tokens * _layer_weights(target) + attention)
+    score = 4 * tokens * target.num_attention_heads * target.head_dim
+    found: float = (count - linear) * 2 * tokens * _layer_weights(target)
+    found += score * sum(min(visible, window or visible) for window in target.windows[linear:count])
     if target.hybrid:
         D, (H, Dk, Dv) = target.hidden_size, target.hybrid.state
-        weights = D * (target.hybrid.channels + 2 * H * Dv + 2 * H) + 3 * D * target.intermediate_size
+        weights = D * (target.hybrid.channels + 2 * H * Dv + 2 * H) + _mlp_weights(target)
         weights += target.hybrid.linear_conv_kernel_dim * target.hybrid.channels
         found += linear * tokens * (2 * weights + 6 * H * Dk * Dv)  # a state is read twice and written once
     return found
@@ -113,11 +114,18 @@ def _target_layers(target: Target, count: int, tokens: int, visible: float) -> f
 def _layer_weights(config: Target | ResolvedDrafter) -> int:
     """Matrix entries that a token meets in one decoder layer with attention, but for its experts'."""
     D, E = config.hidden_size, config.head_dim
-    queries = 2 + (config.hybrid is not None)  # with the output, and gates
+    queries = 2 + config.block.gated  # with the output, and gates
     attention = queries * D * config.num_attention_heads * E + 2 * D * config.num_key_value_heads * E
-    mlp = 3 * D * config.intermediate_size if config.experts is None else D * config.experts.num_experts
     taps, group = config.convolution or (0, 1)
-    return attention + mlp + 2 * D * 2 * taps * (D // group)
+    return attention + _mlp_weights(config) + 2 * D * 2 * taps * (D // group)
+
+
+def _mlp_weights(config: Target | ResolvedDrafter) -> int:
+    """Of an MLP; or of router and shared expert, where there are experts."""
+    if config.experts is None:
+        return 3 * config.hidden_size * config.intermediate_size
+    shared = config.experts.shared_expert_intermediate_size
+    return config.hidden_size * (config.experts.num_experts + (3 * shared + 1 if shared else 0))
 
 
 def _experts(target: Target, tokens: int) -> dict[str, int]:
