@@ -10,7 +10,7 @@ class Convert:
     """Make a target's Hugging Face folder of a GGUF file, so that drafters learn from the weights that are served."""
 
     gguf: str
-    """GGUF file of a Llama, Qwen2 or Qwen3, in any quantisation; of a split one, any part."""
+    """GGUF file of a Llama, Qwen2, Qwen3 or Gemma 3, in any quantisation; of a split one, any part."""
     out: str
     """Target folder to write."""
     dtype: Dtype = "float32"
