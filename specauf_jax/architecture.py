@@ -28,6 +28,12 @@ LayerType = Literal["full_attention", "sliding_attention"]
 _OF_KINDS = {
     "experts": ("qwen3_moe", "qwen3_5_moe", "qwen3_next", "gpt_oss"),
     "hybrid": ("qwen3_5", "qwen3_5_moe", "qwen3_next"),
+    "layer_types": ("gemma3", "gpt_oss"),
+    "rope_local_base_freq": ("gemma3",),
+    "query_pre_attn_scalar": ("gemma3",),
+    "experts.swiglu_limit": ("gpt_oss",),
+    "experts.shared_expert_intermediate_size": ("qwen3_5_moe", "qwen3_next"),
+    "hybrid.interleaved": ("qwen3_next",),
 }
 """What targets of these kinds have, and no others."""
 
@@ -69,10 +75,17 @@ class Target:
     def __post_init__(self):
         choice(self, "model_type", typing.get_args(ModelType))
         for name, kinds in _OF_KINDS.items():
-            if (self.model_type in kinds) != (getattr(self, name) is not None):
-                raise SpecaufError(f"model_type {self.model_type} and {name} {getattr(self, name)}",
+            part, _, field = name.rpartition(".")
+            place = getattr(self, part) if part else self
+            found = getattr(place, field, None)
+            if (self.model_type in kinds) != (found is not None and found is not False):
+                raise SpecaufError(f"model_type {self.model_type} and {name} {found}",
                                    f"{name} of {' or '.join(kinds)}, and of no other",
                                    f"choose another model_type, or say {name} in a recipe")  # fmt: skip
+        if self.model_type in ("qwen3_5_moe", "gpt_oss") and self.experts and not self.experts.norm_topk_prob:
+            raise SpecaufError(f"model_type {self.model_type} and norm_topk_prob False", "True", "correct it")
+        if self.sliding_window is not None and self.layer_types is None:
+            raise SpecaufError("sliding_window without layer_types", "the layers that it is of", "leave it out")
         if self.num_hidden_layers % self.period:
             raise SpecaufError(f"{self.num_hidden_layers} layers with full attention in every {self.period}th",
                                "a multiple", "use another model")  # fmt: skip
@@ -112,7 +125,8 @@ class Target:
         """Positions that texts may take: max_position_embeddings, or what the scaling stretches pretraining's to."""
         scaling, most = self.rope_scaling, self.max_position_embeddings
         trained = scaling.original_max_position_embeddings or most
-        if scaling.rope_type == "llama3" and trained < most:  # whose files tell the stretched length
+        told = self.model_type == "gemma3" or (scaling.rope_type == "llama3" and trained < most)
+        if told:  # by files: the stretched length
             return most
         return max(most, int(trained * scaling.factor))
 
@@ -429,7 +443,7 @@ def _check_layer_types(config, where: str) -> None:
             raise SpecaufError(
                 f"{where}layer_types has {kind!r}", f"{' or '.join(typing.get_args(LayerType))}", "correct it"
             )
-    if types and len(types) != config.num_hidden_layers:
+    if config.layer_types is not None and len(types) != config.num_hidden_layers:
         raise SpecaufError(
             f"{len(types)} {where}layer_types for {config.num_hidden_layers} layers", "one for each", "correct it"
         )

@@ -39,7 +39,7 @@ def step_flops(
     groups = drafter.num_key_value_heads * drafter.head_dim
     visible = S / 2 + K  # of an anchor's slots, on average
     parts = {
-        "target": _target_layers(target, layers_run, S, S / 2),
+        "target": _target_layers(target, layers_run, S, S / 2, spread=True),
         # Keys and values: forward, and backward to weights and inputs; fc: its inputs are frozen.
         "context": 2 * 2 * S * L * D * D + 3 * M * 2 * S * 2 * D * groups,
         "blocks": 3 * M * 2 * A * K * _layer_weights(drafter),
@@ -61,7 +61,7 @@ def needed_flops(parts: dict[str, float], head_share: float) -> dict[str, float]
 def pretrain_flops(target: Target, *, rows: int, sequence_length: int) -> dict[str, float]:
     """Floating-point operations of one step that trains the target itself: forward, and twice that backward."""
     S = sequence_length
-    layers = _target_layers(target, target.num_hidden_layers, S, S / 2)
+    layers = _target_layers(target, target.num_hidden_layers, S, S / 2, spread=True)
     layers += sum(_experts(target, target.num_hidden_layers * S).values())
     return {"target": 3.0 * rows * layers, "lm_head": 3.0 * rows * 2 * S * target.hidden_size * target.vocab_size}
 
@@ -97,12 +97,19 @@ def round_flops(
     return {name: float(rows * count) for name, count in parts.items()}
 
 
-def _target_layers(target: Target, count: int, tokens: int, visible: float) -> float:
-    """Of the first `count` layers, but for experts, over tokens that see so many positions each."""
+def _target_layers(target: Target, count: int, tokens: int, visible: float, spread: bool = False) -> float:
+    """Of the first `count` layers, but for experts, over tokens that see so many positions each, or (spread) on
+    average, from none to twice as many."""
     linear = count - count // target.period if target.hybrid else 0
     score = 4 * tokens * target.num_attention_heads * target.head_dim
+
+    def seen(window: int | None) -> float:
+        if window is None or window >= (2 * visible if spread else visible):
+            return visible
+        return window - window**2 / (4 * visible) if spread else window
+
     found: float = (count - linear) * 2 * tokens * _layer_weights(target)
-    found += score * sum(min(visible, window or visible) for window in target.windows[linear:count])
+    found += score * sum(map(seen, target.windows[:count] if linear == 0 else (None,) * (count - linear)))
     if target.hybrid:
         D, (H, Dk, Dv) = target.hidden_size, target.hybrid.state
         weights = D * (target.hybrid.channels + 2 * H * Dv + 2 * H) + _mlp_weights(target)

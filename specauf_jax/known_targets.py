@@ -1,4 +1,4 @@
-"""Architectures of published targets, for what needs no weights."""
+"""Published targets, for what needs no weights."""
 
 import dataclasses
 

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from specauf_jax.commands.pretrain_settings import Pretrain
@@ -16,11 +17,16 @@ from specauf_jax.decoding.baselines import PromptLookup
 from specauf_jax.decoding.generate import generate
 from specauf_jax.decoding.state import Decoding
 from specauf_jax.errors import SpecaufError
+from specauf_jax.flops import pretrain_flops
 from specauf_jax.kernels.attention import cached_attention
 from specauf_jax.kernels.block_attention import causal_attention
 from specauf_jax.models.cpu import serving_params
+from specauf_jax.models.experts import SparseMLP
 from specauf_jax.models.families import FAMILIES
 from specauf_jax.models.hf_target import read_target, text_config, write_target
+from specauf_jax.models.layers import ExpertsMLP
+from specauf_jax.models.rope import rope_frequencies
+from specauf_jax.models.stored import MXFP4, stored
 from specauf_jax.models.target import target_features, target_head, target_hidden, target_step
 from specauf_jax.models.weights import load_target, save_target
 from specauf_jax.parts import BLOCKS, Experts, Hybrid, RopeScaling
@@ -154,6 +160,114 @@ def test_a_tree_is_read_as_its_paths(kind):
         assert tiny.largest_difference(found[0, node], target_head(params).logits(states)[0, -1]) < 5e-5
 
 
+def by_hand(params, config, tokens):
+    """Final-normed states of one text by Gemma 3 or gpt-oss, in float64: each formula written out once."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    gemma, E = config.model_type == "gemma3", config.head_dim
+    T, x = len(tokens), params["embed_tokens"]["embedding"][tokens] * (np.sqrt(config.hidden_size) if gemma else 1)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * (scale + (1 if gemma else 0))
+
+    def rope(x, window):
+        frequencies, amplitude = rope_frequencies(config)
+        if gemma and window:
+            frequencies, amplitude = config.rope_local_base_freq ** (-np.arange(0, E, 2) / E), 1.0
+        angles = np.arange(T)[:, None, None] * frequencies
+        left, right = x[..., : E // 2], x[..., E // 2 :]
+        cos, sin = amplitude * np.cos(angles), amplitude * np.sin(angles)
+        return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+    def mlp(layer, h):
+        if gemma:
+            gate, up = (h @ layer[name]["kernel"] for name in ("gate_proj", "up_proj"))
+            gelu = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+            return gelu * up @ layer["down_proj"]["kernel"]
+        experts, out = layer["experts"], np.zeros_like(h)
+        scores, limit = h @ layer["router"]["kernel"] + layer["router"]["bias"], config.experts.swiglu_limit
+        for t in range(T):
+            chosen = np.argsort(-scores[t])[: config.experts.num_experts_per_tok]
+            shares = np.exp(scores[t, chosen])
+            for share, e in zip(shares / shares.sum(), chosen, strict=True):
+                both = h[t] @ experts["gate_up_proj"][e] + experts["gate_up_proj_bias"][e]
+                gate, up = np.minimum(both[::2], limit), np.clip(both[1::2], -limit, limit)
+                inner = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+                out[t] += share * (inner @ experts["down_proj"][e] + experts["down_proj_bias"][e])
+        return out
+
+    for i, window in enumerate(config.windows):
+        layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+        net, h = layer["self_attn"], norm(x, layer["input_layernorm"]["scale"])
+
+        def projected(name, net=net, h=h):
+            found = (h @ net[name]["kernel"] + net[name].get("bias", 0)).reshape(T, -1, E)
+            part = net.get(f"{name[0]}_norm")
+            return found if part is None else norm(found, part["scale"])
+
+        q, k = rope(projected("q_proj"), window), rope(projected("k_proj"), window)
+        q = q * np.sqrt(E / (config.query_pre_attn_scalar or E))
+        seen = np.arange(T)[:, None] - np.arange(T)
+        visible = (seen >= 0) & (seen < (window or T))
+        sinks = net.get("sinks", np.full(config.num_attention_heads, -np.inf))
+        mixed = by_scores(q[None], k[None], projected("v_proj")[None], visible[None], sinks)[0]
+        output = mixed.reshape(T, -1) @ net["o_proj"]["kernel"] + net["o_proj"].get("bias", 0)
+        if gemma:
+            x = x + norm(output, layer["post_attention_layernorm"]["scale"])
+            output = mlp(layer["mlp"], norm(x, layer["pre_feedforward_layernorm"]["scale"]))
+            x = x + norm(output, layer["post_feedforward_layernorm"]["scale"])
+        else:
+            x = x + output
+            x = x + mlp(layer["mlp"], norm(x, layer["post_attention_layernorm"]["scale"]))
+    return norm(x, params["norm"]["scale"])
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gpt_oss"])
+def test_states_are_those_of_formulas(kind):
+    config = config_of(kind)
+    params = jax.tree.map(lambda x: 2 * x, params_of(config))  # so that limits and tanh matter
+    tokens = np.random.default_rng(0).integers(1, V, 20)
+    ones = jnp.ones((1, 20), jnp.int32)
+    found = target_hidden(params, jnp.asarray(tokens)[None], jnp.arange(20)[None], ones, config=config)[0]
+    expected = by_hand(params, config, tokens)
+    assert tiny.largest_difference(found, expected) < 1e-4 * np.abs(expected).max()
+
+
+def test_the_shared_expert_has_a_gate():
+    config = config_of("qwen3_5_moe")
+    part = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params_of(config)["layers"]["full"]["mlp"])
+    x = np.random.default_rng(0).standard_normal((1, 5, 16))
+    graphdef = nnx.split(nnx.eval_shape(lambda: ExpertsMLP(config, rngs=nnx.Rngs(0))))[0]
+    mlp = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), part))
+    alone = SparseMLP.__call__(mlp, jnp.asarray(x, jnp.float32))
+    gate, up = (x @ part["shared_expert"][name]["kernel"] for name in ("gate_proj", "up_proj"))
+    shared = gate / (1 + np.exp(-gate)) * up @ part["shared_expert"]["down_proj"]["kernel"]
+    expected = alone + shared / (1 + np.exp(-x @ part["shared_expert_gate"]["kernel"]))
+    assert tiny.largest_difference(mlp(jnp.asarray(x, jnp.float32)), expected) < 1e-5
+
+
+def test_projections_side_by_side_are_those_apart():
+    """Qwen3-Next's two products are Qwen3.5's four, in the order of the key heads."""
+    apart = config_of("qwen3_5_moe")
+    params, merged = params_of(apart), config_of("qwen3_next")
+    net = params["layers"]["linear"]["linear_attn"]
+    keys, Dk = apart.hybrid.linear_num_key_heads, apart.hybrid.linear_key_head_dim
+
+    def of_key(x):
+        return x.reshape(*x.shape[:-1], keys, -1)
+
+    q, k, v = jnp.split(net["in_proj_qkv"]["kernel"], (keys * Dk, 2 * keys * Dk), axis=-1)
+    one = jnp.concatenate([of_key(x) for x in (q, k, v, net["in_proj_z"]["kernel"])], axis=-1)
+    two = jnp.concatenate([of_key(net[name]["kernel"]) for name in ("in_proj_b", "in_proj_a")], axis=-1)
+    others = {name: x for name, x in net.items() if not name.startswith("in_proj")}
+    found = {name: {"kernel": x.reshape(*x.shape[:-2], -1)} for name, x in (("in_proj_qkvz", one), ("in_proj_ba", two))}
+    linear = params["layers"]["linear"] | {"linear_attn": others | found}
+    again = params | {"layers": params["layers"] | {"linear": linear}}
+    batch = tiny.random_batch([(9, 15)])
+    rows = (batch.tokens, batch.positions, batch.document_ids)
+    expected = target_hidden(params, *rows, config=apart)
+    assert tiny.largest_difference(target_hidden(again, *rows, config=merged), expected) < 1e-5
+
+
 def by_scores(q, k, v, visible, sinks):
     """Softmax attention in float64, with a score that leads nowhere."""
     q, k, v, sinks = (np.asarray(x, np.float64) for x in (q, k, v, sinks))
@@ -268,6 +382,14 @@ def test_mxfp4_is_read(tmp_path):
     for i in range(config.num_hidden_layers):
         for name in ("gate_up_proj", "down_proj"):
             np.testing.assert_array_equal(experts[name][i], expected[f"model.layers.{i}.mlp.experts.{name}"])
+    with pytest.raises(SpecaufError, match="of 48 inputs in MXFP4"):
+        stored("a", (4, 48, 64), {"a_blocks", "a_scales"})
+    part = MXFP4("a", (4, 64, 64))
+    blocks, scales = rng.integers(0, 256, (4, 64, 2, 16), dtype=np.uint8), np.full((4, 64, 2), 120, np.uint8)
+    held = {"a_blocks": blocks, "a_scales": scales}
+    every, cut = slice(0, 4), (slice(1, 3), slice(40, 63), slice(5, 9))
+    whole = part.read(lambda name, box: held[name][box], (every, slice(0, 64), slice(0, 64)))
+    np.testing.assert_array_equal(part.read(lambda name, box: held[name][box], cut), whole[cut])
     values["quantization_config"] = {"quant_method": "fp8"}
     with pytest.raises(SpecaufError, match="quantization_config of 'fp8'"):
         read_target(values, "config.json")
@@ -319,13 +441,18 @@ REFUSED = {
     "capped scores": ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
     "capped logits": ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
     "both directions": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-    "no window": ("gemma3", {"sliding_window": None}, "sliding_window is None"),
+    "no window": ("gemma3", {"sliding_window": None}, "has no sliding_window"),
     "two local bases": ("gemma3", {"rope_local_base_freq": 7.0}, "rope_local_base_freq is 7.0"),
     "a stretched local base": ("gemma3", {"rope_parameters": {
         "full_attention": {"rope_type": "default", "rope_theta": 1e4},
         "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0}}}, "a base alone"),
     "an unknown layer": ("gemma3", {"layer_types": ["chunked_attention"] * 4}, "layer_types has 'chunked_attention'"),
     "too few layers": ("gpt_oss", {"layer_types": ["full_attention"] * 3}, "3 layer_types for 4 layers"),
+    "no layers": ("gpt_oss", {"layer_types": []}, "0 layer_types for 4 layers"),
+    "two numbers of experts": ("gpt_oss", {"experts_per_token": 3}, "experts_per_token and num_experts_per_tok differ"),
+    "weights as they are": ("qwen3_5_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
+    "two patterns": ("gemma3", {"layer_types": None, "sliding_window_pattern": 2, "_sliding_window_pattern": 3},
+                     "differ"),
     "no biases": ("gpt_oss", {"attention_bias": False}, "attention_bias is False"),
     "another quantisation": ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "of 'awq'"),
     "no shared expert": ("qwen3_5_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size"),
@@ -358,6 +485,47 @@ def test_gemma_that_sees_is_read_by_its_text(prefix, tmp_path):
     (tmp_path / "target/config.json").write_text(json.dumps(whole))
     read, found = load_target(tmp_path / "target")
     assert found == config and tiny.same_bits(read, params)
+
+
+def test_a_target_has_what_its_kind_has():
+    for kind, changes in {
+        "qwen3": {"query_pre_attn_scalar": 8},
+        "qwen3_5": {"layer_types": ("full_attention",) * 4},
+        "gpt_oss": {"rope_local_base_freq": 50.0},
+        "gemma3": {"rope_local_base_freq": None},
+        "qwen3_moe": {"experts": SHARED},
+        "qwen3_5_moe": {"experts": Experts(4, 2, 12, False, 10)},
+        "qwen3_next": {"hybrid": LINEAR},
+        "llama": {"sliding_window": 5},
+    }.items():
+        with pytest.raises(SpecaufError, match="|".join([*changes, "norm_topk", "shared", "interleaved"])):
+            config_of(kind, **changes)
+
+
+def test_positions_of_gemma_are_told_stretched():
+    assert read_target(published("gemma-3-4b"), "config.json").context_length == 131_072
+
+
+def test_windows_are_counted_by_what_they_see():
+    """Operations of scores, over all positions of a row."""
+    wide, narrow = (config_of("gpt_oss", sliding_window=window) for window in (10_000, 128))
+    flops = [pretrain_flops(config, rows=1, sequence_length=3072)["target"] for config in (wide, narrow)]
+    index = np.arange(3072)
+    hidden = 2 * (index - np.minimum(index, 128)).sum()  # of the two layers with a window
+    per_score = 3 * 4 * wide.num_attention_heads * wide.head_dim
+    assert flops[0] - flops[1] == pytest.approx(per_score * hidden, rel=1e-3)
+
+
+def test_what_files_leave_out():
+    """gpt-oss without layer_types and limit; Qwen3.5-MoE without a dense width and norm_topk_prob."""
+    values = write_target(config_of("gpt_oss", experts=Experts(4, 2, 24, True, swiglu_limit=7.0)))
+    del values["layer_types"], values["swiglu_limit"]
+    found = read_target(values, "config.json")
+    assert found.windows == (5, None, 5, None) and found.experts.swiglu_limit == 7.0
+    values = write_target(config_of("qwen3_5_moe"))
+    del values["intermediate_size"], values["norm_topk_prob"]
+    found = read_target(values, "config.json")
+    assert found.intermediate_size == 2 * 12 + 10 and found.experts.norm_topk_prob
 
 
 def test_embeddings_are_scaled_in_their_own_precision():

@@ -36,7 +36,9 @@ _SCALING = {
 _OPTIONAL = ("attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count",
              "rope.freq_base", "rope.freq_base_swa", "attention.sliding_window", "vocab_size", "rope.scaling.type",
              "rope.scaling.finetuned")  # fmt: skip
-_NEUTRAL = {"attention.causal": True, "attention.scale": 0, "expert_count": 0, "rope.scaling.attn_factor": 1}
+_NEUTRAL = {"attention.causal": True, "attention.scale": 0, "expert_count": 0, "rope.scaling.attn_factor": 1,
+            "attn_logit_softcapping": 0, "final_logit_softcapping": 0, "embedding_scale": 1,
+            "attention.sliding_window_pattern": 6}  # fmt: skip
 """Keys under which a model computes something else, and the values that leave it as it is."""
 _LLAMA3 = RopeScaling("llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 """Of Llama 3.1 to 3.3. GGUF holds only what they come to, by how much each frequency is divided, in a tensor."""
@@ -173,8 +175,10 @@ def read_architecture(file: GGUFFile) -> Target:
 def _of_gemma(own: dict) -> dict:
     """What no key tells is as llama.cpp has it: five windows in a row, their RoPE's base, the scores of 62 layers."""
     wide = own["block_count"] == 62  # Gemma 3 27B, whose scores are not divided by the root of the heads' size
-    scalar = own["embedding_length"] // own["attention.head_count"] if wide else own.get("attention.key_length", 256)
+    size = own.get("attention.key_length", 256)
+    scalar = own["embedding_length"] // own["attention.head_count"] if wide else size
     return {
+        "head_dim": size,
         "sliding_window": own.get("attention.sliding_window"),
         "rope_local_base_freq": own.get("rope.freq_base_swa", 10_000.0),
         "query_pre_attn_scalar": scalar,

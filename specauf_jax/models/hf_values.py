@@ -179,6 +179,11 @@ def architecture_of(values: dict, where: str) -> str:
     return found[0]
 
 
+def said(values: dict) -> dict:
+    """Without keys that are null."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def refuse(values: dict, where: str, *keys: str) -> None:
     """Refuse keys that ask for something."""
     for key in keys:

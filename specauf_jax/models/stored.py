@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from specauf_jax.errors import SpecaufError
+
 _FLOATS = ("F32", "F16", "BF16")
 _OF_EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 _BLOCK = 32  # numbers that share a scale
@@ -80,9 +82,10 @@ class MXFP4(Stored):
 
 def stored(name: str, shape: tuple[int, ...], files: Collection[str]) -> Stored:
     """Where a tensor of this name and shape, [out, in], lies in files that hold the tensors `files`."""
-    if name in files:
-        return Stored(name, shape)
-    if f"{name}_blocks" in files and len(shape) == 3:
+    if name not in files and f"{name}_blocks" in files and len(shape) == 3:
+        if shape[1] % _BLOCK:
+            raise SpecaufError(f"{name} of {shape[1]} inputs in MXFP4", f"whole blocks of {_BLOCK}",
+                               "use another checkpoint")  # fmt: skip
         return MXFP4(name, shape)
     if found := _OF_EXPERT.fullmatch(name):
         both = found["part"] != "down"

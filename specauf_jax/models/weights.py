@@ -55,17 +55,18 @@ def load_target(
     shapes, names = target_shapes(config), tensor_files(folder)
     family = FAMILIES[config.model_type]
     body = next((body for body in family.bodies if f"{body}{_EMBEDDING}" in names), family.bodies[0])
+    head = f"language_model.{_HEAD}" if body.startswith("language_model.") else _HEAD
     if config.tie_word_embeddings:
-        _check_tied_head(folder, f"{body}{_EMBEDDING}")
+        _check_tied_head(folder, head, f"{body}{_EMBEDDING}")
     unread = {name for name in names if name.startswith(family.unread)}
     params = read_tree(
         folder,
         shapes,
-        functools.partial(_target_name, config=config, body=body),
+        functools.partial(_target_name, config=config, body=body, head=head),
         _NUMPY[np.dtype(dtype).name],
         shardings=None if mesh is None else parameter_sharding(shapes, mesh),
         progress=progress,
-        ignored=unread | ({_HEAD} if config.tie_word_embeddings else set()),
+        ignored=unread | ({head} if config.tie_word_embeddings else set()),
     )
     return params, config
 
@@ -191,10 +192,10 @@ def _check_kind(params: dict, config: ResolvedDrafter) -> None:
         )
 
 
-def _target_name(name: str, config: Target, body: str = "model.") -> str:
+def _target_name(name: str, config: Target, body: str = "model.", head: str = _HEAD) -> str:
     """lm_head stands outside the body; of periods of layers every layer has its own number."""
-    if name.startswith("lm_head"):
-        return name
+    if name == _HEAD:
+        return head
     if found := re.fullmatch(r"layers\.(\d+)\.(?:linear\.(\d+)|full)\.(.*)", name):
         inside = config.period - 1 if found[2] is None else int(found[2])
         name = f"layers.{int(found[1]) * config.period + inside}.{found[3]}"
@@ -206,16 +207,16 @@ def _read_config(folder, what: str) -> tuple[dict, str]:
     return read_json(path, "a model's configuration"), str(path)
 
 
-def _check_tied_head(folder: Path, embedding_name: str) -> None:
+def _check_tied_head(folder: Path, head_name: str, embedding_name: str) -> None:
     """A head beside an embedding that config.json ties to it must be the embedding; else one of the two is wrong."""
     files = tensor_files(folder)
-    if not {_HEAD, embedding_name} <= files.keys():
+    if not {head_name, embedding_name} <= files.keys():
         return
     with (
-        safe_open(files[_HEAD], framework="numpy") as one,
+        safe_open(files[head_name], framework="numpy") as one,
         safe_open(files[embedding_name], framework="numpy") as other,
     ):
-        head, embedding = one.get_slice(_HEAD), other.get_slice(embedding_name)
+        head, embedding = one.get_slice(head_name), other.get_slice(embedding_name)
         shape = head.get_shape()
         same = len(shape) == 2 and embedding.get_shape() == shape
         for start in range(0, shape[0] if same else 0, _ROWS):
@@ -223,9 +224,9 @@ def _check_tied_head(folder: Path, embedding_name: str) -> None:
             same = same and np.array_equal(head[rows], embedding[rows])
     if not same:
         raise SpecaufError(
-            f"{folder}: config.json says tie_word_embeddings, but {_HEAD} is not {embedding_name}",
+            f"{folder}: config.json says tie_word_embeddings, but {head_name} is not {embedding_name}",
             "the same numbers in both, or tie_word_embeddings false",
-            f"write false if the model was trained with this head, else remove {_HEAD}",
+            f"write false if the model was trained with this head, else remove {head_name}",
         )
 
 

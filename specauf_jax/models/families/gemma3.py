@@ -3,7 +3,7 @@
 from specauf_jax.architecture import Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.families.family import SEES, Family
-from specauf_jax.models.hf_values import listed, number, object_of
+from specauf_jax.models.hf_values import MOST_LAYERS, listed, number, object_of, said
 from specauf_jax.parts import BLOCKS
 
 _DEFAULTS = {
@@ -27,18 +27,21 @@ def _read(values: dict, where: str) -> tuple[dict, dict]:
     if activation != BLOCKS["gemma3"].activation:
         raise SpecaufError(f"{where}: hidden_activation is {activation!r}", repr(BLOCKS["gemma3"].activation),
                            "use another model")  # fmt: skip
-    layers = number(values, where, "num_hidden_layers")
+    layers = number(values, where, "num_hidden_layers", most=MOST_LAYERS)
     if values.get("layer_types") is not None:
         types = tuple(listed(values, where, "layer_types", str))
     else:
-        name = "_sliding_window_pattern" if "_sliding_window_pattern" in values else "sliding_window_pattern"
-        period = number({name: 6} | values, where, name)
+        names = [name for name in ("sliding_window_pattern", "_sliding_window_pattern") if name in values]
+        periods = {number(values, where, name) for name in names} or {6}
+        if len(periods) > 1:
+            raise SpecaufError(f"{where}: {' and '.join(names)} differ", "one number", "correct the file")
+        [period] = periods
         types = tuple(_SLIDING if (i + 1) % period else _FULL for i in range(layers))
     values = {"tie_word_embeddings": True} | values
     values, local = _rope(values, where)
     fields = {
         "layer_types": types,
-        "sliding_window": number(values, where, "sliding_window"),
+        "sliding_window": number(values, where, "sliding_window") if _SLIDING in types else None,
         "rope_local_base_freq": local,
         "query_pre_attn_scalar": number(values, where, "query_pre_attn_scalar"),
     }
@@ -52,7 +55,7 @@ def _rope(values: dict, where: str) -> tuple[dict, float]:
         return values, number(values, where, _LOCAL, kind=float)
     where = f"{where}: rope_parameters"
     own = object_of(rope, where, _SLIDING)
-    if own.get("rope_type", "default") != "default":
+    if own.keys() - {"rope_type", "rope_theta"} or own.get("rope_type", "default") != "default":
         raise SpecaufError(f"{where}: {_SLIDING} is {own!r}", "a base alone, without scaling", "use another model")
     local = number(own, f"{where}: {_SLIDING}", "rope_theta", kind=float)
     if values.get(_LOCAL) not in (None, local):
@@ -63,7 +66,7 @@ def _rope(values: dict, where: str) -> tuple[dict, float]:
 
 def _read_with_defaults(values: dict, where: str) -> tuple[dict, dict]:
     bases = {} if values.get("rope_parameters") else {"rope_theta": 1e6, _LOCAL: 1e4}
-    return _read(_DEFAULTS | bases | values, where)
+    return _read(_DEFAULTS | bases | said(values), where)
 
 
 def _write(values: dict, config: Target) -> dict:
@@ -71,7 +74,7 @@ def _write(values: dict, config: Target) -> dict:
     gone = ("hidden_act", "use_sliding_window", "max_window_layers")
     return {key: value for key, value in values.items() if key not in gone} | {
         "hidden_activation": config.block.activation,
-        "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
+        "query_pre_attn_scalar": config.query_pre_attn_scalar,
         _LOCAL: config.rope_local_base_freq,
         "rope_parameters": {_FULL: values["rope_parameters"], _SLIDING: local},
     }

@@ -6,7 +6,7 @@ from specauf_jax.architecture import Target
 from specauf_jax.errors import SpecaufError
 from specauf_jax.models.families import moe
 from specauf_jax.models.families.family import SEES, Family
-from specauf_jax.models.hf_values import MOST_LAYERS, build, listed, number, object_of, refuse
+from specauf_jax.models.hf_values import MOST_LAYERS, build, listed, number, object_of, refuse, said
 from specauf_jax.parts import Hybrid
 
 _LINEAR_KEYS = tuple(field.name for field in dataclasses.fields(Hybrid) if field.name.startswith("linear"))
@@ -26,9 +26,10 @@ def _read(values: dict, where: str) -> tuple[dict, dict]:
 
 def _read_moe(values: dict, where: str) -> tuple[dict, dict]:
     """Its files have no dense MLP: what stands for its width is that of all that a token meets."""
+    values = said(values)
     shared = number(values, where, _SHARED)
-    norm = {"norm_topk_prob": True}
-    experts = moe.read_experts(values, where, shared_expert_intermediate_size=shared, **norm)
+    values = {"norm_topk_prob": True} | values  # which no file says
+    experts = moe.read_experts(values, where, shared_expert_intermediate_size=shared)
     width = experts.num_experts_per_tok * experts.moe_intermediate_size + shared
     values, fields = _read({"intermediate_size": width} | values, where)
     return values, fields | {"experts": experts}
