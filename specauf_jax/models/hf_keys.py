@@ -15,7 +15,8 @@ _WORDS = (
     "initializer_range use_cache return_dict output_attentions output_hidden_states torchscript use_bfloat16 "
     "cache_implementation tf_legacy_loss chunk_size_feed_forward cross_attention_hidden_size problem_type id2label "
     "label2id finetuning_task task_specific_params tokenizer_class prefix is_decoder tie_encoder_decoder "
-    "add_cross_attention pretraining_tp is_llama_config unsloth_fixed unsloth_version attn_implementation use_flash_attn "
+    "add_cross_attention pretraining_tp is_llama_config unsloth_fixed unsloth_version attn_implementation "
+    "use_flash_attn "
     # special tokens, and settings of generation, which other files and flags hold
     "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id mask_token begin_suppress_tokens "
     "suppress_tokens forced_bos_token_id forced_eos_token_id bad_words_ids max_length min_length do_sample "
