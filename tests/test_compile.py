@@ -405,6 +405,10 @@ def published_shapes(name: str, projector_type: str):
 @pytest.mark.parametrize("name", KNOWN_TARGETS)
 def test_published_models_spread_over_512_devices(name, projector_type, axes):
     shapes, mesh = published_shapes(name, projector_type), abstract_mesh(*axes)
+    if name == "gpt-oss-20b" and axes[1] > 64:  # of width 2,880, which is 64 times an odd number
+        with pytest.raises(SpecaufError, match=f"fsdp={axes[1]}"):
+            parameter_sharding(shapes, mesh)
+        return
     leaves = jax.tree.leaves(shapes)
     shardings = jax.tree.leaves(parameter_sharding(shapes, mesh))
     held = [math.prod(s.shard_shape(x.shape)) for s, x in zip(shardings, leaves, strict=True)]
