@@ -324,7 +324,7 @@ def test_nothing_is_put_on_a_device_before_all_is_checked(tmp_path, monkeypatch)
     tensors = load_file(tmp_path / "target" / "model.safetensors")
     save_file(tensors | {"model.norm.weight": np.ones(16, np.int8)}, tmp_path / "target" / "model.safetensors")
     placed = []
-    monkeypatch.setattr("specauf_jax.models.tensors._Stored.place", lambda *args: placed.append(args))
+    monkeypatch.setattr("specauf_jax.models.tensors._Leaf.place", lambda *args: placed.append(args))
     with pytest.raises(SpecaufError, match="norm.weight is stored as I8"):
         load_target(tmp_path / "target")
     assert not placed
