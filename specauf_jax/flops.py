@@ -109,7 +109,7 @@ def _target_layers(target: Target, count: int, tokens: int, visible: float, spre
         return window - window**2 / (4 * visible) if spread else window
 
     found: float = (count - linear) * 2 * tokens * _layer_weights(target)
-    found += score * sum(map(seen, target.windows[:count] if linear == 0 else (None,) * (count - linear)))
+    found += score * sum(map(seen, target.windows[linear:count]))
     if target.hybrid:
         D, (H, Dk, Dv) = target.hidden_size, target.hybrid.state
         weights = D * (target.hybrid.channels + 2 * H * Dv + 2 * H) + _mlp_weights(target)

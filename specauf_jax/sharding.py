@@ -29,7 +29,7 @@ _PARAMETER_AXES = {
     "k_proj": ("fsdp", "tensor"),
     "v_proj": ("fsdp", "tensor"),
     "o_proj": ("tensor", "fsdp"),
-    "in_proj_qkv": ("fsdp", "tensor"),  # of linear attention, with the next two
+    "in_proj_qkv": ("fsdp", "tensor"),  # of linear attention, with the next three
     "in_proj_z": ("fsdp", "tensor"),
     "in_proj_qkvz": ("fsdp", "tensor"),
     "out_proj": ("tensor", "fsdp"),

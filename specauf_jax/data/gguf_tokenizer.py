@@ -17,7 +17,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED = range(1, 6)
 """Of tokenizer.ggml.token_type."""
 ENDS = (*STOP_TOKENS, "<|eom_id|>", "<|end_of_text|>", "<|end|>", "<end_of_turn>")
 """Tokens that end an answer in every file that has them, whatever its keys name (as in llama.cpp)."""
-_END_IF_SPECIAL = "</s>"  # of Gemma it is a tag of HTML
+_END_IF_SPECIAL = "</s>"  # of Gemma it is a tag of HTML, where llama.cpp ends, too
 _NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
 """Our names of special tokens → their keys, before _token_id."""
 
