@@ -17,5 +17,7 @@ config = Train(
     data="data/on_policy",
     out="runs/qwen3_32b_dflash",
     drafter=Drafter(block_size=16, num_hidden_layers=5, mask_token_id=151_669),
-    train=TrainOptimisation(steps=20_000, batch_size=64, accumulation=4, dtype="bfloat16", remat="layers"),
+    train=TrainOptimisation(
+        steps=20_000, batch_size=64, accumulation=4, slot_chunk=512, dtype="bfloat16", remat="layers"
+    ),
 )

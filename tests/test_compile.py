@@ -59,7 +59,8 @@ def products(jaxpr) -> int:
         if equation.primitive.name == "ragged_dot_general":
             rows, width = equation.invars[0].aval.shape
             total += 2 * rows * width * equation.outvars[0].aval.shape[-1]
-        if equation.primitive.name == "dot_general":
+        turning = equation.params.get("precision") is not None  # a TPU's form of RoPE: the partners of elements
+        if equation.primitive.name == "dot_general" and not turning:
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
@@ -247,7 +248,7 @@ def test_a_recipe_that_fits(run, capsys):
 def measured(monkeypatch):
     """No compilation: these peaks in its place, for the train step and the decode round."""
     rest = dict.fromkeys(("argument_bytes", "temporary_bytes", "output_bytes", "code_bytes"), 1)
-    sent = {"count": 0, "bytes": 0}
+    sent = {"count": 0, "bytes": 0, "beside_bytes": 0}
     found = {
         name: rest | {"peak_bytes": 10, "collectives": {name: sent}, "largest": []} for name in ("train", "decode")
     }
@@ -333,7 +334,17 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
   %fusion.1 = bf16[8,4]{1,0} fusion(bf16[1,4]{1,0} %p), kind=kCustom, calls=%fused
 }
 
+%begun (p: bf16[1,4]) -> (bf16[1,4], bf16[2,4]) {
+  %all-gather.2 = bf16[2,4]{1,0} all-gather(bf16[1,4]{1,0} %p), channel_id=7, dimensions={0}
+}
+
+%carried.on (p: bf16[1,4]) -> (bf16[1,4], bf16[2,4]) {
+  %all-gather.3 = bf16[2,4]{1,0} all-gather(bf16[1,4]{1,0} %p), channel_id=7, dimensions={0}
+}
+
 %outer.2 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %async-collective-start = (bf16[1,4]) fusion(bf16[1,4]{1,0} %p), kind=kCustom, calls=%begun
+  %fusion.2 = (bf16[1,4]) fusion(bf16[1,4]{1,0} %p), kind=kCustom, calls=%carried.on
   %while.1 = (s32[], f32[4]) while((s32[], f32[4]) %q), condition=%cond, body=%inner, backend_config={}
   %ags = (f32[2,2]{1,0}, f32[4,2]{1,0}) all-gather-start(f32[2,2]{1,0} %p), metadata={op_name="b"}
 }
@@ -352,8 +363,8 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 }
 """
     assert read_collectives(text) == {
-        "all-gather": {"count": 2 * 36 + 2, "bytes": 2 * 36 * 64 + 2 * 32},
-        "all-reduce": {"count": 1, "bytes": 16},
+        "all-gather": {"count": 2 * 36 + 4, "bytes": 2 * 36 * 64 + 2 * 32 + 2 * 16, "beside_bytes": 2 * 32 + 2 * 16},
+        "all-reduce": {"count": 1, "bytes": 16, "beside_bytes": 0},
     }
 
 
@@ -566,10 +577,39 @@ PROGRAM = "\n".join(
 def test_cycles_of_a_program_by_hand():
     """A loop of 36 turns, one in it whose turns the data know, two branches, a kernel; nothing from inside fusions."""
     cycles = read_cycles(PROGRAM, {"lm_head": (2, 5)})
-    assert cycles.least == {"target": 1000, "blocks": 36 * 11, "lm_head": 36 * 2 * 100, "verify": 20}
-    assert cycles.most == {"target": 1000, "blocks": 36 * 11, "lm_head": 36 * 5 * 100, "verify": 7005}
-    assert cycles.kernels == {"blocks/attention": 36 * 5}
-    assert read_cycles(PROGRAM, {}).least["lm_head"] == 36 * 100
+    least, most, kernels = map(cycles.by_scope, (cycles.least, cycles.most, cycles.kernels))
+    assert least == {"target": 1000, "blocks": 36 * 11, "lm_head": 36 * 2 * 100, "verify": 20}
+    assert most == {"target": 1000, "blocks": 36 * 11, "lm_head": 36 * 5 * 100, "verify": 7005}
+    assert kernels == {"blocks/attention": 36 * 5}
+    assert cycles.most.most_common(2) == [
+        (("lm_head", "f32[]", "jit(step)/lm_head/while/body/dot"), 36 * 5 * 100),
+        (("verify", "f32[]", "jit(step)/verify/sort"), 7000),
+    ]
+    assert ("blocks", "f32[]", "") in cycles.most  # what has no source, in the loop's scope
+    assert cycles.by_scope(read_cycles(PROGRAM, {}).least)["lm_head"] == 36 * 100
+
+
+def test_the_time_of_a_program_by_hand(run, measured, monkeypatch):
+    """Cycles, bytes and operations as they are in PROGRAM and here, over the rates of the chip."""
+    sent = {"all-gather": {"count": 3, "bytes": 600 * 10**6, "beside_bytes": 400 * 10**6},
+            "all-reduce": {"count": 1, "bytes": 10**6, "beside_bytes": 0},
+            "send": {"count": 1, "bytes": 10**12, "beside_bytes": 0}}  # fmt: skip
+    monkeypatch.setitem(measured["train"], "collectives", sent)
+    _, report = run()
+    program = report["train"]
+    time, parts = program["time"], program["flops_by_part"]
+    turns = 1, 3  # of the LM head: one chunk holds the first slots of all blocks, three all slots
+    attention = [parts["attention"] / 197e12, parts["attention"] / 197e12 / 0.4]
+    assert time["kernels"] == {"attention": pytest.approx(attention)}
+    assert time["collectives"] == pytest.approx([202e6 / 200e9, 602e6 / 200e9])
+    for i in (0, 1):
+        compiled = sum(pair[i] for pair in time["compiler"].values())
+        assert time["total"][i] == pytest.approx(compiled + attention[i] + time["collectives"][i])
+    assert time["compiler"]["lm_head"] == pytest.approx([36 * count * 100 / 1.5e9 for count in turns])
+    assert time["costliest"][0]["scope"] == "lm_head" and len(time["costliest"]) == 6
+    whole, needed = program["flops"], program["flops"] - parts["lm_head"] * 2 / 3
+    wanted = whole / 197e12 / time["total"][1], needed / 197e12 / time["total"][0]
+    assert time["utilisation"] == pytest.approx(wanted)
 
 
 def wait_for(condition, seconds: float = 120) -> None:

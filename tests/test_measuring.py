@@ -317,7 +317,9 @@ def test_the_matrix_of_compilations(tmp_path):
         "meta": {"recipe": {"train": {"accumulation": 4}}},
     }
     program = {"flops": 3e12, "collectives": {"all-gather": {"bytes": 2**31}}, "argument_bytes": 2**30,
-               "temporary_bytes": 2**31, "peak_bytes": 3 * 2**30, "seconds": {"at_40_percent": 1.5}}  # fmt: skip
+               "temporary_bytes": 2**31, "peak_bytes": 3 * 2**30, "seconds": {"at_40_percent": 1.5},
+               "time": {"compiler": {"target": [1, 1], "blocks": [2, 2], "lm_head": [0.5, 3]}, "total": [3.5, 7],
+                        "collectives": [0, 1], "utilisation": [0.301, 0.629]}}  # fmt: skip
     report |= {"train": program, "decode": program}
     package = f"""
 import json, pathlib, sys
@@ -327,17 +329,25 @@ sys.exit(1)
 """
     (tmp_path / "specauf_jax").mkdir()
     (tmp_path / "specauf_jax/__main__.py").write_text(package)
-    line = [sys.executable, MEASURE / "compile_matrix.py", "--recipes", ROOT / "configs/tiny_cpu.py",
-            "--topologies", "v5e:4x4", "--out", tmp_path / "out"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for _ in range(2):
+
+    def last_line(out: str, topology: str, *more: str) -> str:
+        line = [sys.executable, MEASURE / "compile_matrix.py", "--recipes", ROOT / "configs/tiny_cpu.py",
+                "--topologies", topology, "--out", tmp_path / out, *more]  # fmt: skip
         done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 1  # something does not fit
-        last = "| tiny_cpu | v5e:4x4 | 16 | 16 × 4 | 16.00 | 1.00 + 2.00 = **3.00** | 1.00 + 2.00 = **3.00** | no |"
-        assert done.stdout.splitlines()[-1] == f"{last} 2 | 3 | 1.50 |"
-    [asked] = (tmp_path / "asked").read_text().splitlines()
-    settings = parsed(json.loads(asked))
-    assert (settings.topology, settings.batch_size, settings.accumulation) == ("v5e:4x4", 64, 4)
+        return done.stdout.splitlines()[-1]
+
+    for _ in range(2):
+        expected = "| 16 × 4 | 16.00 | 1.00 + 2.00 = **3.00** | 1.00 + 2.00 = **3.00** | no | 2 | 3 | 1.50 |"
+        assert last_line("out", "v5e:4x4") == f"| tiny_cpu | v5e:4x4 | 16 {expected}"
+    expected = "| 16 × 4 | 16.00 | 3.00 | 1.00 | 2.00 | 3.00 | 0.00 to 1.00 | 3.50 to 7.00 | 30 to 63 % |"
+    for topology in ("tpu7x:2x2x4", "v5p:4x4x8"):
+        assert last_line("time", topology, "--time") == f"| tiny_cpu | {topology} | 16 {expected}"
+    asked = [parsed(json.loads(line)) for line in (tmp_path / "asked").read_text().splitlines()]
+    found = [(x.topology, x.batch_size, x.accumulation, x.only, x.code) for x in asked]
+    assert found == [("v5e:4x4", 64, None, None, False), ("tpu7x:2x2x4", 64, 2, "train", True),
+                     ("v5p:4x4x8", 128, 1, "train", True)]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------

@@ -123,13 +123,47 @@ def print_kernels():
     print([kind for kind in ("forward", "backward") if f"%block_attention_{kind}" in text])
 
 
-def test_a_callers_own_jit_compiles_for_tpus():
+def with_libtpu(function: str) -> list[str]:
+    """The lines that a function here prints in a process that compiles for TPUs."""
     pytest.importorskip("libtpu")
     environment = os.environ | {"XLA_FLAGS": "", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    line = [sys.executable, "-c", "import test_mesh; test_mesh.print_kernels()"]
+    line = [sys.executable, "-c", f"import test_mesh; test_mesh.{function}()"]
     done = subprocess.run(line, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "['forward', 'backward']"
+    return done.stdout.splitlines()
+
+
+def test_a_callers_own_jit_compiles_for_tpus():
+    assert with_libtpu("print_kernels")[-1] == "['forward', 'backward']"
+
+
+def print_options():
+    """What a step's compiler says without, and with, an option that it does not know; and the options themselves."""
+    from jax.experimental import topologies
+
+    from specauf_jax.training import tpu_options
+
+    meshes = {name: make_mesh(Mesh(), topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+              for name in ("v5e:2x2", "tpu7x:2x2x1")}  # fmt: skip
+    for name in ("xla_tpu_overlap_compute_collective_tc", "xla_no_such_option"):
+        tpu_options._OPTIONS[name] = "true"
+        step = place_pretrain_step(tiny.target_config(), Optimisation(batch_size=4), meshes["v5e:2x2"])
+        rows = tiny.random_batch([[S]] * 4)
+        batch = jax.tree.map(lambda x, step=step: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=step.rows), rows)
+        try:
+            step.step.lower(step.state, batch).compile()
+            print("compiled")
+        except jax.errors.JaxRuntimeError as error:
+            print(re.search("xla_no_such_option", str(error))[0])
+    print(*(tpu_options.tpu_options(mesh)["xla_tpu_scoped_vmem_limit_kib"] for mesh in meshes.values()))
+    os.environ["LIBTPU_INIT_ARGS"] = "--xla_enable_async_all_gather=false --xla_tpu_scoped_vmem_limit_kib=16384"
+    print(tpu_options._OPTIONS.keys() - tpu_options.tpu_options(meshes["v5e:2x2"]).keys() == {
+        "xla_enable_async_all_gather", "xla_tpu_scoped_vmem_limit_kib"})  # fmt: skip
+    print(tpu_options.tpu_options(make_mesh(Mesh(), jax.devices("cpu")[:1])))
+
+
+def test_a_steps_compiler_gets_its_options():
+    assert with_libtpu("print_options")[-5:] == ["compiled", "xla_no_such_option", "65536 49152", "True", "None"]
 
 
 def print_refusals():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from specauf_jax.models.rope import apply_rope, rope_angles, rope_frequencies
+from specauf_jax.models.rope import _by_halves, _by_product, apply_rope, rope_angles, rope_frequencies
 from specauf_jax.parts import RopeScaling
 
 LLAMA = RopeScaling(
@@ -124,6 +124,14 @@ def test_angles_of_long_positions(scaling):
     np.testing.assert_allclose(np.hypot(cos, sin), np.full(exact.shape, amplitude), rtol=1e-5)
     turned = np.exp(1j * exact) * (np.asarray(cos) - 1j * np.asarray(sin)) / amplitude
     assert np.abs(np.angle(turned)).max() < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tpu_s_form_gives_the_same_numbers(dtype):
+    x = jax.random.normal(jax.random.key(0), (3, 7, 4, 16), dtype)
+    angles = jax.random.uniform(jax.random.key(1), (2, 3, 7, 1, 8))
+    found, wanted = (jax.jit(form)(x, jnp.cos(angles[0]), jnp.sin(angles[1])) for form in (_by_product, _by_halves))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)  # a sum may be one instruction or two
 
 
 def test_rotation_pairs_each_element_with_the_one_half_a_head_away():

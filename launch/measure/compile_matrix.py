@@ -2,10 +2,12 @@
 
     python launch/measure/compile_matrix.py [--out runs/compile] [--jobs 2]
     python launch/measure/compile_matrix.py --recipes my_recipe.py --topologies v5e:4x4 --out runs/mine
+    python launch/measure/compile_matrix.py --time --topologies v5e:4x4 v6e:4x4 --out runs/compile_time
 
 Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
-folder after a change of the code. Every device has one row of a part; the batch is 64, or the number of devices
-where that is more.
+folder after a change of the code. The batch is 64, or the number of devices where that is more, in the recipe's parts,
+or fewer so that every device has a row of each. `--time` finishes the train step's program, which takes 4 to 10
+minutes a pair on two cores, and prints how long it takes instead.
 """
 
 import argparse
@@ -19,6 +21,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = [CONFIGS / f"qwen3_{name}.py" for name in ("8b_dflash", "8b_domino", "4b_dflash", "32b_dflash")]
 DEVICES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "tpu7x:2x2x4": 32, "v5p:4x4x8": 128, "v6e:16x16": 256}
 BATCH = 64
+FEWEST = 4  # rows of a device, of which the recipes' parts have one each or more
+MEMORY = ("train step", "decode round", "fits", "collectives", "TFLOP a step", "s at 40 %")
+TIME = ("GiB", "target", "blocks", "LM head", "collectives", "s a step", "of peak")
 
 
 def main() -> int:
@@ -27,23 +32,25 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES, help="files; default: the shipped ones")
     parser.add_argument("--topologies", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at one time")
+    parser.add_argument("--time", action="store_true", help="seconds of the train step")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     cells = [(recipe, topology) for topology in arguments.topologies for recipe in arguments.recipes]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        codes = list(pool.map(lambda cell: compile_cell(*cell, arguments.out), cells))
-    print(table(cells, arguments.out))
+        codes = list(pool.map(lambda cell: compile_cell(*cell, arguments.out, arguments.time), cells))
+    print(table(cells, arguments.out, TIME if arguments.time else MEMORY, time if arguments.time else memory))
     return max(codes)
 
 
-def compile_cell(recipe: Path, topology: str, out: Path) -> int:
+def compile_cell(recipe: Path, topology: str, out: Path, timed: bool) -> int:
     """Exit code of `specauf compile`; its report stays at `report_path`, its output beside."""
     path, devices = report_path(out, recipe, topology), DEVICES[topology]
     if path.exists():
         return 0 if json.loads(path.read_text())["fits"] else 1
     rows = max(BATCH, devices)
-    command = ["compile", "--config", recipe, "--topology", topology, "--out", path,
-               "--batch-size", rows, "--accumulation", rows // devices, "--no-code"]  # fmt: skip
+    command = ["compile", "--config", recipe, "--topology", topology, "--out", path, "--batch-size", rows]
+    command += ["--accumulation", rows // devices] if rows < FEWEST * devices else []
+    command += ["--only", "train"] if timed else ["--no-code"]
     done = subprocess.run([sys.executable, "-m", "specauf_jax", *map(str, command)], capture_output=True, text=True)
     path.with_suffix(".log").write_text(done.stdout + done.stderr)
     print(f"{recipe.stem} on {topology}: exit code {done.returncode}", file=sys.stderr, flush=True)
@@ -55,28 +62,45 @@ def report_path(out: Path, recipe: Path, topology: str) -> Path:
     return out / f"{recipe.stem}-{topology.replace(':', '-')}.json"
 
 
-def table(cells: list[tuple[Path, str]], out: Path) -> str:
+def table(cells: list[tuple[Path, str]], out: Path, head: tuple[str, ...], row) -> str:
     """The reports that are there, as Markdown."""
-    head = ("recipe", "topology", "devices", "rows × parts", "HBM", "train step", "decode round", "fits",
-            "collectives", "TFLOP a step", "s at 40 %")  # fmt: skip
+    head = ("recipe", "topology", "devices", "rows × parts", "HBM", *head)
     lines = [head, ("---",) * len(head)]
     for recipe, topology in cells:
         path = report_path(out, recipe, topology)
         if path.exists():
-            lines.append((recipe.stem, topology, *row(json.loads(path.read_text()))))
+            report = json.loads(path.read_text())
+            parts = report["meta"]["recipe"]["train"]["accumulation"]
+            shape = f"{report['rows']['train'] // parts} × {parts}", f"{report['hbm_bytes'] / 2**30:.2f}"
+            lines.append((recipe.stem, topology, str(report["devices"]), *shape, *row(report)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def row(report: dict) -> tuple[str, ...]:
-    """One report's figures; memory in GiB per device, collectives in GiB that a device receives in a step."""
-    train, parts = report["train"], report["meta"]["recipe"]["train"]["accumulation"]
+def time(report: dict) -> tuple[str, ...]:
+    """The train step's peak in GiB; its seconds from the fewest to the most, and of what; the share of the peak."""
+    found = report["train"]["time"]
+
+    def seconds(pair) -> str:
+        return " to ".join(f"{x:.2f}" for x in pair)
+
+    parts = [found["compiler"].get(scope, [0, 0]) for scope in ("target", "blocks", "lm_head")]
+    low, high = found["utilisation"]
+    return (
+        f"{report['train']['peak_bytes'] / 2**30:.2f}",
+        *(f"{pair[1]:.2f}" for pair in parts),
+        seconds(found["collectives"]),
+        seconds(found["total"]),
+        f"{100 * low:.0f} to {100 * high:.0f} %",
+    )
+
+
+def memory(report: dict) -> tuple[str, ...]:
+    """Memory in GiB per device, collectives in GiB that a device receives in a step."""
+    train = report["train"]
     moved = sum(entry["bytes"] for entry in train["collectives"].values()) / 2**30
     return (
-        str(report["devices"]),
-        f"{report['rows']['train'] // parts} × {parts}",
-        f"{report['hbm_bytes'] / 2**30:.2f}",
-        memory(train),
-        memory(report["decode"]),
+        sizes(train),
+        sizes(report["decode"]),
         "yes" if report["fits"] else "no",
         f"{moved:,.0f}",
         f"{train['flops'] / 1e12:,.0f}",
@@ -84,7 +108,7 @@ def row(report: dict) -> tuple[str, ...]:
     )
 
 
-def memory(program: dict) -> str:
+def sizes(program: dict) -> str:
     """Arguments + temporaries = peak, in GiB; no code is generated, for want of time."""
     parts = program["argument_bytes"], program["temporary_bytes"]
     return " + ".join(f"{size / 2**30:.2f}" for size in parts) + f" = **{program['peak_bytes'] / 2**30:.2f}**"

@@ -23,7 +23,7 @@ from specauf_jax.decoding.state import Decoding
 from specauf_jax.environment import describe_environment, float32_precision
 from specauf_jax.errors import SpecaufError
 from specauf_jax.evaluation.xla_memory import measure
-from specauf_jax.evaluation.xla_time import read_cycles
+from specauf_jax.evaluation.xla_time import Cycles, read_cycles
 from specauf_jax.files import output_file, write_text
 from specauf_jax.flops import PEAK_FLOPS, round_flops, step_flops
 from specauf_jax.kernels.attention import TILE
@@ -40,6 +40,7 @@ from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
 _PROGRAMS = {"train": "train step", "decode": "decode round"}
+_COSTLIEST = 20  # operations in the JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def compile_recipe(config: Compile, console: Console) -> int:
                            "correct --topology")  # fmt: skip
     recipe, drafter, target, mesh = _resolved(config)
     report = _report(config, recipe, drafter, target, mesh, console)
-    _show(report, recipe, console)
+    _show(report, recipe, config.operations, console)
     if out is not None:
         meta = {"config": dataclasses.asdict(config), "recipe": dataclasses.asdict(recipe)}
         meta |= {name: describe_environment()[name] for name in ("versions", "revision")}
@@ -109,7 +110,7 @@ def _report(config: Compile, recipe: Train, drafter: ResolvedDrafter, target: Ta
     for name, program in found.items():
         program |= _operations(operations[name], mesh.size * speed)
         program["fits"] = program["peak_bytes"] <= device.memory
-        program["time"] = _time(program, device)
+        program["time"] = _time(program, device, program.pop("cycles"), program.pop("turns"))
     return {
         "fits": all(program["fits"] for program in found.values()),
         "peak_bytes": max(program["peak_bytes"] for program in found.values()),
@@ -176,8 +177,7 @@ def _measure(config: Compile, name: str, rows: int) -> dict:
             program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length, config.tree_nodes)
             data = {"attention": (1, -(-config.decode_length // TILE))}
         found, text = measure(*program, code=config.code)
-        cycles = None if text is None else {name: dict(x) for name, x in vars(read_cycles(text, data)).items()}
-        return found | {"cycles": cycles}
+        return found | {"cycles": None if text is None else read_cycles(text, data), "turns": data}
 
 
 def _recipe(config: Compile) -> Train:
@@ -260,41 +260,47 @@ def _operations(parts: dict[str, float], speed: float) -> dict:
     return {"flops": flops, "flops_by_part": parts, "seconds": seconds}
 
 
-def _time(program: dict, device: _Device) -> dict | None:
+def _time(program: dict, device: _Device, cycles: Cycles | None, turns: dict[str, tuple[int, int]]) -> dict | None:
     """Seconds of one call at least and at most, and what they are made of; None where the compiler has no estimates.
 
-    compiler: its estimate, by scope. kernels: operations at the peak and at 40 % of it, by part, of what Pallas kernels
-    compute. collectives: their bytes by the links' rate, at most; computing may hide them. memory: the
-    arguments read once.
+    compiler: its estimate, by scope. costliest: its estimate of single operations, at most. kernels: operations at the
+    peak and at 40 % of it, by part, of what Pallas kernels compute. collectives: their bytes by the links' rate, of
+    those that nothing runs beside, and of all. memory: the arguments read once. utilisation: operations needed, by the
+    peak over the most seconds and the least; of the LM head, at least no more than its fewest turns need.
     """
-    if program["cycles"] is None or not program["cycles"]["most"]:
+    if cycles is None or not cycles.most:
         return None
-    least, most, kernels = (program["cycles"][name] for name in ("least", "most", "kernels"))
-    compiler = {scope: [least.get(scope, 0) / device.clock, cycles / device.clock] for scope, cycles in most.items()}
-    called = {scope.rpartition("/")[2] for scope in kernels} & {"attention", "experts"}
+    least, most = map(Cycles.by_scope, (cycles.least, cycles.most))
+    compiler = {scope: [least[scope] / device.clock, count / device.clock] for scope, count in most.items()}
+    costliest = [operation._asdict() | {"seconds": count / device.clock}
+                 for operation, count in cycles.most.most_common(_COSTLIEST)]  # fmt: skip
+    called = {operation.scope.rpartition("/")[2] for operation in cycles.kernels} & {"attention", "experts"}
     shares = {part: [program["flops_by_part"][part] / program["flops"] * seconds
                      for seconds in program["seconds"].values()] for part in sorted(called)}  # fmt: skip
-    sent = sum(
-        _TRAFFIC.get(kind, 1) * entry["bytes"] for kind, entry in program["collectives"].items() if kind != "send"
-    )
-    memory, collectives = program["argument_bytes"] / device.bandwidth, sent / device.links
-    low, high = (sum(pair[i] for pair in [*compiler.values(), *shares.values()]) for i in (0, 1))
-    total = [max(low, memory), max(high, memory) + collectives]
+    sent = [(_TRAFFIC.get(kind, 1) * entry["bytes"], entry["beside_bytes"] / max(entry["bytes"], 1))
+            for kind, entry in program["collectives"].items() if kind != "send"]  # fmt: skip
+    collectives = [sum(size * (1 - beside) for size, beside in sent), sum(size for size, _ in sent)]
+    collectives = [size / device.links for size in collectives]
+    memory = program["argument_bytes"] / device.bandwidth
+    parts = [*compiler.values(), *shares.values()]
+    total = [max(sum(pair[i] for pair in parts), memory) + collectives[i] for i in (0, 1)]
+    fewest, all_turns = turns.get("lm_head", (1, 1))
+    spared = program["flops_by_part"]["lm_head"] / program["flops"] * (1 - fewest / all_turns)
     peak = program["seconds"]["at_100_percent"]
-    return {"total": total, "compiler": compiler, "kernels": shares, "collectives": [0.0, collectives],
-            "memory": memory, "utilisation": [peak / seconds for seconds in reversed(total)]}  # fmt: skip
+    return {"total": total, "compiler": compiler, "costliest": costliest, "kernels": shares, "collectives": collectives,
+            "memory": memory, "utilisation": [peak / total[1], peak * (1 - spared) / total[0]]}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
 # What is shown
 
 
-def _show(report: dict, recipe: Train, console: Console) -> None:
+def _show(report: dict, recipe: Train, operations: int, console: Console) -> None:
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     console.print(f"{report['devices']} devices, {report['devices_per_chip']} a chip, mesh {mesh}", highlight=False)
     programs = [(title, report[name]) for name, title in _PROGRAMS.items() if name in report]
     for name, program in programs:
-        _show_program(name, program, console)
+        _show_program(name, program, operations, console)
     rows = report["rows"]
     console.print(f"rows: {rows['train']} a step in {recipe.train.accumulation} parts, {rows['decode']} that decode")
     room = report["hbm_bytes"] / _GIB
@@ -307,7 +313,7 @@ def _show(report: dict, recipe: Train, console: Console) -> None:
         console.print(f"{name} {said}: {peak:.2f} of {room:.2f} GiB{tried}", style=style, highlight=False)
 
 
-def _show_program(name: str, program: dict, console: Console) -> None:
+def _show_program(name: str, program: dict, operations: int, console: Console) -> None:
     table = Table(name, "GiB per device")
     for part in ("argument", "temporary", "output", "code", "peak"):
         value = program[f"{part}_bytes"]
@@ -325,10 +331,10 @@ def _show_program(name: str, program: dict, console: Console) -> None:
     console.print(f"{program['flops'] / 1e12:,.1f} TFLOP ({parts})", highlight=False)
     whole, part = program["seconds"].values()
     console.print(f"{whole:.3g} s at 100 % of peak, {part:.3g} s at 40 %", highlight=False)
-    _show_time(program["time"], console)
+    _show_time(program["time"], operations, console)
 
 
-def _show_time(time: dict | None, console: Console) -> None:
+def _show_time(time: dict | None, operations: int, console: Console) -> None:
     if time is None:
         console.print("time: not known without the finished program's code", highlight=False)
         return
@@ -336,12 +342,20 @@ def _show_time(time: dict | None, console: Console) -> None:
     rows = sorted(time["compiler"].items(), key=lambda row: -row[1][1])
     rows = [(f"{scope or 'elsewhere'}, by the compiler", *pair) for scope, pair in rows]
     rows += [(f"{part} in Pallas kernels, at 100 and 40 % of peak", *pair) for part, pair in time["kernels"].items()]
-    rows += [("collectives, hidden or not", *time["collectives"]), ("all arguments read once", *[time["memory"]] * 2)]
+    rows += [
+        ("collectives, that nothing runs beside and all", *time["collectives"]),
+        ("all arguments read once", *[time["memory"]] * 2),
+    ]
     for name, *pair in [*rows, ("together", *time["total"])]:
         table.add_row(name, *(f"{1e3 * seconds:,.2f}" for seconds in pair))
     console.print(table)
     low, high = time["utilisation"]
     console.print(f"that is {100 * low:.0f} to {100 * high:.0f} % of peak", highlight=False)
+    if operations:
+        console.print("costliest operations:")
+    for operation in time["costliest"][:operations]:
+        what = f"{operation['scope'] or 'elsewhere'} {operation['shape'][:60]} {operation['source'][-70:]}"
+        console.print(f"{1e3 * operation['seconds']:8.2f} ms {what}", highlight=False, markup=False)
 
 
 def _train_advice(recipe: Train) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from specauf_jax.checks import at_least, positive
+from specauf_jax.checks import at_least, not_negative, positive
 from specauf_jax.config import Mesh
 
 
@@ -35,9 +35,12 @@ class Compile:
     """One of the two programs; none for both."""
     code: bool = True
     """Generate code too, which takes most of the time and tells its bytes (about 0.1 GiB for Qwen3-8B)."""
+    operations: int = 5
+    """Costliest operations that are shown, up to 20; the JSON has 20."""
     out: str | None = None
     """JSON to write: fits, peak_bytes, hbm_bytes, and what each of train and decode needs."""
 
     def __post_init__(self):
         positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size", "tree_nodes")
         at_least(self, 2, "decode_length")
+        not_negative(self, "operations")

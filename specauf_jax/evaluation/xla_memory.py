@@ -110,17 +110,26 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
 
 
 def read_collectives(program: str) -> dict:
-    """Kind → how often a device runs it in one call of the program, and the bytes of its results."""
+    """Kind → how often a device runs it in one call of the program, the bytes of its results, and of these the bytes of
+    those that other operations run beside (`beside_bytes`)."""
     computations, entry = computations_of(program)
-    collectives: dict[str, dict[str, int]] = {}
+    found: dict[str, list[tuple[str, int, int, bool]]] = {}
     for name, runs in _runs(computations, entry).items():
         for line in computations[name]:
-            found = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line)
-            if found and (kind := found[2].removesuffix("-start")) in _COLLECTIVES:
-                sums = collectives.setdefault(kind, {"count": 0, "bytes": 0})
-                sums["count"] += runs
-                shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])  # a start's are operands and results
-                sums["bytes"] += runs * max(_bytes(*shape) for shape in shapes)
+            said = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line)
+            if said and (kind := said[2].removesuffix("-start")) in _COLLECTIVES:
+                shapes = re.findall(r"(\w+)\[([\d,]*)\]", said[1])  # a start's are operands and results
+                size = max(_bytes(*shape) for shape in shapes)
+                channel = re.search(r"channel_id=\d+", line)
+                beside = said[2] != kind
+                found.setdefault(channel[0] if channel else f"{name} {line}", []).append((kind, runs, size, beside))
+    collectives: dict[str, dict[str, int]] = {}
+    for places in found.values():  # one with several places is begun in the first, carried on and ended in others
+        kind, runs, size, beside = places[0]
+        sums = collectives.setdefault(kind, {"count": 0, "bytes": 0, "beside_bytes": 0})
+        sums["count"] += runs
+        sums["bytes"] += runs * size
+        sums["beside_bytes"] += runs * size * (beside or len(places) > 1)
     return collectives
 
 

@@ -7,6 +7,7 @@ sorts, for what it copies and sends, and for how often a loop turns where that i
 import dataclasses
 import re
 from collections import Counter
+from typing import NamedTuple
 
 from specauf_jax.evaluation.xla_memory import NAME, computations_of
 
@@ -28,13 +29,26 @@ _SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
 KERNEL = "tpu_custom_call"
 
 
+class Operation(NamedTuple):
+    """An instruction of the program: its scope, such as "verify/target", its results and what JAX calls its source."""
+
+    scope: str
+    shape: str
+    source: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Cycles:
-    """By scope, such as "verify/target": cycles if all goes well and at most, and calls of Pallas kernels."""
+    """By Operation: cycles if all goes well and at most, and calls of Pallas kernels."""
 
     least: Counter
     most: Counter
     kernels: Counter
+
+    @staticmethod
+    def by_scope(part: Counter) -> Counter:
+        """The sums of one of the three."""
+        return sum((Counter({operation.scope: count}) for operation, count in part.items()), Counter())
 
     def __add__(self, other: "Cycles") -> "Cycles":
         return Cycles(self.least + other.least, self.most + other.most, self.kernels + other.kernels)
@@ -42,12 +56,18 @@ class Cycles:
     def times(self, least: int, most: int) -> "Cycles":
         """Of so many turns."""
         parts = (self.least, least), (self.most, most), (self.kernels, most)
-        return Cycles(*(Counter({scope: turns * count for scope, count in part.items()}) for part, turns in parts))
+        return Cycles(*(Counter({x: turns * count for x, count in part.items()}) for part, turns in parts))
 
     def within(self, scope: str) -> "Cycles":
         """What has no scope of its own gets this one."""
-        parts = self.least, self.most, self.kernels
-        return Cycles(*(sum((Counter({name or scope: n}) for name, n in part.items()), Counter()) for part in parts))
+
+        def placed(part: Counter) -> Counter:
+            found: Counter = Counter()
+            for operation, count in part.items():
+                found[operation if operation.scope else operation._replace(scope=scope)] += count
+            return found
+
+        return Cycles(*map(placed, (self.least, self.most, self.kernels)))
 
 
 _NONE = Cycles(Counter(), Counter(), Counter())
@@ -72,10 +92,10 @@ def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
     def of_line(line: str) -> Cycles:
         scope = _scope(line)
         if found := re.search(r'"estimated_cycles":"(\d+)"', line):
-            spent = Counter({scope: int(found[1])})
+            spent = Counter({_operation(line): int(found[1])})
             return Cycles(spent, spent, Counter())
         if f'custom_call_target="{KERNEL}"' in line:
-            return Cycles(Counter(), Counter(), Counter({scope: 1}))
+            return Cycles(Counter(), Counter(), Counter({_operation(line): 1}))
         if loop := re.search(rf"condition={NAME}, body={NAME}", line):
             limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
             count = max(map(int, limits), default=0)
@@ -91,10 +111,20 @@ def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
     return of(entry)
 
 
+def _operation(line: str) -> Operation:
+    results = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) [\w-]+\(", line)
+    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", results[1]) if results else ""
+    return Operation(_scope(line), shape, _source(line))
+
+
 def _scope(line: str) -> str:
     """Of an instruction, by what JAX calls its source; empty where it has none."""
-    source = re.search(r'op_name="([^"]*)"', line)
-    return "/".join(dict.fromkeys(_SCOPE.findall(source[1]))) if source else ""
+    return "/".join(dict.fromkeys(_SCOPE.findall(_source(line))))
+
+
+def _source(line: str) -> str:
+    found = re.search(r'op_name="([^"]*)"', line)
+    return found[1] if found else ""
 
 
 def _turns(scope: str, turns: dict[str, tuple[int, int]]) -> tuple[int, int]:

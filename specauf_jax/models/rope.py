@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from specauf_jax.architecture import ResolvedDrafter, Target
 
@@ -28,11 +29,23 @@ def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the first R elements of `[..., H, E]` in half-split form (element e pairs with e + R/2)."""
-    cos, sin = angles
-    half = cos.shape[-1]
-    left, right = (x[..., i * half : (i + 1) * half].astype(jnp.float32) for i in (0, 1))
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    R = 2 * angles[0].shape[-1]
+    turned = lax.platform_dependent(x[..., :R], *angles, tpu=_by_product, default=_by_halves).astype(x.dtype)
+    return turned if x.shape[-1] == R else jnp.concatenate([turned, x[..., R:]], axis=-1)
+
+
+def _by_halves(x, cos, sin):
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def _by_product(x, cos, sin):
+    """An element's partner comes by a product with 1, -1 and 0, which is exact: half a head is half a TPU's register,
+    and to move it costs more."""
+    partners = np.kron([[0, 1], [-1, 0]], np.eye(cos.shape[-1]))
+    partner = jnp.einsum("...e,ef->...f", x, jnp.asarray(partners, x.dtype), precision=lax.Precision.HIGHEST)
+    cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))
+    return x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
 
 
 def rope_frequencies(config: Target | ResolvedDrafter) -> tuple[np.ndarray, float]:

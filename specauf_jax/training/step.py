@@ -37,6 +37,7 @@ from specauf_jax.training.loss import (
     safe_ratio,
     weighted,
 )
+from specauf_jax.training.tpu_options import tpu_options
 
 
 @pytree
@@ -312,6 +313,7 @@ def _place(step, init, optimizer, frozen: tuple, mesh: jax.sharding.Mesh) -> Pla
         in_shardings=(*map(_shardings, (state, *frozen)), rows),
         out_shardings=(_shardings(state), replicated(mesh)),
         donate_argnums=0,
+        compiler_options=tpu_options(mesh),
     )
     return PlacedStep(jitted, state, frozen, rows, init, optimizer)
 

@@ -1,0 +1,32 @@
+"""What the TPU's compiler is asked for when it compiles a step over a mesh; the measurements are in
+launch/measure/README.md, below "What a step takes".
+"""
+
+import os
+
+import jax
+
+_OPTIONS = {
+    # Parameters spread over `fsdp` are gathered whole, and products take them as they are. Without this, a product is
+    # cut into as many parts as there are devices, each added to the sum of those before.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    # While one layer's matrix is on its way, the chip computes with another.
+    "xla_enable_async_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+    # A product's operands lie in fast memory in larger parts, and are read less often.
+    "xla_tpu_scoped_vmem_limit_kib": str(64 * 1024),
+}
+_SMALL_VMEM = {"xla_tpu_scoped_vmem_limit_kib": str(48 * 1024)}  # of a TPU7x's 64 MiB
+
+
+def tpu_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+    """`compiler_options` of `jax.jit`; None on other devices. What LIBTPU_INIT_ARGS names is left to it."""
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu":
+        return None
+    options = _OPTIONS | (_SMALL_VMEM if "7x" in device.device_kind else {})
+    given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
+    return {name: value for name, value in options.items() if name not in given}
