@@ -326,7 +326,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("kind", ["text", *SMALL])
+@pytest.mark.parametrize("kind", ["text", "moe", "next", *SMALL])
 def test_clear_choices_equal_those_of_transformers(kind, tmp_path):
     """20 prompts, 256 new tokens, up to each one's first choice that rounding might turn: nearly all of them."""
     if kind in SMALL:
