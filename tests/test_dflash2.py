@@ -278,12 +278,9 @@ def test_sampled_speculation_follows_the_targets_law(name, nodes):
 
 
 @forms
-def test_one_text_learnt_by_heart_decodes_at_tau_k(name, monkeypatch):
-    """The gate of test_overfit."""
+def test_one_text_learnt_by_heart_decodes_at_tau_k(name):
     head = DFlash2(**{"conv_group_size": 8, "selector_rank": 8, "selector_top_k": k} | FORMS[name])
-    monkeypatch.setattr(test_overfit, "DRAFTER", dataclasses.replace(test_overfit.DRAFTER, head=head))
-    monkeypatch.setattr(test_overfit, "BASE", Objective("decay"))
-    test_overfit.test_one_text_learnt_by_heart_decodes_at_tau_k("decay")
+    assert test_overfit.learn_by_heart(head, "decay", base=Objective("decay")) == 0
 
 
 # ---------------------------------------------------------------------------------------------

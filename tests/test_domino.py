@@ -708,12 +708,8 @@ def test_sampled_speculation_follows_the_targets_law(shift_label):
 
 
 @conventions
-def test_one_text_learnt_by_heart_decodes_at_tau_k(shift_label, monkeypatch):
-    """The gate of test_overfit, with λ falling over the whole run."""
+def test_one_text_learnt_by_heart_decodes_at_tau_k(shift_label):
+    """With λ falling over the whole run."""
     head = Domino(shift_label=shift_label, emb_dim=8, gru_hidden_dim=16)
-    drafter = dataclasses.replace(test_overfit.DRAFTER, head=head)
-    share = lambda_base_schedule(c.TrainOptimisation(steps=200), head)
-    monkeypatch.setattr(test_overfit, "DRAFTER", drafter)
-    monkeypatch.setattr(test_overfit, "LossConfig", functools.partial(LossConfig, base_objective=Objective()))
-    monkeypatch.setattr(test_overfit, "make_train_step", functools.partial(make_train_step, lambda_base=share))
-    test_overfit.test_one_text_learnt_by_heart_decodes_at_tau_k("auf")
+    share = lambda_base_schedule(c.TrainOptimisation(steps=test_overfit.STEPS), head)
+    assert test_overfit.learn_by_heart(head, "auf", base=Objective(), lambda_base=share) == 0

@@ -327,11 +327,8 @@ def test_sampled_speculation_follows_the_targets_law(name):
 
 
 @forms
-def test_one_text_learnt_by_heart_decodes_at_tau_k(name, monkeypatch):
-    """The gate of test_overfit."""
-    drafter = dataclasses.replace(test_overfit.DRAFTER, head=DSpark(**{"markov_rank": 8} | FORMS[name]))
-    monkeypatch.setattr(test_overfit, "DRAFTER", drafter)
-    test_overfit.test_one_text_learnt_by_heart_decodes_at_tau_k("decay")
+def test_one_text_learnt_by_heart_decodes_at_tau_k(name):
+    assert test_overfit.learn_by_heart(DSpark(**{"markov_rank": 8} | FORMS[name]), "decay") == 0
 
 
 def test_the_confidence_learns_the_rate_of_acceptance():
