@@ -346,7 +346,7 @@ sys.exit(1)
         assert last_line("time", topology, "--time") == f"| tiny_cpu | {topology} | 16 {expected}"
     asked = [parsed(json.loads(line)) for line in (tmp_path / "asked").read_text().splitlines()]
     found = [(x.topology, x.batch_size, x.accumulation, x.only, x.code) for x in asked]
-    assert found == [("v5e:4x4", 64, None, None, False), ("tpu7x:2x2x4", 64, 2, "train", True),
+    assert found == [("v5e:4x4", 64, None, None, False), ("tpu7x:2x2x4", 64, 1, "train", True),
                      ("v5p:4x4x8", 128, 1, "train", True)]  # fmt: skip
 
 

@@ -5,8 +5,8 @@
     python launch/measure/compile_matrix.py --time --topologies v5e:4x4 v6e:4x4 --out runs/compile_time
 
 Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
-folder after a change of the code. The batch is 64, or the number of devices where that is more, in the recipe's parts,
-or fewer so that every device has a row of each. `--time` finishes the train step's program, which takes 4 to 10
+folder after a change of the code. The batch is 64, or the number of devices where that is more; on v5e in the recipe's
+parts, elsewhere whole. `--time` finishes the train step's program, which takes 4 to 10
 minutes a pair on two cores, and prints how long it takes instead.
 """
 
@@ -18,10 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RECIPES = [CONFIGS / f"qwen3_{name}.py" for name in ("8b_dflash", "8b_domino", "4b_dflash", "32b_dflash")]
+RECIPES = [
+    *("qwen3_4b_dflash", "qwen3_8b_dflash", "qwen3_32b_dflash", "qwen3_30b_a3b_dflash", "qwen3_5_9b_dflash"),
+    *("qwen3_5_27b_dflash", "gpt_oss_20b_dflash", "qwen3_8b_domino", "qwen3_8b_dspark", "qwen3_8b_dflash2"),
+]
+WIDEST = {"gpt_oss_20b_dflash": 64}  # devices on `fsdp` that its sizes take; `replica` takes the others
 DEVICES = {"v5e:4x4": 16, "v5p:2x2x4": 16, "v6e:4x4": 16, "tpu7x:2x2x4": 32, "v5p:4x4x8": 128, "v6e:16x16": 256}
+IN_PARTS = ["v5e:4x4"]  # memory for the recipe's parts; others take all rows at one time, and gather parameters once
 BATCH = 64
-FEWEST = 4  # rows of a device, of which the recipes' parts have one each or more
 MEMORY = ("train step", "decode round", "fits", "collectives", "TFLOP a step", "s at 40 %")
 TIME = ("GiB", "target", "blocks", "LM head", "collectives", "s a step", "of peak")
 
@@ -29,7 +33,13 @@ TIME = ("GiB", "target", "blocks", "LM head", "collectives", "s a step", "of pea
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/compile"), help="folder of the reports")
-    parser.add_argument("--recipes", nargs="+", type=Path, default=RECIPES, help="files; default: the shipped ones")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        type=Path,
+        default=[CONFIGS / f"{name}.py" for name in RECIPES],
+        help="files; default: the shipped ones",
+    )
     parser.add_argument("--topologies", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at one time")
     parser.add_argument("--time", action="store_true", help="seconds of the train step")
@@ -49,7 +59,9 @@ def compile_cell(recipe: Path, topology: str, out: Path, timed: bool) -> int:
         return 0 if json.loads(path.read_text())["fits"] else 1
     rows = max(BATCH, devices)
     command = ["compile", "--config", recipe, "--topology", topology, "--out", path, "--batch-size", rows]
-    command += ["--accumulation", rows // devices] if rows < FEWEST * devices else []
+    command += [] if topology in IN_PARTS else ["--accumulation", 1]
+    fsdp = WIDEST.get(recipe.stem, devices)
+    command += ["--mesh.fsdp", fsdp, "--mesh.replica", devices // fsdp] if fsdp < devices else []
     command += ["--only", "train"] if timed else ["--no-code"]
     done = subprocess.run([sys.executable, "-m", "specauf_jax", *map(str, command)], capture_output=True, text=True)
     path.with_suffix(".log").write_text(done.stdout + done.stderr)
