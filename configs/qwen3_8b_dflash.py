@@ -2,9 +2,10 @@
 
     specauf train --config configs/qwen3_8b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 5.16 GiB of each chip's 15.75 GiB there.
-Expected time: not yet measured. 7,321 TFLOP a step: 5.81 s on 16 v5e or 1.25 s on 16 v6e chips at 40 % of their peak,
-so that 20,000 steps would take 32 or 7 hours.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 8.99 GiB of each chip's 15.75 GiB there, and 2.6 to 3.4 s
+a step (69 to 75 % of their peak). With more memory, `--train.accumulation 1` gathers parameters once a step: 0.80 to
+1.02 s on 16 v6e, 0.30 to 0.36 s on 16 tpu7x chips.
+Expected time: not yet measured. 20,000 steps would take 15 to 19 hours on 16 v5e, 5 to 6 on 16 v6e by these figures.
 Expected tau: not yet measured here. The Spec-AUF paper, which trained a DFlash drafter on answers that the target had
 not written: 2.61 over six sets of prompts (`decay`: 2.40).
 """
