@@ -12,7 +12,7 @@ class Compile:
     """Compile a recipe's train step and decode round for a TPU topology, without a TPU. Exit code 1: no room."""
 
     config: str
-    """--config RECIPE.py of `specauf train`; its target: a folder with config.json, Qwen3-4B, Qwen3-8B or Qwen3-32B."""
+    """--config RECIPE.py of `specauf train`; its target: a folder with config.json, or a name such as Qwen3-8B."""
     topology: str
     """Such as v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x4; counts chips, of which a tpu7x has two devices."""
     slices: int = 1

@@ -1,5 +1,7 @@
-"""What the TPU's compiler is asked for when it compiles a step over a mesh; the measurements are in
-launch/measure/README.md, below "What a step takes".
+"""What the TPU's compiler is asked for when it compiles a step over a mesh.
+
+What each option brings is in launch/measure/README.md, below "On TPUs, by their compiler". A libtpu that does not know
+one says so by its name when the step is compiled: take it out here.
 """
 
 import os
