@@ -34,7 +34,7 @@ class Compile:
     only: Literal["train", "decode"] | None = None
     """One of the two programs; none for both."""
     code: bool = True
-    """Generate code too, which takes most of the time; without it no seconds, and temporaries before the last passes."""
+    """Generate code too, which takes most of the time; without it no seconds, and too few temporaries."""
     operations: int = 5
     """Costliest operations that are shown, up to 20; the JSON has 20."""
     out: str | None = None
