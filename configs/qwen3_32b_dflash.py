@@ -2,9 +2,9 @@
 
     specauf train --config configs/qwen3_32b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 11.77 GiB of each chip's 15.75 GiB there.
-Expected time: not yet measured. 22,264 TFLOP a step: 17.66 s on 16 v5e or 3.79 s on 16 v6e chips at 40 % of their peak,
-so that 20,000 steps would take 98 or 21 hours.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 13.56 GiB of each chip's 15.75 GiB there, and 8.4 to
+10.4 s a step (68 to 79 % of their peak); with `--train.accumulation 1` 2.9 to 3.3 s on 16 v6e.
+Expected time: not yet measured. 20,000 steps would take 46 to 58 hours on 16 v5e, 16 to 18 on 16 v6e by these figures.
 Expected tau: not yet measured.
 """
 
