@@ -2,7 +2,7 @@
 
     specauf train --config configs/qwen3_4b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 4.13 GiB of each chip's 15.75 GiB there.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 4.51 GiB of each chip's 15.75 GiB there.
 Expected time: not yet measured. 4,126 TFLOP a step: 3.27 s on 16 v5e or 0.70 s on 16 v6e chips at 40 % of their peak,
 so that 20,000 steps would take 18 or 4 hours.
 Expected tau: not yet measured.
