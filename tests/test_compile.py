@@ -51,6 +51,13 @@ config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4,
 """
 
 
+def finds_partners(equation) -> bool:
+    """The product in the TPU's form of RoPE: exact, with a square matrix."""
+    exact = equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    shape = equation.invars[1].aval.shape
+    return exact and len(shape) == 2 and shape[0] == shape[1]
+
+
 def products(jaxpr) -> int:
     """Floating-point operations of all matrix products of a traced program; a loop's body as often as it runs."""
     total = 0
@@ -59,8 +66,7 @@ def products(jaxpr) -> int:
         if equation.primitive.name == "ragged_dot_general":
             rows, width = equation.invars[0].aval.shape
             total += 2 * rows * width * equation.outvars[0].aval.shape[-1]
-        turning = equation.params.get("precision") is not None  # a TPU's form of RoPE: the partners of elements
-        if equation.primitive.name == "dot_general" and not turning:
+        if equation.primitive.name == "dot_general" and not finds_partners(equation):
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(equation.outvars[0].aval.shape)

@@ -377,7 +377,7 @@ def _empty_taps(x, layer_ids, layers_run):
 def _tap(taps, x, i, layer_ids, layers_run):
     """Every layer writes into the slot of the next tap at or above it, so the tap itself writes last.
 
-    The barrier keeps TPUs from writing it in the layer's last product, which would take up to six times as long.
+    The barrier keeps TPUs from writing it in the layer's last product, which then takes longer.
     """
     slot_of_layer = jnp.asarray(np.searchsorted(np.asarray(layer_ids), np.arange(layers_run)))
     row = lax.optimization_barrier(x)[..., None, :]
