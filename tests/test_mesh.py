@@ -13,13 +13,17 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import nnx
 
 from specauf_jax.config import Mesh, Objective, Optimisation
 from specauf_jax.errors import SpecaufError
-from specauf_jax.models.target import Head, target_features, target_head
+from specauf_jax.evaluation.xla_memory import computations_of
+from specauf_jax.models.layers import GatedMLP, init_kv_cache
+from specauf_jax.models.target import Head, target_features, target_head, target_shapes, target_step
 from specauf_jax.sharding import batch_sharding, make_mesh, mesh_of, parameter_sharding, placed, replicated
 from specauf_jax.training.loss import LossConfig, loss_fn
 from specauf_jax.training.step import init_state, make_train_step, place_pretrain_step
+from specauf_jax.training.tpu_options import tpu_options
 
 ROWS = [[20, 4], [24], [11, 12], [24]] * 2  # 8 rows
 S = 24
@@ -164,6 +168,44 @@ def print_options():
 
 def test_a_steps_compiler_gets_its_options():
     assert with_libtpu("print_options")[-5:] == ["compiled", "xla_no_such_option", "65536 49152", "True", "None"]
+
+
+def print_products():
+    """Matrices that are copied where few tokens meet a target, and the most products that one operation holds where
+    many meet an MLP with a step's options."""
+    from jax.experimental import topologies
+
+    mesh = make_mesh(Mesh(), topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2").devices[:1])
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=128)
+    target = tiny.target_config(hidden_size=512, intermediate_size=2048, **heads)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), target_shapes(target))
+    cache = jax.eval_shape(lambda: init_kv_cache(target, 4, 2048, jnp.bfloat16))
+    block = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    step = jax.jit(target_step(target, (0,)))
+    text = step.lower(*shapes((params, block, block, cache))).compile().as_text()
+    assert re.search(r"= bf16\[1,512,256\]\S* dynamic-slice\(", text)  # of a layer's keys; so they would be written
+    print(len(re.findall(r"= bf16\[1,512,\d+\]\S* copy\(", text)))
+
+    graph, mlp = nnx.split(nnx.eval_shape(lambda: GatedMLP(target, 2048, rngs=nnx.Rngs(0))))
+    mlp = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), mlp)
+    run = jax.jit(lambda mlp, x: x + nnx.merge(graph, mlp)(x), compiler_options=tpu_options(mesh))
+    rows = jax.ShapeDtypeStruct((2, 3072, 512), jnp.bfloat16)
+    operations, _ = computations_of(run.lower(*shapes((mlp, rows))).compile().as_text())
+
+    def products(name):
+        lines = operations.get(name, [])
+        own = sum(" convolution(" in line or " dot(" in line for line in lines)
+        return own + sum(products(called[1]) for line in lines if (called := re.search(r"calls=%([\w.-]+)", line)))
+
+    print(max(products(name) for name in operations if name.startswith("fused")))
+
+
+def test_on_tpus_a_product_neither_copies_its_matrix_nor_hides_in_another():
+    assert with_libtpu("print_products")[-2:] == ["0", "1"]
 
 
 def print_refusals():

@@ -126,12 +126,27 @@ def test_angles_of_long_positions(scaling):
     assert np.abs(np.angle(turned)).max() < 2e-3
 
 
+@pytest.mark.parametrize("form", [_by_product, _by_halves])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_tpu_s_form_gives_the_same_numbers(dtype):
-    x = jax.random.normal(jax.random.key(0), (3, 7, 4, 16), dtype)
-    angles = jax.random.uniform(jax.random.key(1), (2, 3, 7, 1, 8))
-    found, wanted = (jax.jit(form)(x, jnp.cos(angles[0]), jnp.sin(angles[1])) for form in (_by_product, _by_halves))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)  # a sum may be one instruction or two
+def test_both_forms_round_once(dtype, form):
+    """Values against the definition in float64; the gradient of a TPU's form too, which autodiff would round more."""
+    x, cotangent = jax.random.normal(jax.random.key(0), (2, 3, 7, 4, 16), dtype)
+    angles = jax.random.uniform(jax.random.key(1), (3, 7, 1, 8))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    found, pull = jax.vjp(lambda x: jax.jit(form)(x, cos, sin), x)
+    turns = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+    rounding = {"rtol": jnp.finfo(dtype).eps, "atol": 1e-6}
+
+    def check(found, start, turns):
+        left, right = np.split(np.asarray(start, np.float64), 2, axis=-1)
+        end = (left + 1j * right) * turns
+        np.testing.assert_allclose(np.asarray(found, np.float64), np.concatenate([end.real, end.imag], -1), **rounding)
+
+    check(found, x, turns)
+    if form is _by_product:
+        (gradient,) = pull(cotangent)
+        assert gradient.dtype == found.dtype == dtype
+        check(gradient, cotangent, turns.conj())
 
 
 def test_rotation_pairs_each_element_with_the_one_half_a_head_away():

@@ -15,7 +15,7 @@ from specauf_jax.kernels.block_attention_xla import FLOOR, absorb
 from specauf_jax.sharding import heads_spec, mesh_of, per_device, rows_spec
 
 NO_WINDOW = 0  # as the `window` of a layer that has none
-TILE, TILE_ON_CPU, TILE_ON_GPU = 512, 64, 4096  # positions of the cache whose scores exist at one time
+TILE, TILE_ON_CPU, TILE_ON_GPU = 1024, 64, 4096  # positions of the cache whose scores exist at one time
 
 
 @jax.named_scope("attention")
@@ -55,20 +55,20 @@ def _attend(q, cache_k, cache_v, layer, start, stop, own, sinks, *, most: int):
     queries = q.reshape(B, T, G, H // G, E).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, E)
     state = jnp.full(queries.shape[:-1], FLOOR), jnp.zeros(queries.shape[:-1]), jnp.zeros(queries.shape, jnp.float32)
 
-    def seen(visible):  # [B, T, n] → [B, 1, T·H/G, n]
-        return jnp.repeat(visible, H // G, axis=1)[:, None]
+    def of_queries(x):  # [B, T, …] → [B, 1, T·H/G, …]
+        return jnp.repeat(x, H // G, axis=1)[:, None]
 
     if own is not None:
         keys, values = (jnp.moveaxis(x, 2, 1) for x in own[:2])
-        state = absorb(state, queries, keys, values, seen(own[2]))
+        state = absorb(state, queries, keys, values, of_queries(own[2]))
+    from_, to = of_queries(start[..., None]), of_queries(stop[..., None])
 
     def tile(i, state):
         at = jnp.minimum(i * size, S - size)  # the last tile may overlap the one before it
         place, shape = (layer, 0, 0, at, 0), (1, B, G, size, E)
         keys, values = (lax.dynamic_slice(x, place, shape)[0] for x in (cache_k, cache_v))
         j = at + jnp.arange(size)
-        visible = (j >= i * size) & (j >= start[..., None]) & (j < stop[..., None])
-        return absorb(state, queries, keys, values, seen(visible))
+        return absorb(state, queries, keys, values, (j >= jnp.maximum(from_, i * size)) & (j < to))
 
     first, last = jnp.where(stop > start, start, S).min() // size, -(-jnp.minimum(stop, S).max() // size)
     peak, total, mixed = tile(0, state) if size == S else lax.fori_loop(first, last, tile, state)

@@ -6,6 +6,7 @@ parameters; norms, softmax and RoPE angles are float32 inside.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +95,7 @@ class Attention(nnx.Module):
 
     def queries(self, x, angles):
         """`[..., D]` → `[..., H, E]`, and the gates of what heads will mix, as many; None without."""
-        found = self.q_proj(x)
-        found = found.reshape(*found.shape[:-1], -1, self.head_dim * (1 + self.gated))
+        found = _heads(self.q_proj, x, self.head_dim * (1 + self.gated))
         queries, gates = jnp.split(found, 2, axis=-1) if self.gated else (found, None)
         queries = apply_rope(self._normed(self.q_norm, queries), angles)
         if self.scalar is not None:
@@ -104,7 +104,8 @@ class Attention(nnx.Module):
 
     def keys_values(self, x, angles):
         """`[..., D]` → keys and values, `[..., G, E]` each."""
-        return apply_rope(self._normed(self.k_norm, self._heads(self.k_proj(x))), angles), self._heads(self.v_proj(x))
+        keys, values = (_heads(project, x, self.head_dim) for project in (self.k_proj, self.v_proj))
+        return apply_rope(self._normed(self.k_norm, keys), angles), values
 
     def output(self, mixed, gates):
         """`[..., H, E]` and their gates → `[..., D]`."""
@@ -115,8 +116,13 @@ class Attention(nnx.Module):
     def _normed(self, norm, heads):
         return heads if norm is None else norm(heads)
 
-    def _heads(self, x):
-        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+def _heads(project, x, width: int):
+    """`[..., D]` → `[..., heads, width]`."""
+    found = project(x)
+    if math.prod(x.shape[:-1]) < x.shape[-1]:  # to write so few tokens by head, XLA on TPUs would turn the matrix first
+        found = lax.optimization_barrier(found)
+    return found.reshape(*found.shape[:-1], -1, width)
 
 
 class GatedMLP(nnx.Module):

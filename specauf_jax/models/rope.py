@@ -12,6 +12,8 @@ from jax import lax
 
 from specauf_jax.architecture import ResolvedDrafter, Target
 
+_LANES = 128  # of a TPU's register
+
 
 def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of every position's rotations, float32 `[..., 1, R/2]` (one head axis), R = `rotary_dim`.
@@ -29,23 +31,33 @@ def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the first R elements of `[..., H, E]` in half-split form (element e pairs with e + R/2)."""
-    R = 2 * angles[0].shape[-1]
-    turned = lax.platform_dependent(x[..., :R], *angles, tpu=_by_product, default=_by_halves).astype(x.dtype)
-    return turned if x.shape[-1] == R else jnp.concatenate([turned, x[..., R:]], axis=-1)
+    half = angles[0].shape[-1]
+    on_tpu = _by_product if half % _LANES else _by_halves
+    turned = lax.platform_dependent(x[..., : 2 * half], *angles, tpu=on_tpu, default=_by_halves)
+    return turned if x.shape[-1] == 2 * half else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
 
 
 def _by_halves(x, cos, sin):
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+@jax.custom_vjp
 def _by_product(x, cos, sin):
-    """An element's partner comes by a product with 1, -1 and 0, which is exact: half a head is half a TPU's register,
-    and to move it costs more."""
+    """An element's partner comes by a product with 1, -1 and 0, which is exact of finite numbers: to move half a head
+    that is not whole registers costs a TPU more. The gradient is the rotation back, as exact; none for the angles."""
     partners = np.kron([[0, 1], [-1, 0]], np.eye(cos.shape[-1]))
     partner = jnp.einsum("...e,ef->...f", x, jnp.asarray(partners, x.dtype), precision=lax.Precision.HIGHEST)
     cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))
-    return x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin
+    return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _back(angles, cotangent):
+    cos, sin = angles
+    return _by_product(cotangent, cos, -sin), None, None
+
+
+_by_product.defvjp(lambda x, *angles: (_by_product(x, *angles), angles), _back)
 
 
 def rope_frequencies(config: Target | ResolvedDrafter) -> tuple[np.ndarray, float]:

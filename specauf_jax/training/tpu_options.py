@@ -18,6 +18,8 @@ _OPTIONS = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
+    # An MLP's two products stay two. As one operation the first is computed anew for every part of the second.
+    "xla_tpu_dot_dot_fusion": "false",
     # A product's operands lie in fast memory in larger parts, and are read less often.
     "xla_tpu_scoped_vmem_limit_kib": str(64 * 1024),
 }
