@@ -44,9 +44,10 @@ TARGET = tiny.target_config(num_hidden_layers=5)
 RECIPE = """
 from specauf_jax.architecture import Drafter
 from specauf_jax.commands.train_settings import Train
-from specauf_jax.config import TrainOptimisation
+from specauf_jax.config import Objective, TrainOptimisation
 
-config = Train(target={target!r}, data="", out="", drafter=Drafter(block_size=4, num_hidden_layers=2, mask_token_id=16),
+config = Train(target={target!r}, data="", out="", objective=Objective({objective!r}),
+               drafter=Drafter(block_size=4, num_hidden_layers=2, mask_token_id=16),
                train=TrainOptimisation(batch_size=4, accumulation=2, num_anchors=4))
 """
 
@@ -212,9 +213,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_devices", lambda config: jax.devices()[:1])
     monkeypatch.setattr(command, "KNOWN_TARGETS", {"Tiny": TARGET})
 
-    def run(*more, target="Tiny", topology="v5e:1x1"):
+    def run(*more, target="Tiny", topology="v5e:1x1", objective="auf"):
         recipe, out = tmp_path / "recipe.py", tmp_path / "out.json"
-        recipe.write_text(RECIPE.format(target=target))
+        recipe.write_text(RECIPE.format(target=target, objective=objective))
         code = cli.main(["compile", "--config", str(recipe), "--topology", topology, "--sequence-length", str(S),
                          "--decode-batch-size", "3", "--decode-length", "20", "--out", str(out), *more])  # fmt: skip
         return code, json.loads(out.read_text()) if out.exists() else None
@@ -356,11 +357,35 @@ def test_collectives_are_counted_as_often_as_their_loops_run():
 }
 
 %cond.2 (p: (s32[], f32[4])) -> pred[] {
+  %token = s32[] constant(151936)
   %limit = s32[] constant(2)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT, metadata={op_name="c"}
+}
+
+%cond.3 (p: (s32[], f32[4])) -> pred[] {
+  %limit = s32[] constant(36)
+  %lt = pred[] compare(%i, %limit), direction=LT
+  ROOT %and = pred[] and(%lt, %going)
+}
+
+%body.3 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %given = f32[6] collective-permute(f32[6] %p), channel_id=7
+}
+
+%all-reduce-scatter.1 (p: f32[16,2]) -> f32[2,2] {
+  %all-reduce.1 = f32[16,2]{1,0} all-reduce(%p), channel_id=7, to_apply=%add
+  ROOT %cut = f32[2,2]{1,0} dynamic-slice(%all-reduce.1, %i, %i), dynamic_slice_sizes={2,2}
 }
 
 ENTRY %main (p: f32[4]) -> f32[4] {
   %while.2 = (s32[], f32[4]) while((s32[], f32[4]) %q), condition=%cond.2, body=%outer.2
+  %while.3 = (s32[], f32[4]) while(%q), condition=%cond.3, body=%body.3
+  %wide = f32[16]{0:T(128)} broadcast(%p), dimensions={}
+  %cut.1 = f32[2]{0} reduce-scatter(%wide), channel_id=7, dimensions={0}, to_apply=%add
+  %cut.2 = f32[2,2]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+  %sent.1 = (f32[5], f32[5], u32[], u32[]) collective-permute-start(%p), channel_id=7
+  %sent.2 = (f32[5], f32[5], u32[], u32[]) collective-permute-start(%p), channel_id=7
+  %both = (f8e4m3fn[4]{0}, pred[3]{0}) all-reduce(%p, %p), channel_id=7, to_apply=%add
   ROOT %all-reduce.7 = f32[4]{0} all-reduce(f32[4]{0} %p), to_apply=%add
 }
 
@@ -370,7 +395,9 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
     assert read_collectives(text) == {
         "all-gather": {"count": 2 * 36 + 4, "bytes": 2 * 36 * 64 + 2 * 32 + 2 * 16, "beside_bytes": 2 * 32 + 2 * 16},
-        "all-reduce": {"count": 1, "bytes": 16, "beside_bytes": 0},
+        "all-reduce": {"count": 2, "bytes": 16 + 4 + 3, "beside_bytes": 0},
+        "reduce-scatter": {"count": 2, "bytes": 64 + 128, "beside_bytes": 0},
+        "collective-permute": {"count": 3, "bytes": 2 * 20 + 24, "beside_bytes": 2 * 20},
     }
 
 
@@ -498,7 +525,7 @@ def test_a_recipe_made_too_large_for_a_tpu(tmp_path):
     target, recipe, out = tmp_path / "target", tmp_path / "recipe.py", tmp_path / "out.json"
     target.mkdir()
     (target / "config.json").write_text(json.dumps(hf_target.write_target(TARGET)))
-    recipe.write_text(RECIPE.format(target=str(target)))
+    recipe.write_text(RECIPE.format(target=str(target), objective="auf"))
     sizes = ("--batch-size", "65536", "--sequence-length", "2048", "--decode-batch-size", "8", "--decode-length", "64")
     # libtpu ends at a flag that it does not know, such as those of the other tests.
     done = python("-m", "specauf_jax", "compile", "--config", recipe, "--topology", "v5e:2x2", *sizes, "--out", out)
@@ -527,7 +554,7 @@ def command_line(pid: str) -> bytes:
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc lists a process's children")
 def test_compilers_end_with_a_command_that_is_killed(tmp_path):
     recipe = tmp_path / "recipe.py"
-    recipe.write_text(RECIPE.format(target="Qwen3-4B"))
+    recipe.write_text(RECIPE.format(target="Qwen3-4B", objective="auf"))
     arguments = ["-m", "specauf_jax", "compile", "--no-code", "--topology", "v5e:2x2", "--batch-size", "8", "--config"]
     process = subprocess.Popen(
         [sys.executable, *arguments, recipe, "--out", tmp_path / "out.json"], env=environment("")
@@ -588,10 +615,10 @@ def test_cycles_of_a_program_by_hand():
     assert most == {"target": 1000, "blocks": 36 * 11, "lm_head": 36 * 5 * 100, "verify": 7005}
     assert kernels == {"blocks/attention": 36 * 5}
     assert cycles.most.most_common(2) == [
-        (("lm_head", "f32[]", "jit(step)/lm_head/while/body/dot"), 36 * 5 * 100),
-        (("verify", "f32[]", "jit(step)/verify/sort"), 7000),
+        (("b", "lm_head", "f32[]", "jit(step)/lm_head/while/body/dot"), 36 * 5 * 100),
+        (("f", "verify", "f32[]", "jit(step)/verify/sort"), 7000),
     ]
-    assert ("blocks", "f32[]", "") in cycles.most  # what has no source, in the loop's scope
+    assert ("copy", "blocks", "f32[]", "") in cycles.most  # what has no source, in the loop's scope
     assert cycles.by_scope(read_cycles(PROGRAM, {}).least)["lm_head"] == 36 * 100
 
 
@@ -616,6 +643,22 @@ def test_the_time_of_a_program_by_hand(run, measured, monkeypatch):
     whole, needed = program["flops"], program["flops"] - parts["lm_head"] * 2 / 3
     wanted = whole / 197e12 / time["total"][1], needed / 197e12 / time["total"][0]
     assert time["utilisation"] == pytest.approx(wanted)
+    measured["train"]["argument_bytes"] = 10**12  # takes longer than all operations
+    time = run("--operations", "3")[1]["train"]["time"]
+    assert time["total"] == pytest.approx([1e12 / 819e9 + seconds for seconds in time["collectives"]])
+    assert len(time["costliest"]) == 6
+
+
+def test_an_objective_that_needs_all_slots_has_one_time(run, measured):
+    """Its LM head is a loop of known turns, which spares nothing."""
+    program = run(objective="decay")[1]["train"]
+    time = program["time"]
+    assert time["compiler"]["lm_head"] == pytest.approx([36 * 100 / 1.5e9] * 2)
+    assert time["utilisation"] == pytest.approx([program["flops"] / 197e12 / time["total"][i] for i in (1, 0)])
+
+
+def test_more_operations_than_are_told_are_refused(run, measured, capsys):
+    assert run("--operations", "21")[0] == 2 and "at most 20" in capsys.readouterr().err
 
 
 def wait_for(condition, seconds: float = 120) -> None:

@@ -321,9 +321,13 @@ def test_the_matrix_of_compilations(tmp_path):
                "time": {"compiler": {"target": [1, 1], "blocks": [2, 2], "lm_head": [0.5, 3]}, "total": [3.5, 7],
                         "collectives": [0, 1], "utilisation": [0.301, 0.629]}}  # fmt: skip
     report |= {"train": program, "decode": program}
+    timed = report | {"train": program, "decode": None}
+    without_room = report | {"train": program | {"time": None}}
+    reports = {"v5e:4x4": report, "tpu7x:2x2x4": timed, "v5p:4x4x8": timed, "v6e:4x4": without_room}
     package = f"""
 import json, pathlib, sys
-pathlib.Path(sys.argv[sys.argv.index("--out") + 1]).write_text({json.dumps(json.dumps(report))})
+report = json.loads({json.dumps(json.dumps(reports))})[sys.argv[sys.argv.index("--topology") + 1]]
+pathlib.Path(sys.argv[sys.argv.index("--out") + 1]).write_text(json.dumps(report))
 with open("asked", "a") as file: file.write(json.dumps(sys.argv[1:]) + "\\n")
 sys.exit(1)
 """
@@ -335,19 +339,21 @@ sys.exit(1)
         line = [sys.executable, MEASURE / "compile_matrix.py", "--recipes", ROOT / "configs/tiny_cpu.py",
                 "--topologies", topology, "--out", tmp_path / out, *more]  # fmt: skip
         done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 1  # something does not fit
+        assert done.returncode == 1 and done.stdout, done.stderr  # something does not fit
         return done.stdout.splitlines()[-1]
 
     for _ in range(2):
         expected = "| 16 × 4 | 16.00 | 1.00 + 2.00 = **3.00** | 1.00 + 2.00 = **3.00** | no | 2 | 3 | 1.50 |"
         assert last_line("out", "v5e:4x4") == f"| tiny_cpu | v5e:4x4 | 16 {expected}"
     expected = "| 16 × 4 | 16.00 | 3.00 | 1.00 | 2.00 | 3.00 | 0.00 to 1.00 | 3.50 to 7.00 | 30 to 63 % |"
-    for topology in ("tpu7x:2x2x4", "v5p:4x4x8"):
-        assert last_line("time", topology, "--time") == f"| tiny_cpu | {topology} | 16 {expected}"
+    for topology in ("v5e:4x4", "tpu7x:2x2x4", "v5p:4x4x8"):
+        assert last_line("out", topology, "--time") == f"| tiny_cpu | {topology} | 16 {expected}"
+    assert last_line("out", "v6e:4x4", "--time") == f"| tiny_cpu | v6e:4x4 | 16 | 16 × 4 | 16.00 | 3.00 |{' – |' * 6}"
     asked = [parsed(json.loads(line)) for line in (tmp_path / "asked").read_text().splitlines()]
     found = [(x.topology, x.batch_size, x.accumulation, x.only, x.code) for x in asked]
-    assert found == [("v5e:4x4", 64, None, None, False), ("tpu7x:2x2x4", 64, 1, "train", True),
-                     ("v5p:4x4x8", 128, 1, "train", True)]  # fmt: skip
+    assert found == [("v5e:4x4", 64, None, None, False), ("v5e:4x4", 64, None, "train", True),
+                     ("tpu7x:2x2x4", 64, 1, "train", True), ("v5p:4x4x8", 128, 1, "train", True),
+                     ("v6e:4x4", 64, 1, "train", True)]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------

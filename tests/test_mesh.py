@@ -160,7 +160,7 @@ def print_options():
         except jax.errors.JaxRuntimeError as error:
             print(re.search("xla_no_such_option", str(error))[0])
     print(*(tpu_options.tpu_options(mesh)["xla_tpu_scoped_vmem_limit_kib"] for mesh in meshes.values()))
-    os.environ["LIBTPU_INIT_ARGS"] = "--xla_enable_async_all_gather=false --xla_tpu_scoped_vmem_limit_kib=16384"
+    os.environ["LIBTPU_INIT_ARGS"] = "--noxla_enable_async_all_gather --xla_tpu_scoped_vmem_limit_kib=16384"
     print(tpu_options._OPTIONS.keys() - tpu_options.tpu_options(meshes["v5e:2x2"]).keys() == {
         "xla_enable_async_all_gather", "xla_tpu_scoped_vmem_limit_kib"})  # fmt: skip
     print(tpu_options.tpu_options(make_mesh(Mesh(), jax.devices("cpu")[:1])))

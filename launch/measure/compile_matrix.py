@@ -4,10 +4,10 @@
     python launch/measure/compile_matrix.py --recipes my_recipe.py --topologies v5e:4x4 --out runs/mine
     python launch/measure/compile_matrix.py --time --topologies v5e:4x4 v6e:4x4 --out runs/compile_time
 
-Writes RECIPE-TOPOLOGY.json for each pair; those already there are kept, so that it goes on where it stopped: delete the
-folder after a change of the code. The batch is 64, or the number of devices where that is more; on v5e in the recipe's
-parts, elsewhere whole. `--time` finishes the train step's program, which takes 4 to 10
-minutes a pair on two cores, and prints how long it takes instead.
+Writes RECIPE-TOPOLOGY.json for each pair, RECIPE-TOPOLOGY-time.json with `--time`; those already there are kept, so
+that it goes on where it stopped: delete the folder after a change of the code. The batch is 64, or the number of
+devices where that is more; on v5e in the recipe's parts, elsewhere whole. `--time` finishes the train step's program,
+which takes 4 to 10 minutes a pair on two cores, and prints how long it takes instead.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def main() -> int:
     cells = [(recipe, topology) for topology in arguments.topologies for recipe in arguments.recipes]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         codes = list(pool.map(lambda cell: compile_cell(*cell, arguments.out, arguments.time), cells))
-    print(table(cells, arguments.out, TIME if arguments.time else MEMORY, time if arguments.time else memory))
+    print(table(cells, arguments.out, arguments.time))
     return max(codes)
 
 
 def compile_cell(recipe: Path, topology: str, out: Path, timed: bool) -> int:
     """Exit code of `specauf compile`; its report stays at `report_path`, its output beside."""
-    path, devices = report_path(out, recipe, topology), DEVICES[topology]
+    path, devices = report_path(out, recipe, topology, timed), DEVICES[topology]
     if path.exists():
         return 0 if json.loads(path.read_text())["fits"] else 1
     rows = max(BATCH, devices)
@@ -69,17 +69,18 @@ def compile_cell(recipe: Path, topology: str, out: Path, timed: bool) -> int:
     return done.returncode
 
 
-def report_path(out: Path, recipe: Path, topology: str) -> Path:
+def report_path(out: Path, recipe: Path, topology: str, timed: bool) -> Path:
     """Where a pair's JSON lies."""
-    return out / f"{recipe.stem}-{topology.replace(':', '-')}.json"
+    return out / f"{recipe.stem}-{topology.replace(':', '-')}{'-time' * timed}.json"
 
 
-def table(cells: list[tuple[Path, str]], out: Path, head: tuple[str, ...], row) -> str:
+def table(cells: list[tuple[Path, str]], out: Path, timed: bool) -> str:
     """The reports that are there, as Markdown."""
-    head = ("recipe", "topology", "devices", "rows × parts", "HBM", *head)
+    columns, row = (TIME, time) if timed else (MEMORY, memory)
+    head = ("recipe", "topology", "devices", "rows × parts", "HBM", *columns)
     lines = [head, ("---",) * len(head)]
     for recipe, topology in cells:
-        path = report_path(out, recipe, topology)
+        path = report_path(out, recipe, topology, timed)
         if path.exists():
             report = json.loads(path.read_text())
             parts = report["meta"]["recipe"]["train"]["accumulation"]
@@ -90,7 +91,9 @@ def table(cells: list[tuple[Path, str]], out: Path, head: tuple[str, ...], row) 
 
 def time(report: dict) -> tuple[str, ...]:
     """The train step's peak in GiB; its seconds from the fewest to the most, and of what; the share of the peak."""
-    found = report["train"]["time"]
+    found, peak = report["train"]["time"], f"{report['train']['peak_bytes'] / 2**30:.2f}"
+    if found is None:  # the compiler found no room
+        return peak, *("–" * (len(TIME) - 1))
 
     def seconds(pair) -> str:
         return " to ".join(f"{x:.2f}" for x in pair)
@@ -98,7 +101,7 @@ def time(report: dict) -> tuple[str, ...]:
     parts = [found["compiler"].get(scope, [0, 0]) for scope in ("target", "blocks", "lm_head")]
     low, high = found["utilisation"]
     return (
-        f"{report['train']['peak_bytes'] / 2**30:.2f}",
+        peak,
         *(f"{pair[1]:.2f}" for pair in parts),
         seconds(found["collectives"]),
         seconds(found["total"]),

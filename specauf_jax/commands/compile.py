@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specauf_jax.architecture import ResolvedDrafter, Target
-from specauf_jax.commands.compile_settings import Compile
+from specauf_jax.commands.compile_settings import COSTLIEST, Compile
 from specauf_jax.commands.train_settings import Train
 from specauf_jax.decoding.generate import decode_round
 from specauf_jax.decoding.rows import abstract_state
@@ -40,7 +40,6 @@ from specauf_jax.training.step import place_drafter_step
 
 _GIB = 2**30
 _PROGRAMS = {"train": "train step", "decode": "decode round"}
-_COSTLIEST = 20  # operations in the JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _measure(config: Compile, name: str, rows: int) -> dict:
             loss = _loss(recipe, drafter, config.sequence_length)
             blocks = loss.num_anchors * recipe.train.batch_size // (recipe.train.accumulation * batch_shards(mesh))
             turns = -(-blocks // loss.slot_chunk)  # of the LM head's loop over blocks, a slot of each; or all slots
-            data = {"lm_head": (turns, turns * drafter.num_labels)}
+            data = {"lm_head": (turns, turns * drafter.num_labels)} if loss.skips else {}
         else:
             program = _decode_round(recipe, drafter, target, mesh, rows, config.decode_length, config.tree_nodes)
             data = {"attention": (1, -(-config.decode_length // TILE))}
@@ -273,7 +272,7 @@ def _time(program: dict, device: _Device, cycles: Cycles | None, turns: dict[str
     least, most = map(Cycles.by_scope, (cycles.least, cycles.most))
     compiler = {scope: [least[scope] / device.clock, count / device.clock] for scope, count in most.items()}
     costliest = [operation._asdict() | {"seconds": count / device.clock}
-                 for operation, count in cycles.most.most_common(_COSTLIEST)]  # fmt: skip
+                 for operation, count in cycles.most.most_common(COSTLIEST)]  # fmt: skip
     called = {operation.scope.rpartition("/")[2] for operation in cycles.kernels} & {"attention", "experts"}
     shares = {part: [program["flops_by_part"][part] / program["flops"] * seconds
                      for seconds in program["seconds"].values()] for part in sorted(called)}  # fmt: skip
@@ -354,7 +353,8 @@ def _show_time(time: dict | None, operations: int, console: Console) -> None:
     if operations:
         console.print("costliest operations:")
     for operation in time["costliest"][:operations]:
-        what = f"{operation['scope'] or 'elsewhere'} {operation['shape'][:60]} {operation['source'][-70:]}"
+        name, scope, shape, source = (operation[part] for part in ("name", "scope", "shape", "source"))
+        what = f"{scope or 'elsewhere'} {name} {shape[:60]} {source[-70:]}"
         console.print(f"{1e3 * operation['seconds']:8.2f} ms {what}", highlight=False, markup=False)
 
 

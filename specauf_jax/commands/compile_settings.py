@@ -5,6 +5,9 @@ from typing import Literal
 
 from specauf_jax.checks import at_least, not_negative, positive
 from specauf_jax.config import Mesh
+from specauf_jax.errors import SpecaufError
+
+COSTLIEST = 20  # operations in the JSON
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,5 @@ class Compile:
         positive(self, "slices", "sequence_length", "batch_size", "accumulation", "decode_batch_size", "tree_nodes")
         at_least(self, 2, "decode_length")
         not_negative(self, "operations")
+        if self.operations > COSTLIEST:
+            raise SpecaufError(f"--operations {self.operations}", f"at most {COSTLIEST}", "ask for fewer")

@@ -11,9 +11,11 @@ import jax
 
 # Between slices, a TPU's program has send in the place of these.
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _LARGEST = 8
 NAME = r"%([\w.\-]+)"
+LOOP = re.compile(rf"condition={NAME}, body={NAME}")
+_INSTRUCTION = re.compile(rf"\s*(?:ROOT )?{NAME} = (.*?) ([\w-]+)\((.*?)\)")  # name, results, what it does, operands
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def measure(lowered: jax.stages.Lowered, arguments, *, code: bool) -> tuple[dict, str | None]:
@@ -110,26 +112,37 @@ def read_buffers(assignment: str, program: str) -> tuple[int, list[dict]]:
 
 
 def read_collectives(program: str) -> dict:
-    """Kind → how often a device runs it in one call of the program, the bytes of its results, and of these the bytes of
-    those that other operations run beside (`beside_bytes`)."""
+    """Kind → how often a device runs it in one call of the program, the bytes of its results (of a reduce-scatter, of
+    what it takes), and of these the bytes of those that other operations run beside (`beside_bytes`)."""
     computations, entry = computations_of(program)
-    found: dict[str, list[tuple[str, int, int, bool]]] = {}
+    fusions = [line for lines in computations.values() for line in lines if " fusion(" in line]
+    fused = {name for line in fusions for name in called_by(line)}
+    found: dict[tuple, list[tuple[str, int, int, bool]]] = {}
     for name, runs in _runs(computations, entry).items():
-        for line in computations[name]:
-            said = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) ([\w-]+)\(", line)
-            if said and (kind := said[2].removesuffix("-start")) in _COLLECTIVES:
-                shapes = re.findall(r"(\w+)\[([\d,]*)\]", said[1])  # a start's are operands and results
-                size = max(_bytes(*shape) for shape in shapes)
-                channel = re.search(r"channel_id=\d+", line)
-                beside = said[2] != kind
-                found.setdefault(channel[0] if channel else f"{name} {line}", []).append((kind, runs, size, beside))
+        instructions = [said for line in computations[name] if (said := _INSTRUCTION.match(line))]
+        results = {said[1]: said[2] for said in instructions}
+        for said in instructions:
+            if (kind := said[3].removesuffix("-start")) not in _COLLECTIVES:
+                continue
+            started, moved = said[3] != kind, said[2]
+            if kind == "reduce-scatter":
+                moved = " ".join(results.get(operand, "") for operand in re.findall(NAME, said[4]))
+            elif "all-reduce-scatter" in name:  # so TPUs do it: a fusion of an all-reduce and of the cut of its result
+                kind = "reduce-scatter"
+            sizes = [_bytes(*shape) for shape in _SHAPE.findall(moved) if shape[1]]  # without a start's flags
+            if started and kind not in ("all-reduce", "reduce-scatter"):  # operands, then results
+                sizes = sizes[len(sizes) // 2 :]
+            # Begun in one fusion, carried on and ended in others: each of them has the gather's line.
+            channel = re.findall(r"channel_id=\d+", said.string) if kind == "all-gather" and name in fused else []
+            key = (*channel, *_SHAPE.findall(said[2])) if channel else (name, said[1])
+            found.setdefault(key, []).append((kind, runs, sum(sizes), started))
     collectives: dict[str, dict[str, int]] = {}
-    for places in found.values():  # one with several places is begun in the first, carried on and ended in others
-        kind, runs, size, beside = places[0]
+    for places in found.values():
+        kind, runs, size, started = places[0]
         sums = collectives.setdefault(kind, {"count": 0, "bytes": 0, "beside_bytes": 0})
         sums["count"] += runs
         sums["bytes"] += runs * size
-        sums["beside_bytes"] += runs * size * (beside or len(places) > 1)
+        sums["beside_bytes"] += runs * size * (started or len(places) > 1)
     return collectives
 
 
@@ -148,6 +161,21 @@ def computations_of(program: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
+def turns_of(line: str, computations: dict[str, list[str]]) -> int | None:
+    """How often a loop turns, by its line: the constant below which its condition keeps a counter; None for what only
+    the data know."""
+    condition = "\n".join(line for name in re.findall(rf"condition={NAME}", line) for line in computations[name])
+    limit = re.search(rf"ROOT .* compare\(.*{NAME}\), direction=LT", condition)
+    constants = dict(re.findall(rf"{NAME} = s32\[\]\S* constant\((\d+)\)", condition))
+    return int(constants[limit[1]]) if limit and limit[1] in constants else None
+
+
+def called_by(line: str) -> list[str]:
+    """Names of the computations that an instruction calls, but for a loop's."""
+    attributes = r"(?:calls|to_apply|branch_computations|true_computation|false_computation)"
+    return re.findall(NAME, " ".join(re.findall(rf"{attributes}=(\{{[^}}]*\}}|\S+)", line)))
+
+
 def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     """How often each computation runs; a loop's body as often as the number says that its condition compares with."""
     runs: dict[str, int] = {}
@@ -155,13 +183,9 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
     def visit(name: str, times: int) -> None:
         runs[name] = runs.get(name, 0) + times
         for line in computations[name]:
-            loop = re.search(rf"condition={NAME}, body={NAME}", line)
-            if loop:
-                limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
-                visit(loop[2], times * max(map(int, limits), default=1))
-                continue
-            called = re.search(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|\S+)", line)
-            for inner in re.findall(NAME, called[1]) if called else ():
+            if loop := LOOP.search(line):
+                visit(loop[2], times * (turns_of(line, computations) or 1))
+            for inner in called_by(line):
                 visit(inner, times)
 
     visit(entry, 1)
@@ -169,4 +193,5 @@ def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
 
 
 def _bytes(dtype: str, shape: str) -> int:
-    return _BYTES.get(dtype, 0) * math.prod(int(n) for n in shape.split(",") if n)
+    bits = 8 if dtype == "pred" else int(re.sub(r"^\D+(\d+).*", r"\1", dtype))  # of "bf16", "f8e4m3fn"
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8

@@ -1,7 +1,8 @@
 """How long a program takes on a TPU, as its compiler estimates it: cycles by named scope, from XLA's own text.
 
-The compiler writes `estimated_cycles` to the fusions of a finished program. It has no figure for Pallas kernels, for
-sorts, for what it copies and sends, and for how often a loop turns where that is for the data to say.
+The compiler writes `estimated_cycles` to the fusions and most other operations of a finished program. It has no figure
+for Pallas kernels, for sorts, for asynchronous copies, for what is sent, and for how often a loop turns where that is
+for the data to say.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from specauf_jax.evaluation.xla_memory import NAME, computations_of
+from specauf_jax.evaluation.xla_memory import LOOP, called_by, computations_of, turns_of
 
 SCOPES = (
     "target",
@@ -30,8 +31,10 @@ KERNEL = "tpu_custom_call"
 
 
 class Operation(NamedTuple):
-    """An instruction of the program: its scope, such as "verify/target", its results and what JAX calls its source."""
+    """An instruction of the program: its name there, its scope, such as "verify/target", its results and what JAX calls
+    its source."""
 
+    name: str
     scope: str
     shape: str
     source: str
@@ -96,12 +99,10 @@ def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
             return Cycles(spent, spent, Counter())
         if f'custom_call_target="{KERNEL}"' in line:
             return Cycles(Counter(), Counter(), Counter({_operation(line): 1}))
-        if loop := re.search(rf"condition={NAME}, body={NAME}", line):
-            limits = re.findall(r" = s32\[\]\S* constant\((\d+)\)", "\n".join(computations[loop[1]]))
-            count = max(map(int, limits), default=0)
+        if loop := LOOP.search(line):
+            count = turns_of(line, computations)
             return of(loop[2]).within(scope).times(*((count, count) if count else _turns(scope, turns)))
-        called = re.search(r"(?:calls|to_apply|branch_computations)=(\{[^}]*\}|\S+)", line)
-        inner = [of(name).within(scope) for name in re.findall(NAME, called[1])] if called else []
+        inner = [of(name).within(scope) for name in called_by(line)]
         if " conditional(" in line:
             return Cycles(min((x.least for x in inner), key=Counter.total),
                           max((x.most for x in inner), key=Counter.total),
@@ -112,9 +113,9 @@ def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
 
 
 def _operation(line: str) -> Operation:
-    results = re.match(r"\s*(?:ROOT )?%\S+ = (.*?) [\w-]+\(", line)
-    shape = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", results[1]) if results else ""
-    return Operation(_scope(line), shape, _source(line))
+    found = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) [\w-]+\(", line)
+    name, results = found.groups() if found else ("", "")
+    return Operation(name, _scope(line), re.sub(r"\{[^}]*\}|/\*.*?\*/", "", results), _source(line))
 
 
 def _scope(line: str) -> str:

@@ -255,7 +255,8 @@ class PlacedStep:
     """A step, jitted for a mesh, with the shapes and shardings of what it takes."""
 
     step: jax.stages.Wrapped
-    """`(state, *frozen, batch) -> (state, metrics)`; the state's buffers are used again."""
+    """`(state, *frozen, batch) -> (state, metrics)`; the state's buffers are used again. To be called as it is: on TPUs
+    it has compiler options, which JAX takes at top level alone. A jit of one's own takes `make_train_step`."""
     state: TrainState
     frozen: tuple
     """Parameters that the step reads and does not change: the drafter's step has the target's."""

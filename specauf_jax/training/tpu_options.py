@@ -27,10 +27,11 @@ _SMALL_VMEM = {"xla_tpu_scoped_vmem_limit_kib": str(48 * 1024)}  # of a TPU7x's 
 
 
 def tpu_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
-    """`compiler_options` of `jax.jit`; None on other devices. What LIBTPU_INIT_ARGS names is left to it."""
+    """`compiler_options` of `jax.jit`; None on other devices. What LIBTPU_INIT_ARGS names, also as `--noNAME`, is left
+    to it."""
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return None
     options = _OPTIONS | (_SMALL_VMEM if "7x" in device.device_kind else {})
     given = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    return {name: value for name, value in options.items() if name not in given}
+    return {name: value for name, value in options.items() if not {name, f"no{name}"} & given}
