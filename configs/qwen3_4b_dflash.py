@@ -2,9 +2,9 @@
 
     specauf train --config configs/qwen3_4b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 4.51 GiB of each chip's 15.75 GiB there.
-Expected time: not yet measured. 4,126 TFLOP a step: 3.27 s on 16 v5e or 0.70 s on 16 v6e chips at 40 % of their peak,
-so that 20,000 steps would take 18 or 4 hours.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 6.01 GiB of each chip's 15.75 GiB there, and 1.5 to 2.1 s
+a step (64 to 71 % of their peak); with `--train.accumulation 1` 0.48 to 0.65 s on 16 v6e.
+Expected time: not yet measured. 20,000 steps would take 8 to 11 hours on 16 v5e, 3 to 4 on 16 v6e by these figures.
 Expected tau: not yet measured.
 """
 

@@ -92,7 +92,7 @@ def verify_greedy(drafts, target_logits) -> tuple[jax.Array, jax.Array]:
     return accepted, jnp.take_along_axis(choice, accepted[:, None], axis=1)[:, 0]
 
 
-def verify_sampled(keys, drafts, q, p) -> tuple[jax.Array, jax.Array]:
+def verify_sampled(keys, drafts, chances, q_of, p) -> tuple[jax.Array, jax.Array]:
     """Speculative rejection sampling (Leviathan et al., arXiv 2211.17192): the result follows p.
 
     Draft d of slot k is accepted with probability min(1, p_k(d) / q_k(d)). After the first
@@ -101,24 +101,25 @@ def verify_sampled(keys, drafts, q, p) -> tuple[jax.Array, jax.Array]:
     Args:
       keys: PRNG keys `[B]`.
       drafts: int32 `[B, K-1]`, drawn from q.
-      q: float32 `[B, K-1, V]`, the drafter's distributions.
+      chances: float32 `[B, K-1]`, q_k(d) of each.
+      q_of: (int32 `[B]`, a slot of each row) → float32 `[B, V]`, the drafter's distribution there: of all slots but
+        the rejected one, only its drafts' probabilities matter.
       p: float32 `[B, K, V]`, the target's.
 
     Returns:
       Accepted drafts and the target's token after them, both int32 `[B]`.
     """
-    B, K, V = p.shape
+    B, K, _ = p.shape
     accept_keys, residual_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if K == 1:  # no drafts; compilers would be long at folding what follows
         return jnp.zeros(B, jnp.int32), draw(residual_keys, p)[:, 0]
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (K - 1,)))(accept_keys)
     p_draft = jnp.take_along_axis(p[:, :-1], drafts[..., None], axis=-1)[..., 0]
-    q_draft = jnp.take_along_axis(q, drafts[..., None], axis=-1)[..., 0]
     # As a prefix of agreements: a rejected slot "disagrees".
-    accepted = prefix_acceptance((uniform * q_draft < p_draft).astype(jnp.int32), jnp.ones((B, K - 1), jnp.int32))
-    q = jnp.concatenate([q, jnp.zeros((B, 1, V))], axis=1)  # the bonus token has nothing to subtract
-    p_next, q_next = (jnp.take_along_axis(x, accepted[:, None, None], axis=1) for x in (p, q))
-    residual = jnp.maximum(p_next - q_next, 0.0)
+    accepted = prefix_acceptance((uniform * chances < p_draft).astype(jnp.int32), jnp.ones((B, K - 1), jnp.int32))
+    p_next = jnp.take_along_axis(p, accepted[:, None, None], axis=1)
+    rejected = accepted[:, None] < K - 1  # else the token after all drafts, which has nothing to subtract
+    residual = jnp.maximum(p_next - jnp.where(rejected, q_of(jnp.minimum(accepted, K - 2)), 0.0)[:, None], 0.0)
     # p = q to the last bit, yet rejected by rounding: fall back to p.
     residual = jnp.where(residual.sum(-1, keepdims=True) > 0, residual, p_next)
     return accepted, draw(residual_keys, residual)[:, 0]

@@ -65,14 +65,15 @@ def tree_and_verify(drafter_params, target_params, state: DecodeState, *, config
         logits, taps, read = config.target_step.read_tree(
             target_params, tree.tokens, last, tree.depths, ancestors(tree, levels), state.target_cache
         )
-        path, accepted = walk(tree, choices := _choose(logits, state, keys), levels)
+        choices, _ = _choose(logits, state, keys)
+        path, accepted = walk(tree, choices, levels)
         token = jnp.take_along_axis(choices, jnp.take_along_axis(path, accepted[:, None], axis=1), axis=1)
     drafts = jnp.take_along_axis(tree.tokens, path[:, 1:], axis=1)
     positions, taps = last + jnp.arange(levels + 1), jnp.take_along_axis(taps, path[..., None], axis=1)
     cache = config.target_step.keep(state.target_cache, read, path, positions)
     state = extend(drafter_params, dataclasses.replace(state, target_cache=cache), taps, positions, config=config)
     verdict = Verdict(accepted=accepted, token=token[:, 0])
-    return commit(state, Proposal(tokens=drafts, logits=None), verdict, config=config)
+    return commit(state, _not_drawn(drafts), verdict, config=config)
 
 
 @jax.named_scope("propose")
@@ -104,10 +105,10 @@ def propose(drafter_params, target_params, state: DecodeState, anchor, keys, *, 
     """
     head, drafter = config.target_head(target_params), config.drafter
     if drafter is None:
-        return Proposal(tokens=jnp.zeros((anchor.shape[0], 0), jnp.int32), logits=None)
+        return _not_drawn(jnp.zeros((anchor.shape[0], 0), jnp.int32))
     if isinstance(drafter, PromptLookup):
         drafts = look_up(state.tokens, state.length, config=drafter)
-        return Proposal(tokens=drafts[:, : config.block_size - 1], logits=None)
+        return _not_drawn(drafts[:, : config.block_size - 1])
     hidden, logits = _drafted(drafter_params, target_params, state, anchor, config=config)
 
     def choose(logits, n):
@@ -115,12 +116,16 @@ def propose(drafter_params, target_params, state: DecodeState, anchor, keys, *, 
         return _choose(logits, state, row_keys)
 
     if not drafter.head.rolls:
-        tokens = choose(logits, None)
+        tokens, chances = choose(logits, None)
     else:
-        tokens, logits = _roll(drafter_params, hidden, anchor, logits, choose, head.embedding, config=config)
+        tokens, chances, logits = _roll(drafter_params, hidden, anchor, logits, choose, head.embedding, config=config)
     said = drafter.head.confidence(drafter_params, hidden, jnp.concatenate([anchor, tokens[:, :-1]], axis=1))
     survival = None if said is None else jnp.cumprod(jax.nn.sigmoid(said), axis=1)
-    return Proposal(tokens=tokens, logits=logits, survival=survival)
+    return Proposal(tokens=tokens, chances=chances, logits=logits, survival=survival)
+
+
+def _not_drawn(drafts) -> Proposal:
+    return Proposal(tokens=drafts, chances=jnp.ones(drafts.shape), logits=None)
 
 
 def _drafted(drafter_params, target_params, state: DecodeState, anchor, *, config: Decoding):
@@ -136,7 +141,7 @@ def _drafted(drafter_params, target_params, state: DecodeState, anchor, *, confi
 
 
 def _roll(drafter_params, hidden, anchor, logits, choose, embedding, *, config: Decoding):
-    """Drafts one by one, int32 `[B, K-1]`, and the logits that they were chosen from."""
+    """Drafts one by one, their chances, `[B, K-1]` each, and the logits that they were chosen from."""
     assert config.model is not None
     head = config.model.head
 
@@ -144,23 +149,28 @@ def _roll(drafter_params, hidden, anchor, logits, choose, embedding, *, config: 
         state, token = carry
         n, hidden, logits = inputs
         state, logits = head.next_logits(drafter_params, state, token, n, hidden, logits, embedding=embedding)
-        token = choose(logits[:, None], n)[:, 0]
-        return (state, token), (token, logits)
+        token, chance = (x[:, 0] for x in choose(logits[:, None], n))
+        return (state, token), (token, chance, logits)
 
     start = head.first_state(anchor.shape[:1], hidden.dtype), anchor[:, 0]
     slots = jnp.arange(logits.shape[1]), jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(logits, 1, 0)
-    _, (tokens, logits) = lax.scan(step, start, slots)
-    return jnp.moveaxis(tokens, 0, 1), jnp.moveaxis(logits, 0, 1)
+    _, found = lax.scan(step, start, slots)
+    return tuple(jnp.moveaxis(x, 0, 1) for x in found)
 
 
-def _choose(logits, state: DecodeState, keys) -> jax.Array:
-    """Tokens from float32 logits `[B, T, V]`, int32 `[B, T]`."""
+def _choose(logits, state: DecodeState, keys) -> tuple[jax.Array, jax.Array]:
+    """Tokens from float32 logits `[B, T, V]`, int32 `[B, T]`, and the probability that each was drawn with."""
 
     def sampled():
-        return draw(keys, distribution(logits, state.temperature, state.top_k, state.top_p))
+        probability = distribution(logits, state.temperature, state.top_k, state.top_p)
+        tokens = draw(keys, probability)
+        return tokens, jnp.take_along_axis(probability, tokens[..., None], axis=-1)[..., 0]
+
+    def greedy():
+        return jnp.argmax(logits, -1).astype(jnp.int32), jnp.ones(logits.shape[:-1])
 
     # A branch at run time: an all-greedy batch never sorts a vocabulary, and temperature stays data.
-    return lax.cond(jnp.any(state.temperature > 0), sampled, lambda: jnp.argmax(logits, -1).astype(jnp.int32))
+    return lax.cond(jnp.any(state.temperature > 0), sampled, greedy)
 
 
 @jax.named_scope("verify")
@@ -169,9 +179,14 @@ def verify(logits, proposal: Proposal, state: DecodeState, keys) -> Verdict:
 
     def sampled():
         how = state.temperature, state.top_k, state.top_p
-        certain = proposal.logits is None
-        q = jax.nn.one_hot(proposal.tokens, logits.shape[-1]) if certain else distribution(proposal.logits, *how)
-        return verify_sampled(keys, proposal.tokens, q, distribution(logits, *how))
+
+        def q_of(slot):
+            if proposal.logits is not None:
+                return distribution(jnp.take_along_axis(proposal.logits, slot[:, None, None], axis=1), *how)[:, 0]
+            drafts = jnp.take_along_axis(proposal.tokens, slot[:, None], axis=1)[:, 0]
+            return jax.nn.one_hot(drafts, logits.shape[-1])
+
+        return verify_sampled(keys, proposal.tokens, proposal.chances, q_of, distribution(logits, *how))
 
     accepted, token = lax.cond(jnp.any(state.temperature > 0), sampled, lambda: verify_greedy(proposal.tokens, logits))
     return Verdict(accepted=accepted, token=token)

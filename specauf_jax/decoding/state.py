@@ -116,6 +116,7 @@ class Proposal:
     """What the drafter suggests. Without a drafter, K-1 = 0."""
 
     tokens: jax.Array  # int32 [B, K-1]
+    chances: jax.Array  # float32 [B, K-1], q of each draft; 1 of those that were not drawn
     logits: jax.Array | None  # float32 [B, K-1, V]; None for drafts that were not drawn: all of q is on them
     survival: jax.Array | None = None  # float32 [B, K-1]: predicted probability that this many drafts stand
 
