@@ -600,7 +600,7 @@ PROGRAM = "\n".join(
         hlo("other.b", spent("d", 3)),
         hlo("cheap", spent("e", 20, "verify/argmax")),
         hlo("dear", spent("f", 7000, "verify/sort"), spent("g", 5)),
-        hlo("main", spent("h", 1000, "target/dot"), loop("known", "blocks/while"),
+        hlo("main", spent("h", 1000, "target/dot"), spent("i", 2**63 - 1, "target/copy"), loop("known", "blocks/while"),
             '%c = f32[] conditional(%p), branch_computations={%cheap, %dear}, metadata={op_name="jit(step)/verify/if"}',
             "%f2 = f32[] fusion(%p), kind=kLoop, calls=%fused", entry="ENTRY "),
     ]

@@ -28,6 +28,7 @@ SCOPES = (
 """Names that this project gives to parts of its programs (`jax.named_scope`)."""
 _SCOPE = re.compile(rf"\b({'|'.join(SCOPES)})\b")
 KERNEL = "tpu_custom_call"
+_UNKNOWN = 2**63 - 1  # cycles that the compiler writes where it has no figure
 
 
 class Operation(NamedTuple):
@@ -94,7 +95,7 @@ def read_cycles(program: str, turns: dict[str, tuple[int, int]]) -> Cycles:
 
     def of_line(line: str) -> Cycles:
         scope = _scope(line)
-        if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+        if (found := re.search(r'"estimated_cycles":"(\d+)"', line)) and int(found[1]) < _UNKNOWN:
             spent = Counter({_operation(line): int(found[1])})
             return Cycles(spent, spent, Counter())
         if f'custom_call_target="{KERNEL}"' in line:
