@@ -2,9 +2,10 @@
 
     specauf train --config configs/gpt_oss_20b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 10.01 GiB of each chip's 15.75 GiB there, and 1.69 to
-3.50 s a step. All rows at one time: every part of a batch gathers all experts of all layers once.
-Expected time: not yet measured. 20,000 steps would take 9 to 19 hours by these figures.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 7.55 GiB of each chip's 15.75 GiB there. All
+rows at one time: every part of a batch gathers all experts of all layers once.
+Expected time: not yet measured. 2,668 TFLOP a step: 2.12 s on 16 v5e or 0.45 s on 16 v6e chips at 40 % of their peak,
+so that 20,000 steps would take 12 or 3 hours.
 Expected tau: not yet measured.
 
 The target's experts may be stored as MXFP4; they are read as bfloat16. The drafter's heads are of 128 numbers, the

@@ -2,8 +2,8 @@
 
     specauf train --config configs/qwen3_30b_a3b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 11.84 GiB of each chip's 15.75 GiB there. All rows at one
-time: every part of a batch gathers all experts of all layers once.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 8.37 GiB of each chip's 15.75 GiB there. All
+rows at one time: every part of a batch gathers all experts of all layers once.
 Expected time: not yet measured. 2,988 TFLOP a step: 2.37 s on 16 v5e or 0.51 s on 16 v6e chips at 40 % of their peak,
 so that 20,000 steps would take 13 or 3 hours.
 Expected tau: not yet measured here. The Spec-AUF paper, which trained a DFlash drafter on answers that the target had

@@ -2,9 +2,9 @@
 
     specauf train --config configs/qwen3_5_27b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 10.55 GiB of each chip's 15.75 GiB there, and 4.99 to
-6.32 s a step (67 to 85 % of peak).
-Expected time: not yet measured. 20,000 steps would take 28 to 35 hours by these figures.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 10.75 GiB of each chip's 15.75 GiB there.
+Expected time: not yet measured. 13,380 TFLOP a step: 10.61 s on 16 v5e or 2.28 s on 16 v6e chips at 40 % of their peak,
+so that 20,000 steps would take 59 or 13 hours.
 Expected tau: not yet measured.
 
 Qwen3.6-27B has the same architecture. Block size, taps, heads and window are those of the published drafters of this

@@ -2,7 +2,7 @@
 
     specauf train --config configs/qwen3_5_9b_dflash.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 6.72 GiB of each chip's 15.75 GiB there.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 5.77 GiB of each chip's 15.75 GiB there.
 Expected time: not yet measured. 7,951 TFLOP a step: 6.31 s on 16 v5e or 1.35 s on 16 v6e chips at 40 % of their peak,
 so that 20,000 steps would take 35 or 8 hours.
 Expected tau: not yet measured.

@@ -3,7 +3,7 @@
     specauf train --config configs/qwen3_8b_dflash2.py --target TARGET --data DATA --out RUN
     … --init-from DFLASH    # on the body of a trained DFlash drafter of the same shape
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 7.11 GiB of each chip's 15.75 GiB there.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 5.53 GiB of each chip's 15.75 GiB there.
 Expected time: not yet measured. 5,160 TFLOP a step: 4.09 s on 16 v5e or 0.88 s on 16 v6e chips at 40 % of their peak,
 so that 20,000 steps would take 23 or 5 hours.
 Expected tau: not yet measured.

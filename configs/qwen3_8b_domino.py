@@ -2,7 +2,7 @@
 
     specauf train --config configs/qwen3_8b_domino.py --target TARGET --data DATA --out RUN
 
-Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 5.21 GiB of each chip's 15.75 GiB there.
+Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile --no-code` 5.14 GiB of each chip's 15.75 GiB there.
 Expected time: not yet measured. 5,221 TFLOP a step: 4.14 s on 16 v5e or 0.89 s on 16 v6e chips at 40 % of their peak,
 so that 20,000 steps would take 23 or 5 hours.
 Expected tau: not yet measured here. The Spec-AUF paper, which trained a Domino drafter on answers that the target had
