@@ -4,7 +4,7 @@
 
 Hardware: 16 v5e chips (v5e:4x4) or more; by `specauf compile` 13.72 GiB of each chip's 15.75 GiB there, and 8.4 to
 10.4 s a step (68 to 79 % of their peak); with `--train.accumulation 1` 2.2 to 2.6 s on 16 v6e.
-Expected time: not yet measured. 20,000 steps would take 46 to 58 hours on 16 v5e, 12 to 14 on 16 v6e by these figures.
+Expected time: not yet measured. 20,000 steps would take 47 to 58 hours on 16 v5e, 12 to 14 on 16 v6e by these figures.
 Expected tau: not yet measured.
 """
 

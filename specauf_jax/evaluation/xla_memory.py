@@ -115,8 +115,8 @@ def read_collectives(program: str) -> dict:
     """Kind → how often a device runs it in one call of the program, the bytes of its results (of a reduce-scatter, of
     what it takes), and of these the bytes of those that other operations run beside (`beside_bytes`)."""
     computations, entry = computations_of(program)
-    fusions = [line for lines in computations.values() for line in lines if " fusion(" in line]
-    fused = {name for line in fusions for name in called_by(line)}
+    callers = {called: name for name, lines in computations.items()
+               for line in lines if " fusion(" in line for called in called_by(line)}  # fmt: skip
     found: dict[tuple, list[tuple[str, int, int, bool]]] = {}
     for name, runs in _runs(computations, entry).items():
         instructions = [said for line in computations[name] if (said := _INSTRUCTION.match(line))]
@@ -133,8 +133,9 @@ def read_collectives(program: str) -> dict:
             if started and kind not in ("all-reduce", "reduce-scatter"):  # operands, then results
                 sizes = sizes[len(sizes) // 2 :]
             # Begun in one fusion, carried on and ended in others: each of them has the gather's line.
-            channel = re.findall(r"channel_id=\d+", said.string) if kind == "all-gather" and name in fused else []
-            key = (*channel, *_SHAPE.findall(said[2])) if channel else (name, said[1])
+            carried = kind == "all-gather" and name in callers
+            channel = re.findall(r"channel_id=\d+", said.string) if carried else []
+            key = (callers[name], *channel, *_SHAPE.findall(said[2])) if channel else (name, said[1])
             found.setdefault(key, []).append((kind, runs, sum(sizes), started))
     collectives: dict[str, dict[str, int]] = {}
     for places in found.values():

@@ -30,8 +30,11 @@ def rope_angles(positions: jax.Array, config: Target | ResolvedDrafter) -> tuple
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the first R elements of `[..., H, E]` in half-split form (element e pairs with e + R/2)."""
-    half = angles[0].shape[-1]
+    """Rotate the first R elements of `[..., H, E]` in half-split form (element e pairs with e + R/2).
+
+    The angles have no gradient. Compiled for TPUs, it is differentiated backward alone (no `jax.jvp`).
+    """
+    angles, half = lax.stop_gradient(angles), angles[0].shape[-1]
     on_tpu = _by_product if half % _LANES else _by_halves
     turned = lax.platform_dependent(x[..., : 2 * half], *angles, tpu=on_tpu, default=_by_halves)
     return turned if x.shape[-1] == 2 * half else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
@@ -45,7 +48,7 @@ def _by_halves(x, cos, sin):
 @jax.custom_vjp
 def _by_product(x, cos, sin):
     """An element's partner comes by a product with 1, -1 and 0, which is exact of finite numbers: to move half a head
-    that is not whole registers costs a TPU more. The gradient is the rotation back, as exact; none for the angles."""
+    that is not whole registers costs a TPU more. The gradient is the rotation back, as exact."""
     partners = np.kron([[0, 1], [-1, 0]], np.eye(cos.shape[-1]))
     partner = jnp.einsum("...e,ef->...f", x, jnp.asarray(partners, x.dtype), precision=lax.Precision.HIGHEST)
     cos, sin = (jnp.concatenate([part, part], axis=-1) for part in (cos, sin))
