@@ -57,8 +57,8 @@ def grow(
         )
         below = logits - logits.max(-1, keepdims=True)  # so that no heat, however low, makes infinities of the best
         heated = (below / temperature[:, None, None]).reshape(-1, V)  # of [B, 1, V] some TPUs would turn copies
+        # [B, N, most], or [B, 1, most] of all nodes alike
         likely, after = (x.reshape(B, -1, most) for x in lax.top_k(jax.nn.log_softmax(heated), most))
-        # [B, N, most], [B, 1, most] of all nodes alike
         paths = (scores[..., None] + likely).reshape(B, -1)
         after = jnp.broadcast_to(after, (B, nodes, most)).reshape(B, -1)
         scores, best = lax.top_k(paths, nodes)
